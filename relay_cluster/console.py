@@ -1,0 +1,304 @@
+"""What people see in the terminal: progress while a run goes on, tables when it is done, errors on one
+screen.
+
+This module does not know how a run works; it is fed with events and with a `RunReport`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from relay_cluster.report import AgentReport, RowReport, RunReport, Stages
+
+MAX_ERROR_LINES = 20
+"""Longer errors are cut, so that the first fault stays on the screen."""
+
+_STAGES = {
+    "dispatch_s": "dispatch",
+    "queue_s": "queue",
+    "lookup_s": "lookup",
+    "lease_s": "lease",
+    "pull_s": "pull",
+    "rotate_s": "rotate",
+    "rectify_s": "rectify",
+    "prefill_s": "prefill",
+    "first_token_s": "1st token",
+}
+
+
+def output() -> Console:
+    """Standard output. Where that is not a terminal, lines are long enough for the tables."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
+
+
+def errors() -> Console:
+    """Standard error."""
+    return Console(stderr=True, highlight=False)
+
+
+def show_error(text: str) -> None:
+    """An error on one screen."""
+    lines = text.strip().splitlines() or ["unknown error"]
+    console = errors()
+    console.print(Text("error: ", style="bold red") + Text(lines[0]), soft_wrap=True)
+    for line in lines[1:MAX_ERROR_LINES]:
+        console.print(Text(line), soft_wrap=True)
+    if len(lines) > MAX_ERROR_LINES:
+        console.print(Text(f"... and {len(lines) - MAX_ERROR_LINES} more lines"), style="dim")
+
+
+# --- progress -----------------------------------------------------------------------------------------------
+
+
+class RunProgress:
+    """Shows the events of a run. In a terminal: one live line per agent; elsewhere: one printed line per
+    step.
+
+    Events are tuples: ("cluster", text), ("agent_started", agent, worker), ("token", agent, n),
+    ("agent_done", agent), ("compare", agent, text). They may come from any thread; unknown ones are ignored.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or errors()
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]\N{CHECK MARK}"),
+            TextColumn("{task.description}"),
+            TextColumn("[dim]{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
+        self._steps: dict[str, Callable[..., None]] = {
+            "cluster": self._on_cluster,
+            "agent_started": self._on_agent_started,
+            "token": self._on_token,
+            "agent_done": self._on_agent_done,
+            "compare": self._on_compare,
+        }
+
+    def __enter__(self) -> RunProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, *event: Any) -> None:
+        """Take one event, as one tuple or as its parts."""
+        name, *details = event[0] if len(event) == 1 and isinstance(event[0], tuple) else event
+        step = self._steps.get(name)
+        if step is not None:
+            with self._lock:
+                step(*details)
+
+    def start_row(self, index: int, total: int) -> None:
+        """Begin with the next set of inputs."""
+        with self._lock:
+            for task in self._tasks.values():
+                self._progress.remove_task(task)
+            self._tasks.clear()
+            if total > 1:
+                self._say(f"row {index + 1} of {total}")
+
+    def _say(self, text: str) -> None:
+        if self._live:
+            self._progress.console.print(Text(text, style="dim"))
+        else:
+            self._console.print(Text(text), soft_wrap=True)
+
+    def _task(self, key: str, description: str) -> TaskID:
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(description, total=None, status="")
+        return self._tasks[key]
+
+    def _on_cluster(self, text: str) -> None:
+        self._say(text)
+
+    def _on_agent_started(self, agent: str, worker: str) -> None:
+        self._task(agent, f"[bold]{escape(agent)}[/] on {escape(worker)}")
+        if not self._live:
+            self._say(f"{agent} started on {worker}")
+
+    def _on_token(self, agent: str, count: int) -> None:
+        self._progress.update(self._task(agent, agent), status=f"{count} tokens")
+
+    def _on_agent_done(self, agent: str) -> None:
+        self._progress.update(self._task(agent, agent), total=1, completed=1)
+        if not self._live:
+            self._say(f"{agent} done")
+
+    def _on_compare(self, agent: str, text: str) -> None:
+        self._progress.update(self._task(agent, agent), total=None, status=text)
+        if not self._live:
+            self._say(f"{agent}: {text}")
+
+
+@contextmanager
+def fraction_bar(title: str) -> Iterator[Callable[[float, str], None]]:
+    """A progress bar fed with a fraction (0 to 1) and a line of text."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=errors(),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        task = progress.add_task(title, total=1.0)
+
+        def update(fraction: float, text: str = "") -> None:
+            progress.update(task, completed=fraction, description=text or title)
+
+        yield update
+
+
+# --- report -------------------------------------------------------------------------------------------------
+
+
+def show_report(report: RunReport, console: Console | None = None) -> None:
+    """Tables of a whole run, its fallbacks in words, and the last answer."""
+    console = console or output()
+    for index, row in enumerate(report.rows):
+        part = f", row {index + 1} of {len(report.rows)}" if len(report.rows) > 1 else ""
+        console.print()
+        console.print(
+            f"[bold]{escape(report.pipeline)}[/], method {escape(report.method)}{part}, {row.wall_s:.1f} s"
+        )
+        console.print(row_table(row))
+        console.print(stage_table(row))
+        for line in fallback_lines(row):
+            console.print(Text(line, style="yellow" if line != _NO_FALLBACKS else "dim"), soft_wrap=True)
+        last = row.agents[-1]
+        title = f"{escape(last.agent)} ({last.decode_tokens} tokens, {escape(last.finish_reason)})"
+        text = Text(last.text.strip() or "(empty)")
+        console.print(Panel(text, title=title, title_align="left", box=box.ROUNDED, border_style="dim"))
+    machine, cluster = report.machine, report.cluster
+    gpus = f", {', '.join(machine.gpus)}" if machine.gpus else ", no GPU"
+    console.print(
+        f"[dim]{cluster.workers} workers on {cluster.nodes} node(s), {escape(cluster.backend)}; {escape(machine.cpu)}, "
+        f"{machine.cores} cores, {machine.memory_gib:.0f} GiB{escape(gpus)}; torch {machine.torch}"
+    )
+    for note in cluster.notes:
+        console.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def row_table(row: RowReport) -> Table:
+    """One line per agent: what was reused, how fast, and what it cost in fidelity."""
+    base = next((agent.compare.method for agent in row.agents if agent.compare), None)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("agent", style="bold", no_wrap=True)
+    table.add_column("worker", no_wrap=True)
+    for name in ("prompt", "relayed", "reuse", "TTFT"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if base:
+        for name in (base.replace("_", " "), "speed-up", "top-1", "KL"):
+            table.add_column(name, justify="right", no_wrap=name != base.replace("_", " "))
+    table.add_column("pulled", justify="right")
+    table.add_column("tok/s", justify="right", no_wrap=True)
+    for agent in row.agents:
+        table.add_row(*_agent_cells(agent, compare=base is not None))
+    return table
+
+
+def _agent_cells(agent: AgentReport, *, compare: bool) -> list[str | Text]:
+    other = agent.compare
+    ttft = other.ttft_s if other else agent.ttft_s
+    cells: list[str | Text] = [
+        escape(agent.agent),
+        escape(agent.worker),
+        str(agent.prompt_tokens),
+        str(agent.relayed_tokens),
+        "-" if agent.reuse is None else f"{agent.reuse:.2f}",
+        _seconds(ttft),
+    ]
+    if compare and other:
+        style = "green" if other.speedup >= 2 else ""
+        cells += [
+            _seconds(other.base_ttft_s),
+            Text(f"{other.speedup:.1f}x", style=style),
+            "-" if other.top1 is None else f"{other.top1:.2f}",
+            "-" if other.kl_mean is None else f"{other.kl_mean:.4f}",
+        ]
+    elif compare:
+        cells += ["-"] * 4
+    rate = agent.decode_tokens_per_s
+    return [*cells, _pulled(agent), "-" if rate is None else f"{rate:.1f}"]
+
+
+def _pulled(agent: AgentReport) -> str:
+    """ "12.6 MB @ 1.4 GB/s nixl", or what happened instead."""
+    done = [transfer for transfer in agent.transfers if transfer.outcome == "pulled" and transfer.bytes]
+    if not done:
+        return "-"
+    nbytes = sum(transfer.bytes for transfer in done)
+    seconds = sum(transfer.seconds for transfer in done)
+    backends = "+".join(sorted({transfer.backend for transfer in done}))
+    rate = f" @ {nbytes / seconds / 1e9:.1f} GB/s" if seconds > 0 else ""
+    return f"{nbytes / 1e6:.1f} MB{rate} {backends}"
+
+
+def stage_table(row: RowReport) -> Table:
+    """Where each agent's time to first token went, in milliseconds; stages that nobody spent time in are left
+    out."""
+    spent = [key for key in _STAGES if any(_stage(agent.stages, key) >= 5e-5 for agent in row.agents)]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("ms to first token", style="bold", no_wrap=True)
+    for key in spent:
+        table.add_column(_STAGES[key], justify="right", no_wrap=True)
+    table.add_column("TTFT", justify="right", no_wrap=True)
+    for agent in row.agents:
+        cells = [_milliseconds(_stage(agent.stages, key)) for key in spent]
+        table.add_row(escape(agent.agent), *cells, _milliseconds(agent.ttft_s))
+    return table
+
+
+_NO_FALLBACKS = "no fallbacks"
+
+
+def fallback_lines(row: RowReport) -> Sequence[str]:
+    """Plain sentences about what was computed although it should have been reused."""
+    lines: list[str] = []
+    for agent in row.agents:
+        for fallback in agent.fallbacks:
+            tokens = f"{fallback.tokens} tokens of " if fallback.tokens else ""
+            detail = f" ({fallback.detail})" if fallback.detail else ""
+            lines.append(
+                f'"{agent.agent}" computed {tokens}{{{fallback.slot}}} itself: {fallback.reason}{detail}'
+            )
+        if agent.retries:
+            times = "once" if agent.retries == 1 else f"{agent.retries} times"
+            lines.append(f'"{agent.agent}" was started again {times} because its worker died')
+    return lines or [_NO_FALLBACKS]
+
+
+def _stage(stages: Stages, key: str) -> float:
+    return float(getattr(stages, key))
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value * 1e3:.1f}" if value < 0.1 else f"{value * 1e3:.0f}"

@@ -1,0 +1,305 @@
+"""The registered block pool of one worker: one buffer, allocated once and never unmapped.
+
+A block is a 64-byte header followed by the payload; its stride is rounded up to 64 bytes, so that every
+payload is 64-byte aligned. The header carries the block's generation and its owner's incarnation. A reader
+copies header and payload together, so one look at the landed bytes tells whether they are the leased ones.
+
+Life of a block:
+
+    free --allocate--> used --free--> free            (free bumps the generation)
+                        |
+                        '--quarantine--> quarantined --release_quarantine--> free
+
+This module does not know what the payload means, who reads it, or how it travels.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+import xxhash
+
+from transport.errors import ArenaFull, ConfigError
+from transport.types import BlockId, BlockRef, Incarnation, Outcome
+
+logger = logging.getLogger(__name__)
+
+HEADER_NBYTES: Final = 64
+ALIGN: Final = 64
+_MAGIC: Final = b"RELAYKV1"
+# magic, block index, generation, incarnation, payload bytes; the rest of the 64 bytes is zero.
+_HEADER: Final = struct.Struct("<8sQQQQ24x")
+
+_FREE, _USED, _QUARANTINED = 0, 1, 2
+_STATE_NAMES: Final = ("free", "used", "quarantined")
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaStats:
+    """Counts of blocks by state.
+
+    Attributes:
+        total: all blocks; free + used + quarantined.
+        block_nbytes: payload bytes of a block; stride: bytes of a block with its header.
+        nbytes: bytes of the whole buffer.
+    """
+
+    total: int
+    free: int
+    used: int
+    quarantined: int
+    block_nbytes: int
+    stride: int
+    nbytes: int
+
+
+class Arena:
+    """A thread-safe pool of equal blocks in one contiguous buffer.
+
+    Args:
+        budget_bytes: hard limit of the buffer, headers included.
+        block_nbytes: payload bytes of one block.
+        device: a torch device; "cuda" buffers are hashed and sent through a CPU copy.
+        incarnation: which life of the worker this is; written into every header. Default: now, in ns.
+
+    Raises:
+        ConfigError: not even one block fits into the budget.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        block_nbytes: int,
+        device: str = "cpu",
+        incarnation: int | None = None,
+    ) -> None:
+        if block_nbytes < 1:
+            raise ConfigError(f"block_nbytes is {block_nbytes}: a block must hold at least one byte.")
+        self.block_nbytes = block_nbytes
+        self.stride = (HEADER_NBYTES + block_nbytes + ALIGN - 1) // ALIGN * ALIGN
+        self.num_blocks = budget_bytes // self.stride
+        if self.num_blocks < 1:
+            raise ConfigError(
+                f"arena_bytes = {budget_bytes} holds no block of {self.stride} bytes (payload "
+                f"{block_nbytes}). Raise transport.arena_bytes or lower transport.block_tokens."
+            )
+        self.incarnation = Incarnation(time.time_ns() if incarnation is None else incarnation)
+        self.device = torch.device(device)
+        self.nbytes = self.num_blocks * self.stride
+        raw = torch.empty(self.nbytes + ALIGN, dtype=torch.uint8, device=self.device)
+        skip = -raw.data_ptr() % ALIGN
+        self._buffer = raw[skip : skip + self.nbytes]
+        self._is_cpu = self.device.type == "cpu"
+        # A flat byte view of CPU memory: sockets read and write it without a copy.
+        self._view = memoryview(self._buffer.numpy()) if self._is_cpu else None
+        self._lock = threading.Lock()
+        self._state = bytearray(self.num_blocks)
+        self._generation = [1] * self.num_blocks
+        self._free = [BlockId(i) for i in reversed(range(self.num_blocks))]
+        for i in range(self.num_blocks):
+            self._write_header(BlockId(i))
+
+    # -- allocation ------------------------------------------------------------------------------------
+
+    def allocate(self, n: int) -> list[BlockId]:
+        """Take `n` blocks, all or none.
+
+        Raises:
+            ArenaFull: fewer than `n` blocks are free.
+        """
+        if n < 0:
+            raise ValueError(f"allocate({n}): the number of blocks cannot be negative")
+        with self._lock:
+            if n > len(self._free):
+                raise ArenaFull(self._full_message(n))
+            ids = [self._free.pop() for _ in range(n)]
+            for i in ids:
+                self._state[i] = _USED
+        return ids
+
+    def free(self, ids: Iterable[BlockId]) -> None:
+        """Return used blocks. Their generation changes at once, so that a late reader sees it.
+
+        Raises:
+            ValueError: a block is not in use (double free, quarantined, unknown); none is freed then.
+        """
+        with self._lock:
+            self._retire(list(ids), _USED, "free")
+
+    def quarantine(self, ids: Iterable[BlockId]) -> None:
+        """Set used blocks aside: a timed-out transfer may still write into them.
+
+        Raises:
+            ValueError: a block is not in use; none is quarantined then.
+        """
+        with self._lock:
+            wanted = list(ids)
+            self._expect(wanted, _USED, "quarantine")
+            for i in wanted:
+                self._state[i] = _QUARANTINED
+
+    def release_quarantine(self, ids: Iterable[BlockId] | None = None) -> int:
+        """Free quarantined blocks once nothing can write into them any more.
+
+        Args:
+            ids: which; None means all.
+
+        Returns:
+            The number of blocks freed.
+        """
+        with self._lock:
+            every = range(self.num_blocks) if ids is None else ids
+            out = [BlockId(i) for i in every if ids is not None or self._state[i] == _QUARANTINED]
+            self._retire(out, _QUARANTINED, "release_quarantine")
+            return len(out)
+
+    # -- content ---------------------------------------------------------------------------------------
+
+    def payload(self, block: BlockId) -> torch.Tensor:
+        """The block's payload as a uint8 view of the arena, [block_nbytes]."""
+        start = self._offset(block) + HEADER_NBYTES
+        return self._buffer[start : start + self.block_nbytes]
+
+    def seal(self, block: BlockId) -> BlockRef:
+        """Write the header and describe the block for publication. The payload must not change after.
+
+        Raises:
+            ValueError: the block is not in use.
+        """
+        checksum = self._checksum(block)
+        with self._lock:
+            self._expect([block], _USED, "seal")
+            self._write_header(block)
+            return BlockRef(block, self._generation[block], self.block_nbytes, checksum)
+
+    def generation(self, block: BlockId) -> int:
+        """The current generation of a block."""
+        self._offset(block)
+        return self._generation[block]
+
+    def verify(self, block: BlockId, ref: BlockRef, owner_incarnation: int) -> Outcome:
+        """Judge a landed block: is it the one that `ref` names, as its owner sealed it?
+
+        The owner's header travelled with the payload and overwrote this block's own; whatever the verdict,
+        the own header is put back, so that the block can be sealed or freed like any other.
+
+        Returns:
+            PULLED, STALE (freed, reused or made by another life of the owner), CORRUPT (bytes differ) or
+            LAYOUT_MISMATCH (blocks of another size).
+        """
+        magic, index, generation, incarnation, nbytes = _HEADER.unpack(self._read_header(block))
+        with self._lock:
+            self._write_header(block)
+        if ref.nbytes != self.block_nbytes:
+            return Outcome.LAYOUT_MISMATCH
+        if magic != _MAGIC:
+            return Outcome.CORRUPT
+        if (index, generation, incarnation) != (ref.block, ref.generation, owner_incarnation):
+            return Outcome.STALE
+        if nbytes != self.block_nbytes or self._checksum(block) != ref.checksum:
+            return Outcome.CORRUPT
+        return Outcome.PULLED
+
+    # -- for backends ----------------------------------------------------------------------------------
+
+    def base_address(self) -> int:
+        """Raw address of block 0's header."""
+        return self._buffer.data_ptr()
+
+    def block_span(self, block: BlockId) -> tuple[int, int]:
+        """Raw address and byte count of header + payload, padding included."""
+        return self.base_address() + self._offset(block), self.stride
+
+    def outgoing(self, block: BlockId) -> memoryview:
+        """Header + payload for sending. CPU: the arena's own memory; otherwise a copy."""
+        start = self._offset(block)
+        if self._view is not None:
+            return self._view[start : start + self.stride]
+        return memoryview(self._buffer[start : start + self.stride].cpu().numpy())
+
+    def landing(self, block: BlockId) -> memoryview:
+        """Where received header + payload bytes go. CPU: the arena's own memory; otherwise a bounce
+        buffer, which `landed` copies in."""
+        if self._view is not None:
+            return self.outgoing(block)
+        return memoryview(bytearray(self.stride))
+
+    def landed(self, block: BlockId, view: memoryview) -> None:
+        """Finish what `landing` began: a no-op on CPU."""
+        if self._view is None:
+            start = self._offset(block)
+            host = torch.from_numpy(np.frombuffer(view, dtype=np.uint8))
+            self._buffer[start : start + self.stride].copy_(host)
+
+    def stats(self) -> ArenaStats:
+        """Counts by state, taken at one instant."""
+        with self._lock:
+            quarantined = self._state.count(_QUARANTINED)
+            return ArenaStats(
+                total=self.num_blocks,
+                free=len(self._free),
+                used=self.num_blocks - len(self._free) - quarantined,
+                quarantined=quarantined,
+                block_nbytes=self.block_nbytes,
+                stride=self.stride,
+                nbytes=self.nbytes,
+            )
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _offset(self, block: BlockId) -> int:
+        if not 0 <= block < self.num_blocks:
+            raise ValueError(f"block {block} is outside this arena of {self.num_blocks} blocks")
+        return block * self.stride
+
+    def _expect(self, ids: Sequence[BlockId], state: int, verb: str) -> None:
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"{verb}: a block is named twice in {ids[:8]}")
+        for i in ids:
+            self._offset(i)
+            if self._state[i] != state:
+                raise ValueError(
+                    f"{verb}: block {i} is {_STATE_NAMES[self._state[i]]}, not {_STATE_NAMES[state]}. "
+                    "A block is returned once, by whoever allocated it."
+                )
+
+    def _retire(self, ids: Sequence[BlockId], state: int, verb: str) -> None:
+        self._expect(ids, state, verb)
+        for i in ids:
+            self._generation[i] += 1
+            self._state[i] = _FREE
+            self._write_header(i)
+        self._free.extend(reversed(ids))
+
+    def _write_header(self, block: BlockId) -> None:
+        start = block * self.stride
+        fields = (_MAGIC, block, self._generation[block], self.incarnation, self.block_nbytes)
+        if self._view is not None:
+            _HEADER.pack_into(self._view, start, *fields)
+            return
+        host = torch.frombuffer(bytearray(_HEADER.pack(*fields)), dtype=torch.uint8)
+        self._buffer[start : start + HEADER_NBYTES].copy_(host)
+
+    def _read_header(self, block: BlockId) -> bytes:
+        start = self._offset(block)
+        return bytes(self._buffer[start : start + HEADER_NBYTES].cpu().numpy())
+
+    def _checksum(self, block: BlockId) -> int:
+        return xxhash.xxh3_64_intdigest(self.payload(block).cpu().numpy())
+
+    def _full_message(self, n: int) -> str:
+        quarantined = self._state.count(_QUARANTINED)
+        used = self.num_blocks - len(self._free) - quarantined
+        return (
+            f"the arena has {len(self._free)} free blocks, {n} are needed ({used} used, {quarantined} "
+            f"quarantined of {self.num_blocks}; {self.stride} bytes each). Evict segments, or raise "
+            "transport.arena_bytes."
+        )

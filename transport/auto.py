@@ -1,0 +1,281 @@
+"""Chooses a backend per peer: the best that both ends have, and says which and why.
+
+`make_transport(settings)` gives a worker its transport; `available_backends()` serves the doctor. This module
+does not know how a backend moves bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from transport.arena import Arena
+from transport.base import Transport
+from transport.errors import TransportError
+from transport.inprocess import InProcessTransport
+from transport.nixl import INSTALL_HINT, NixlTransport
+from transport.nixl import probe as probe_nixl
+from transport.settings import TransportSettings
+from transport.tcp import TcpTransport
+from transport.types import BlockId, Lease, Outcome, Owner, Transfer
+
+logger = logging.getLogger(__name__)
+
+DISABLE_ENV: Final = "RELAY_DISABLE_BACKENDS"
+"""Test-only: comma-separated backends to hide, as if they were not installed. Not a way to configure."""
+PREFERENCE: Final = ("inprocess", "nixl", "tcp")
+AVOID_S: Final = 30.0
+"""How long a backend that failed to reach a peer is passed over for that peer."""
+_FAILED_TO_REACH: Final = (Outcome.PEER_GONE, Outcome.NO_ROUTE)
+
+
+def _hidden() -> set[str]:
+    return {name.strip() for name in os.environ.get(DISABLE_ENV, "").split(",") if name.strip()}
+
+
+def available_backends() -> dict[str, tuple[bool, str]]:
+    """Backend name -> (can it be used here, why or why not)."""
+    out = {
+        "nixl": (False, f"hidden by {DISABLE_ENV}") if "nixl" in _hidden() else probe_nixl(),
+        "tcp": (True, "plain sockets, always there"),
+        "inprocess": (True, "within one process only; for tests"),
+    }
+    return {n: (False, f"hidden by {DISABLE_ENV}") if n in _hidden() else v for n, v in out.items()}
+
+
+def _make_nixl(s: TransportSettings, worker: str, host: str) -> Transport:
+    return NixlTransport(worker)
+
+
+def _make_tcp(s: TransportSettings, worker: str, host: str) -> Transport:
+    bind = host if s.bind_host == "auto" else s.bind_host
+    # A wildcard is no address to connect to: peers are told the node's own.
+    advertise = host if bind in ("0.0.0.0", "::", "") else bind  # noqa: S104 - compared, not bound
+    return TcpTransport(bind, advertise, s.connect_timeout_s)
+
+
+def _make_inprocess(s: TransportSettings, worker: str, host: str) -> Transport:
+    return InProcessTransport()
+
+
+_BACKENDS: Final[Mapping[str, Callable[[TransportSettings, str, str], Transport]]] = {
+    "nixl": _make_nixl,
+    "tcp": _make_tcp,
+    "inprocess": _make_inprocess,
+}
+
+
+def make_backend(name: str, s: TransportSettings, *, worker: str, host: str) -> Transport:
+    """One backend by name.
+
+    Raises:
+        TransportError: the name is unknown, or the backend cannot be had here.
+    """
+    factory = _BACKENDS.get(name)
+    if factory is None:
+        raise TransportError(f"unknown transport backend {name!r}; known: auto, {', '.join(sorted(_BACKENDS))}.")
+    if name in _hidden():
+        raise TransportError(f"transport backend {name!r} is hidden by {DISABLE_ENV}; {INSTALL_HINT}.")
+    return factory(s, worker, host)
+
+
+def make_transport(
+    s: TransportSettings, *, worker: str = "worker", host: str = "127.0.0.1"
+) -> AutoTransport:
+    """A worker's transport. Backends start at `register`.
+
+    Args:
+        worker: this worker's name.
+        host: this node's address as peers see it; what bind_host "auto" means. Loopback unless told otherwise.
+
+    Raises:
+        TransportError: settings.backend is unknown, or names one that cannot be had here.
+    """
+    if s.backend != "auto":
+        return AutoTransport([make_backend(s.backend, s, worker=worker, host=host)], {})
+    backends: list[Transport] = []
+    missing: dict[str, str] = {}
+    for name in ("nixl", "tcp"):
+        try:
+            backends.append(make_backend(name, s, worker=worker, host=host))
+        except TransportError as fault:
+            missing[name] = str(fault)
+            logger.info("transport backend %s is not available: %s", name, fault)
+    return AutoTransport(backends, missing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Avoid:
+    until: float
+    reason: str
+
+
+class AutoTransport:
+    """All backends of one worker; pulls over the best that both ends have.
+
+    Use `addresses()` for `Owner.addresses`. Counts of `stats()`: "pulls.<backend>", "downgrades" (a better
+    backend was passed over), "fallbacks" (a pull that failed to reach its peer and was tried over the next).
+    """
+
+    name = "auto"
+
+    def __init__(self, backends: Sequence[Transport], missing: Mapping[str, str]) -> None:
+        self._backends = {b.name: b for b in backends}
+        self._missing = dict(missing)
+        self._lock = threading.Lock()
+        self._stats: dict[str, int] = {"downgrades": 0, "fallbacks": 0}
+        self._avoid: dict[tuple[str, str], _Avoid] = {}
+        self._told: dict[str, tuple[str, str]] = {}
+
+    def register(self, arena: Arena) -> None:
+        """Start every backend. One of several that does not come up is left out, and says so.
+
+        Raises:
+            TransportError: none comes up.
+        """
+        for name, backend in list(self._backends.items()):
+            try:
+                backend.register(arena)
+            except TransportError as fault:
+                self._missing[name] = str(fault)
+                del self._backends[name]
+                backend.close()
+                logger.warning("transport backend %s is left out: %s", name, fault)
+        if not self._backends:
+            raise TransportError(f"no transport backend came up: {self._missing}")
+
+    def addresses(self) -> dict[str, bytes]:
+        """Backend name -> address, for `Owner.addresses`."""
+        return {name: b.address() for name, b in self._backends.items()}
+
+    def address(self) -> bytes:
+        """A composite has one address per backend: see `addresses`.
+
+        Raises:
+            TransportError: always.
+        """
+        raise TransportError("auto has no single address; put addresses() into Owner.addresses.")
+
+    def chosen(self, owner: Owner) -> tuple[str | None, str]:
+        """(backend, reason) for pulls from `owner`; backend is None when there is no common one."""
+        usable, passed_over = self._rank(owner)
+        if not usable:
+            return None, (
+                f"no common backend: {owner.worker} has {sorted(owner.addresses)}, we have "
+                f"{sorted(self._backends)}; {'; '.join(passed_over) or 'nothing was passed over'}"
+            )
+        return usable[0], "; ".join(passed_over) or "best backend of both ends"
+
+    def pull(
+        self,
+        lease: Lease,
+        into: Sequence[BlockId],
+        *,
+        timeout_s: float,
+        lease_deadline: float | None = None,
+    ) -> Transfer:
+        """See `transport.base.Transport.pull`. When the best backend does not reach the peer, the next one
+        is tried within the same deadlines."""
+        owner = lease.located.owner
+        start = time.monotonic()
+        ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
+        usable, passed_over = self._rank(owner)
+        if not usable:
+            return self._no_route(lease, len(into), start)
+        self._tell(owner, usable[0], passed_over)
+        for at, name in enumerate(usable):
+            left = start + timeout_s - time.monotonic()
+            transfer = self._backends[name].pull(lease, into, timeout_s=left, lease_deadline=ends)
+            last = at + 1 == len(usable)
+            if last or transfer.outcome not in _FAILED_TO_REACH or time.monotonic() >= start + timeout_s:
+                break
+            self._pass_over(owner, name, transfer)
+        self._count(f"pulls.{transfer.backend}")
+        return replace(transfer, seconds=time.monotonic() - start)
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the start; see the class."""
+        with self._lock:
+            out = dict(self._stats)
+        for name, backend in self._backends.items():
+            if isinstance(backend, NixlTransport):
+                out.update({f"{name}.{k}": v for k, v in backend.stats().items()})
+        return out
+
+    def close(self) -> None:
+        """Close every backend."""
+        for backend in self._backends.values():
+            backend.close()
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _rank(self, owner: Owner) -> tuple[list[str], list[str]]:
+        """Usable backends, best first, and why better ones were passed over."""
+        now = time.monotonic()
+        usable: list[str] = []
+        passed_over: list[str] = []
+        for name in PREFERENCE:
+            ours, theirs = name in self._backends, name in owner.addresses
+            if ours and theirs:
+                avoid = self._avoid.get((self._life(owner), name))
+                if avoid is None or avoid.until <= now:
+                    usable.append(name)
+                else:
+                    passed_over.append(f"{name} passed over: {avoid.reason}")
+            elif theirs:
+                passed_over.append(f"{name} missing here: {self._missing.get(name, 'not configured')}")
+            elif ours:
+                passed_over.append(f"{name} missing at {owner.worker}")
+        if not usable:  # everything is being avoided: better to try again than not at all
+            usable = [n for n in PREFERENCE if n in self._backends and n in owner.addresses]
+        best = PREFERENCE.index(usable[0]) if usable else len(PREFERENCE)
+        better = set(PREFERENCE[:best])
+        return usable, [why for why in passed_over if why.split(" ", 1)[0] in better]
+
+    @staticmethod
+    def _life(owner: Owner) -> str:
+        return f"{owner.worker}.{owner.incarnation}"
+
+    def _tell(self, owner: Owner, name: str, passed_over: Sequence[str]) -> None:
+        """Log each peer's choice once, and again when it changes; count downgrades per pull."""
+        reason = "; ".join(passed_over) or "best backend of both ends"
+        if passed_over:
+            self._count("downgrades")
+        with self._lock:
+            if self._told.get(owner.worker) == (name, reason):
+                return
+            self._told[owner.worker] = (name, reason)
+        log = logger.warning if passed_over else logger.info
+        log("pulls from %s go over %s: %s", owner.worker, name, reason)
+
+    def _pass_over(self, owner: Owner, name: str, transfer: Transfer) -> None:
+        reason = f"{transfer.outcome.value}: {transfer.detail}"
+        with self._lock:
+            self._avoid[(self._life(owner), name)] = _Avoid(time.monotonic() + AVOID_S, reason)
+            self._stats["fallbacks"] += 1
+        logger.warning("%s did not reach %s (%s); trying the next backend", name, owner.worker, reason)
+
+    def _no_route(self, lease: Lease, blocks: int, start: float) -> Transfer:
+        owner = lease.located.owner
+        self._count("no_route")
+        _, reason = self.chosen(owner)
+        logger.warning("pull from %s: %s", owner.worker, reason)
+        return Transfer(
+            source=owner.worker,
+            destination=lease.holder,
+            backend="none",
+            nbytes=0,
+            blocks=blocks,
+            seconds=time.monotonic() - start,
+            outcome=Outcome.NO_ROUTE,
+            detail=reason,
+        )
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._stats[name] = self._stats.get(name, 0) + 1

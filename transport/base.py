@@ -1,0 +1,105 @@
+"""Contracts of the transport room. `tests/transport/conformance.py` runs one suite over every backend.
+
+A pull is: lease -> read -> verify -> commit. `Transport.pull` takes a `Lease`, so an unleased pull cannot
+be written. Verify means: the block's generation (in the block's own header, read together with the payload)
+is the leased one, and xxh3 of the payload equals the published checksum. Only then do the destination
+blocks belong to the caller; after a timeout they are quarantined in the arena, because late writes are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from transport.arena import Arena
+from transport.types import (
+    BlockId,
+    Lease,
+    Located,
+    Owner,
+    Segment,
+    SegmentKey,
+    Transfer,
+    WorkerId,
+)
+
+
+class Transport(Protocol):
+    """Moves sealed blocks between arenas. Thread-safe: several pulls may run at once."""
+
+    name: str
+
+    def register(self, arena: Arena) -> None:
+        """Make the arena readable by peers. Called once, before `address`."""
+        ...
+
+    def address(self) -> bytes:
+        """What a peer's `pull` needs to reach this arena; opaque outside the backend."""
+        ...
+
+    def pull(
+        self,
+        lease: Lease,
+        into: Sequence[BlockId],
+        *,
+        timeout_s: float,
+        lease_deadline: float | None = None,
+    ) -> Transfer:
+        """Read every block of the leased segment into `into` (same length, allocated by the caller in the
+        registered arena), verify, and report. Never raises for a remote fault: the `Transfer` says it.
+        `lease_deadline` is the time.monotonic() instant at which the lease ends, counted by the caller from
+        before its lease request (None: `lease.ttl_s` from the start of the pull).
+        On any outcome other than PULLED the caller must not use the destination. Blocks are returned to the
+        arena by the caller, except after TIMED_OUT, when the backend has quarantined them itself."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads and sockets. Idempotent."""
+        ...
+
+
+class KVDirectory(Protocol):
+    """Finds and pins segments. All operations are batched and have a deadline
+    (`DirectorySettings.call_timeout_s`); a shard that does not answer costs hits, never correctness:
+    lookups omit its keys; writes raise DirectoryUnavailable."""
+
+    def announce(self, owner: Owner) -> None:
+        """Heartbeat of an owner; a newer incarnation fences the older one and drops its segments."""
+        ...
+
+    def publish(self, owner: Owner, segments: Sequence[Segment]) -> None:
+        """Enter segments whose blocks are all sealed."""
+        ...
+
+    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> dict[SegmentKey, Located]:
+        """Find segments; prefers a copy held by `near`, then its node, then any. Never extends a lease,
+        and does not count as a use for LRU."""
+        ...
+
+    def lease(
+        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float
+    ) -> dict[SegmentKey, Lease]:
+        """Pin segments for `holder`; absent keys are omitted. Counts as a use for LRU."""
+        ...
+
+    def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:
+        """Lease id -> still held."""
+        ...
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        """Unpin. Idempotent; unknown leases are ignored."""
+        ...
+
+    def evict(self, owner: Owner, *, nbytes: int) -> tuple[Segment, ...]:
+        """Remove unleased segments of `owner`, least recently used first, until at least `nbytes` are
+        covered or none is left. They are out of the directory before this returns, so that the owner
+        may free their blocks."""
+        ...
+
+    def drop_owner(self, worker: WorkerId, incarnation: int) -> None:
+        """Forget a dead owner: its segments and every lease on them."""
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Totals over shards: segments, leases, owners, bytes, shards_up."""
+        ...

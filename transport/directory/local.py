@@ -1,0 +1,112 @@
+"""A directory of one table in this process: for tests and single-process use. Real logic, no Ray.
+
+It does not know of shards, and cannot be unavailable.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from transport.directory.table import Announced, Table
+from transport.errors import WorkerLost
+from transport.settings import DirectorySettings
+from transport.types import Lease, Located, Owner, Segment, SegmentKey, WorkerId
+
+
+def refuse_fenced(owner: Owner, reply: Announced) -> None:
+    """Turn a fenced reply into an error.
+
+    Raises:
+        WorkerLost: a newer incarnation has taken the owner's name.
+    """
+    if reply.fenced_by is not None:
+        raise WorkerLost(
+            f"{owner.worker}: incarnation {owner.incarnation} was replaced by {reply.fenced_by} or dropped as "
+            "dead; its segments are gone from the directory. End this process."
+        )
+
+
+class LocalDirectory:
+    """KVDirectory over one Table. Thread-safe.
+
+    Args:
+        settings: timeouts; defaults as in DirectorySettings.
+        drop_silent: whether owners that do not announce are dropped, as in a cluster. Off by default: there
+            is no heartbeat within one process, and nobody in it dies alone.
+        clock: monotonic seconds; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        settings: DirectorySettings | None = None,
+        *,
+        drop_silent: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        timeout = (settings or DirectorySettings()).owner_timeout_s if drop_silent else math.inf
+        self._table = Table(owner_timeout_s=timeout, lease_prefix="local:")
+        self._clock = clock
+        self._lock = threading.Lock()
+
+    def announce(self, owner: Owner) -> None:
+        """See KVDirectory. Raises WorkerLost when `owner` is fenced."""
+        with self._lock:
+            reply = self._table.announce(owner, self._clock())
+        refuse_fenced(owner, reply)
+
+    def publish(self, owner: Owner, segments: Sequence[Segment]) -> None:
+        """See KVDirectory. Raises WorkerLost when `owner` is fenced."""
+        with self._lock:
+            reply = self._table.publish(owner, segments, self._clock())
+        refuse_fenced(owner, reply)
+
+    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> dict[SegmentKey, Located]:
+        """See KVDirectory."""
+        with self._lock:
+            return self._table.lookup(keys, self._clock(), near=near)
+
+    def lease(
+        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float
+    ) -> dict[SegmentKey, Lease]:
+        """See KVDirectory."""
+        with self._lock:
+            return self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s)
+
+    def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:
+        """See KVDirectory."""
+        with self._lock:
+            held = self._table.renew([x.id for x in leases], self._clock(), ttl_s=ttl_s)
+        return {str(k): v for k, v in held.items()}
+
+    def release(self, leases: Sequence[Lease]) -> None:
+        """See KVDirectory."""
+        with self._lock:
+            self._table.release([x.id for x in leases], self._clock())
+
+    def evict(self, owner: Owner, *, nbytes: int) -> tuple[Segment, ...]:
+        """See KVDirectory."""
+        with self._lock:
+            return self._table.evict(owner, nbytes, self._clock())
+
+    def drop_owner(self, worker: WorkerId, incarnation: int) -> None:
+        """See KVDirectory."""
+        with self._lock:
+            self._table.drop_owner(worker, incarnation, self._clock())
+
+    def stats(self) -> dict[str, float]:
+        """See KVDirectory."""
+        with self._lock:
+            return {**self._table.stats(self._clock()), "shards_up": 1.0}
+
+    def start_owner(self, owner: Owner, segments_source: Callable[[], Sequence[Segment]]) -> None:
+        """Same call as `DirectoryClient.start_owner`, without its heartbeat: this table never restarts."""
+        self.announce(owner)
+        held = segments_source()
+        if held:
+            self.publish(owner, held)
+
+    def close(self) -> None:
+        """Nothing to stop."""

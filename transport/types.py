@@ -1,0 +1,170 @@
+"""The nouns of the transport room: keys, blocks, segments, leases and the outcome of a pull.
+
+Every type here is frozen, slotted and made of plain Python values, so it may cross a Ray call or a
+msgpack frame. This module does not know what the bytes of a block mean, nor what a prompt is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NewType
+
+WorkerId = NewType("WorkerId", str)
+"""Name of a worker, unique in the cluster and stable over restarts ("w0")."""
+NodeId = NewType("NodeId", str)
+"""Host name or Ray node id: two workers of one node may share memory."""
+BlockId = NewType("BlockId", int)
+"""Index of a block in one arena."""
+Incarnation = NewType("Incarnation", int)
+"""Start time in ns of a worker process: a later start of the same name has a larger number."""
+LeaseId = NewType("LeaseId", str)
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentKey:
+    """Names reusable KV.
+
+    Attributes:
+        space: fingerprint of all that alters KV (weights, architecture, dtype, RoPE, layout, tenant).
+        digest: BLAKE2b over the canonical bytes of the token ids.
+    """
+
+    space: str
+    digest: bytes
+
+    def __str__(self) -> str:
+        return f"{self.space[:8]}/{self.digest.hex()[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRef:
+    """A block in its owner's arena, as the owner published it.
+
+    Attributes:
+        block: index in the owner's arena.
+        generation: the arena's count for this block; it changes when the block is freed.
+        nbytes: payload bytes (every block of an arena has the same size).
+        checksum: xxh3-64 over the payload.
+    """
+
+    block: BlockId
+    generation: int
+    nbytes: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A live worker process that holds segments, and how to reach it.
+
+    Attributes:
+        worker: its name.
+        incarnation: which life of that name.
+        node: where it runs.
+        addresses: backend name -> opaque address bytes, made and read by that backend only.
+    """
+
+    worker: WorkerId
+    incarnation: Incarnation
+    node: NodeId
+    addresses: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """KV of a run of tokens, held in whole blocks by one owner.
+
+    Attributes:
+        key: what it is.
+        num_tokens: tokens whose KV is stored; the last block may be partly filled.
+        start: position that the first token had when the keys were rotated.
+        blocks: in token order.
+        variant: digest of the context under which it was made ("" when unknown); the same tokens
+            may be stored under several contexts.
+        layout: fingerprint of the block layout; a reader with another layout must not use it.
+        producer: who made it, for reports ("solver@w0").
+        complete: False while the producer still appends blocks (streaming relay).
+    """
+
+    key: SegmentKey
+    num_tokens: int
+    start: int
+    blocks: tuple[BlockRef, ...]
+    variant: str = ""
+    layout: str = ""
+    producer: str = ""
+    complete: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A segment together with the owner that holds it."""
+
+    segment: Segment
+    owner: Owner
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A timed pin of one owner's copy of a segment. A pull takes a lease, never a bare block.
+
+    Attributes:
+        id: unique in the directory.
+        located: what is pinned, and where.
+        holder: who may read.
+        ttl_s: seconds, counted by the directory from the grant and by the holder from *before* the
+            request, so that clocks of different nodes are never compared.
+    """
+
+    id: LeaseId
+    located: Located
+    holder: WorkerId
+    ttl_s: float
+
+
+class Outcome(StrEnum):
+    """How a pull ended. Everything except PULLED means: compute the span yourself."""
+
+    PULLED = "pulled"
+    STALE = "stale"
+    CORRUPT = "corrupt"
+    LEASE_EXPIRED = "lease_expired"
+    PEER_GONE = "peer_gone"
+    TIMED_OUT = "timed_out"
+    LAYOUT_MISMATCH = "layout_mismatch"
+    NO_ROUTE = "no_route"
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The facts of one pull.
+
+    Attributes:
+        source: owner's name; destination: reader's name.
+        backend: the backend that moved the bytes ("nixl", "tcp", "inprocess", or "local" when the reader
+            owns the segment).
+        nbytes: payload bytes that arrived (0 unless PULLED).
+        blocks: number of blocks asked for.
+        seconds: wall time of read plus verification.
+        outcome: see Outcome.
+        detail: one line for people; empty when PULLED.
+    """
+
+    source: WorkerId
+    destination: WorkerId
+    backend: str
+    nbytes: int
+    blocks: int
+    seconds: float
+    outcome: Outcome
+    detail: str = ""
+
+    @property
+    def gb_s(self) -> float:
+        """Bandwidth in 1e9 bytes per second."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds > 0 else 0.0

@@ -1,0 +1,205 @@
+"""The Ray shell around one worker: builds it from plain settings and passes calls through. No decisions.
+
+Tensors never enter Ray's object store: only requests, keys and reports cross it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from transport.settings import DirectorySettings, TransportSettings
+from transport.types import Incarnation, NodeId, Owner, WorkerId
+from workers.messages import Comparison, Reply, Request
+from workers.settings import DEFAULT_MODEL, WorkerSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """All that a worker process needs to come up.
+
+    Attributes:
+        worker: its name.
+        model: embedded name, folder or hub id.
+        tenant: goes into `space`.
+        directory_shards: names of the shard actors.
+        namespace: Ray namespace of the shards.
+    """
+
+    worker: WorkerId
+    model: str = DEFAULT_MODEL
+    tenant: str = "default"
+    settings: WorkerSettings = field(default_factory=WorkerSettings)
+    transport: TransportSettings = field(default_factory=TransportSettings)
+    directory: DirectorySettings = field(default_factory=DirectorySettings)
+    directory_shards: tuple[str, ...] = ()
+    namespace: str = "relay"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a started worker tells the cluster."""
+
+    worker: WorkerId
+    node: NodeId
+    pid: int
+    incarnation: int
+    device: str
+    model: str
+    space: str
+    profile_measured: bool
+    backends: dict[str, str]
+    block_nbytes: int
+    load_s: float
+
+
+class Worker:
+    """One model on one device. Made a Ray actor by `remote_worker`; plain class so that it can be read and tested."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        begin = time.perf_counter()
+        # Imported here: the driver handles this class without loading torch.
+        import torch  # noqa: PLC0415
+
+        from transport.auto import AutoTransport  # noqa: PLC0415
+        from transport.directory.client import DirectoryClient  # noqa: PLC0415
+
+        threads = spec.settings.threads or os.cpu_count() or 1
+        torch.set_num_threads(threads)
+        self._spec = spec
+        loaded, profile = _load(spec)
+        node = NodeId(ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostname())
+        incarnation = Incarnation(time.time_ns())
+        arena = _arena(spec, loaded.layout.block_nbytes, incarnation, loaded.device)
+        self._transport = AutoTransport(spec.worker, incarnation, spec.transport)
+        self._transport.register(arena)
+        owner = Owner(spec.worker, incarnation, node, self._transport.addresses())
+        self._directory = DirectoryClient(
+            list(spec.directory_shards), spec.directory, namespace=spec.namespace
+        )
+        from workers.agent import AgentWorker  # noqa: PLC0415
+        from workers.store import SegmentStore  # noqa: PLC0415
+
+        store = SegmentStore(
+            owner,
+            loaded.layout,
+            arena,
+            self._transport,
+            self._directory,
+            lease_ttl_s=spec.directory.lease_ttl_s,
+            pull_timeout_s=spec.transport.pull_timeout_s,
+        )
+        self._directory.start_owner(owner, store.segments)
+        self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store)
+        self._arena = arena
+        self._info = WorkerInfo(
+            worker=spec.worker,
+            node=node,
+            pid=os.getpid(),
+            incarnation=int(incarnation),
+            device=str(loaded.device),
+            model=spec.model,
+            space=loaded.space,
+            profile_measured=profile.measured,
+            backends=self._transport.backends(),
+            block_nbytes=loaded.layout.block_nbytes,
+            load_s=time.perf_counter() - begin,
+        )
+
+    def info(self) -> WorkerInfo:
+        """Who this is; answers once the worker is ready."""
+        return self._info
+
+    def prepare(self, system: str | None, prompt: str) -> int:
+        """See AgentWorker.prepare."""
+        return self._agent.prepare(system, prompt)
+
+    def generate(self, request: Request) -> Iterator[tuple[str, Any]]:
+        """Stream of ("token", (id, text)) and at last ("reply", Reply). Errors are raised where they happen."""
+        items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+
+        def answer() -> None:
+            try:
+                reply = self._agent.generate(request, lambda token, text: items.put(("token", (token, text))))
+                items.put(("reply", reply))
+            except Exception as error:  # noqa: BLE001 - carried to the caller's thread and raised there
+                items.put(("error", error))
+
+        threading.Thread(target=answer, name=f"request-{request.id}", daemon=True).start()
+        while True:
+            # The request has its own deadline; this one only catches a dead thread.
+            kind, item = items.get(timeout=2 * self._spec.settings.request_timeout_s + 60)
+            if kind == "error":
+                raise item
+            yield kind, item
+            if kind == "reply":
+                return
+
+    def compare(self, request: Request, reply: Reply, base_method: str, repeats: int) -> Comparison:
+        """See AgentWorker.compare."""
+        return self._agent.compare(request, reply, base_method, repeats=repeats)
+
+    def cancel(self, request_id: str) -> bool:
+        """See AgentWorker.cancel."""
+        return self._agent.cancel(request_id)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the engine, the arena and the transport."""
+        return {
+            **self._agent.stats(),
+            "arena": self._arena.stats(),
+            "transport": self._transport.stats(),
+        }
+
+    def close(self) -> None:
+        """Stop threads and sockets."""
+        self._agent.close()
+        self._directory.close()
+        self._transport.close()
+
+
+def _load(spec: WorkerSpec) -> tuple[Any, Any]:
+    from workers.model import load_model, num_layers_of  # noqa: PLC0415 - brings torch
+    from workers.profile import load_profile  # noqa: PLC0415
+
+    profile = load_profile(spec.model, num_layers_of(spec.model))
+    loaded = load_model(
+        spec.model,
+        dtype=spec.settings.dtype,
+        device=spec.settings.device,
+        tenant=spec.tenant,
+        checkpoint_layer=profile.checkpoint_layer,
+        block_tokens=spec.transport.block_tokens,
+    )
+    return loaded, profile
+
+
+def _arena(spec: WorkerSpec, block_nbytes: int, incarnation: Incarnation, device: Any) -> Any:
+    from transport.arena import Arena  # noqa: PLC0415 - brings torch
+
+    return Arena(spec.transport.arena_bytes, block_nbytes, device=str(device), incarnation=incarnation)
+
+
+def remote_worker(spec: WorkerSpec, *, num_cpus: float, num_gpus: float, max_restarts: int) -> Any:
+    """Start the worker as a named Ray actor and return its handle (`info` answers when it is ready)."""
+    options: dict[str, Any] = {
+        "name": f"relay-worker-{spec.worker}",
+        "namespace": spec.namespace,
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "max_restarts": max_restarts,
+        # Requests block their thread while the step loop works; info, cancel and stats must still get through.
+        "max_concurrency": 2 * spec.settings.max_sequences + 4,
+    }
+    return ray.remote(Worker).options(**options).remote(spec)

@@ -1,0 +1,154 @@
+"""What a worker is asked and what it answers: frozen dataclasses of plain values, so they may cross a Ray call.
+
+No tensor is ever part of a message. Durations are in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transport.types import NodeId, SegmentKey, Transfer, WorkerId
+from workers.segment import SlotValue
+from workers.settings import SamplingSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One agent's turn.
+
+    Attributes:
+        id: unique; names the request in logs and for `cancel`.
+        agent: name of the agent, for reports.
+        system, prompt: the agent's template; `{slot}` marks the slots of `prompt`.
+        values: slot -> content.
+        method: reuse method, as users write it.
+        sampling: how tokens are drawn.
+        publish: leave segments and prefixes behind for others.
+        only_keys: relay only these segments (None: any); used to repeat a run exactly.
+        prefix_limit: most tokens to take from the prefix cache (None: no limit).
+    """
+
+    id: str
+    agent: str
+    prompt: str
+    system: str | None = None
+    values: dict[str, SlotValue] = field(default_factory=dict[str, SlotValue])
+    method: str = "auto"
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    publish: bool = True
+    only_keys: frozenset[SegmentKey] | None = None
+    prefix_limit: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Where the time to first token went inside the worker; the fields add up to it."""
+
+    queue_s: float = 0.0
+    lookup_s: float = 0.0
+    lease_s: float = 0.0
+    pull_s: float = 0.0
+    rotate_s: float = 0.0
+    rectify_s: float = 0.0
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTransfer:
+    """A pull, and the slot that it was for."""
+
+    slot: str
+    key: SegmentKey
+    source_node: NodeId
+    transfer: Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A slot that was computed although its KV should have been reusable. reason: an Outcome, "not_found" or
+    "arena_full"."""
+
+    slot: str
+    reason: str
+    detail: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A segment that this request left in the directory. slot: None for the agent's own output."""
+
+    slot: str | None
+    key: SegmentKey
+    tokens: int
+    blocks: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """The facts of one request.
+
+    Attributes:
+        ttft_s: from the request's arrival at the worker to its first token.
+        decode_s: from the first token to the last.
+        fresh_tokens + relayed_tokens = prompt_tokens; prefix_tokens is the part of fresh_tokens that came from
+            the exact local prefix cache.
+        fresh_entries, recomputed_entries, relayed_entries: (token, layer) entries computed for fresh tokens,
+            recomputed in relayed spans, and all of relayed spans.
+        output: what downstream slots get.
+        notes: facts worth telling ("prompt segment not published: arena full").
+    """
+
+    request_id: str
+    agent: str
+    worker: WorkerId
+    node: NodeId
+    model: str
+    method: str
+    prompt_tokens: int
+    fresh_tokens: int
+    relayed_tokens: int
+    prefix_tokens: int
+    fresh_entries: int
+    recomputed_entries: int
+    relayed_entries: int
+    ttft_s: float
+    decode_s: float
+    stages: StageTimes
+    transfers: tuple[SlotTransfer, ...]
+    fallbacks: tuple[Fallback, ...]
+    published: tuple[Published, ...]
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+    output: SlotValue
+    notes: tuple[str, ...] = ()
+
+    @property
+    def reuse(self) -> float | None:
+        """Share of the relayed spans' (token, layer) entries that were not recomputed."""
+        return None if not self.relayed_entries else 1 - self.recomputed_entries / self.relayed_entries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One prompt under two methods on one worker, teacher-forced on the base method's text.
+
+    Attributes:
+        samples: (ttft_s of the method, ttft_s of the base) pairs, interleaved.
+        top1: share of positions with the same most likely token.
+        kl_first, kl_mean, kl_p90: KL(base || method) in nats, at the first position, mean and 90th percentile.
+        positions: how many positions were compared.
+        base: the base method's own reply.
+    """
+
+    method: str
+    samples: tuple[tuple[float, float], ...]
+    top1: float
+    kl_first: float
+    kl_mean: float
+    kl_p90: float
+    positions: int
+    base: Reply

@@ -1,0 +1,148 @@
+"""What a reuse method may say: a plan for every token of a prompt, in which layers it is computed.
+
+Pure and torch-free: a method sees spans, hits and the model's profile and returns a `RectifyPlan`; one executor
+(`workers/prefill.py`) runs every plan. Ranges are half-open throughout: a band [a, b) computes layers a .. b-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from transport.types import Located, SegmentKey
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A run of tokens [start, stop) of a prompt.
+
+    Attributes:
+        slot: the slot that the text came from; None for template text.
+        key: the segment that may hold its KV; None when it is always fresh.
+    """
+
+    start: int
+    stop: int
+    slot: str | None = None
+    key: SegmentKey | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ModelProfile:
+    """Layer bands and ratios that suit one model (`configs/profiles/*.yaml`).
+
+    Attributes:
+        model: name of the model that it was measured on.
+        num_layers: its number of layers L.
+        checkpoint_layer: layer whose input hidden states segments carry (the L_start of every method).
+        detection_layer: L_det of `relay_caching`, inclusive.
+        end_layer: L_end, exclusive: from here on entries are reused again.
+        ratio: share of a span's tokens that `auto` recomputes.
+        first_tokens: the first tokens of a span that `auto` always counts among those.
+        measured: False for the generic profile of a model that nobody has profiled.
+    """
+
+    model: str
+    num_layers: int
+    checkpoint_layer: int
+    detection_layer: int
+    end_layer: int
+    ratio: float
+    first_tokens: int
+    measured: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TopMass:
+    """Select by publish-time context mass: the first `first` tokens and then the largest masses, together
+    `ratio` of the span's tokens, rounded up."""
+
+    ratio: float
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TopDeviation:
+    """Select at run time at `layer` (RelayCaching): value deviation above `tau_diff` x its mean, or attention
+    received from the last `suffix` prompt tokens above `tau_down` x its mean. A negative `tau_diff` selects all."""
+
+    layer: int
+    tau_diff: float
+    tau_down: float
+    suffix: int
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Select these offsets within the span."""
+
+    offsets: tuple[int, ...]
+
+
+Select = TopMass | TopDeviation | Positions
+
+
+@dataclass(frozen=True, slots=True)
+class SpanPlan:
+    """What happens to one span.
+
+    Attributes:
+        span: which tokens.
+        source: the hit whose KV is reused; None means computed in full (fresh).
+        band: layers [start, stop) in which the selected tokens are recomputed. Rows join at band[0] from the
+            segment's checkpoint, or at layer 0 from their embedding.
+        select: which tokens of the span.
+    """
+
+    span: Span
+    source: Located | None = None
+    band: tuple[int, int] = (0, 0)
+    select: Select = Positions(())
+
+    @property
+    def shift(self) -> int:
+        """Positions that the stored keys must be rotated by."""
+        return 0 if self.source is None else self.span.start - self.source.segment.start
+
+
+@dataclass(frozen=True, slots=True)
+class RectifyPlan:
+    """A plan for a whole prompt.
+
+    Attributes:
+        spans: tile the prompt without gap or overlap.
+        use_prefix_cache: whether the leading fresh tokens may come from the exact local prefix cache.
+    """
+
+    spans: tuple[SpanPlan, ...]
+    use_prefix_cache: bool = True
+
+
+class ReuseMethod(Protocol):
+    """One way to reuse KV; a frozen dataclass whose fields are its parameters.
+
+    Attributes:
+        name: how users call it.
+        exact: whether its output is full prefill's by construction.
+        uses_segments: whether it wants directory look-ups at all.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    uses_segments: ClassVar[bool]
+
+    def plan(
+        self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile
+    ) -> RectifyPlan:
+        """Make a plan. `spans` tile the prompt; `hits` are leased segments. The last prompt token is never
+        inside a span with a key (the prompt builder sees to that), so it is always computed."""
+        ...
+
+
+def fresh(span: Span) -> SpanPlan:
+    """Compute the span in all layers."""
+    return SpanPlan(span)

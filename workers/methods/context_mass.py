@@ -1,0 +1,59 @@
+"""`context_mass` (ours, methods.md section 4): repair the tokens that looked at the text before their segment.
+
+A token's KV changes with the prefix only as far as the token attended to the prefix. The upstream agent recorded
+that attention mass while it decoded, so the set to repair is known when the segment is published: no detection
+layers and no pass over all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from transport.errors import ConfigError
+from transport.types import Located, SegmentKey
+from workers.methods.base import ModelProfile, RectifyPlan, Span, SpanPlan, TopMass
+
+
+@dataclass(frozen=True, slots=True)
+class ContextMass:
+    """Recompute the share `ratio` of each span, in layers [start, end), from the checkpoint.
+
+    Attributes (None = from the model's profile):
+        ratio: share of a span's tokens, 0 to 1.
+        first: how many of the span's first tokens are always among them (they carry most deviation).
+        start: first recomputed layer; must be 0 or the segment's checkpoint layer.
+        end: layer from which entries are reused again.
+    """
+
+    name: ClassVar[str] = "context_mass"
+    exact: ClassVar[bool] = False
+    uses_segments: ClassVar[bool] = True
+
+    ratio: float | None = None
+    first: int | None = None
+    start: int | None = None
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not 0 <= self.ratio <= 1:
+            raise ConfigError(f"context_mass: ratio={self.ratio} is not between 0 and 1.")
+
+    def plan(
+        self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile
+    ) -> RectifyPlan:
+        start = profile.checkpoint_layer if self.start is None else self.start
+        end = profile.end_layer if self.end is None else min(self.end, profile.num_layers)
+        select = TopMass(
+            ratio=profile.ratio if self.ratio is None else self.ratio,
+            first=profile.first_tokens if self.first is None else self.first,
+        )
+        return RectifyPlan(
+            tuple(
+                SpanPlan(s, hits[s.key], band=(start, end), select=select)
+                if s.key is not None and s.key in hits
+                else SpanPlan(s)
+                for s in spans
+            )
+        )

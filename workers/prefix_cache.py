@@ -1,0 +1,73 @@
+"""Exact local prefix cache: KV of token prefixes that this worker computed itself, in full.
+
+A token whose whole left context is identical has identical KV, so the copy is exact. Entries are copies outside the KV
+pool, with a byte budget and least-recently-used eviction. Knows nothing of segments or other workers.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from workers.kv_cache import SequenceCache
+
+
+class PrefixCache:
+    """Longest-common-prefix look-up over a few recent prompts. Thread-safe."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self._entries.values())
+
+    def load(self, token_ids: Sequence[int], cache: SequenceCache, *, limit: int) -> int:
+        """Copy the longest known prefix of `token_ids`, at most `limit` tokens, into `cache`.
+
+        Returns:
+            Number of leading tokens whose KV is now in place.
+        """
+        wanted = np.asarray(token_ids, dtype=np.int32)
+        with self._lock:
+            best, entry = 0, None
+            for key in self._entries:
+                n = _common_prefix(np.frombuffer(key, dtype=np.int32), wanted)
+                if n > best:
+                    best, entry = n, key
+            best = min(best, limit)
+            if entry is None or best <= 0:
+                return 0
+            self._entries.move_to_end(entry)
+            cache.kv[:, :, :, :best] = self._entries[entry][:, :, :, :best]
+            return best
+
+    def store(self, token_ids: Sequence[int], cache: SequenceCache) -> None:
+        """Keep the KV of `token_ids`, which stand at the start of `cache` and were computed in full."""
+        count = len(token_ids)
+        key = np.asarray(token_ids, dtype=np.int32).tobytes()
+        size = cache.kv[:, :, :, :1].nbytes * count
+        if count == 0 or size > self._max_bytes:
+            return
+        with self._lock:
+            for known in list(self._entries):
+                if known.startswith(key):
+                    self._entries.move_to_end(known)
+                    return
+                if key.startswith(known):
+                    del self._entries[known]
+            self._entries[key] = cache.kv[:, :, :, :count].clone()
+            while self.nbytes > self._max_bytes:
+                self._entries.popitem(last=False)
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(a.shape[0], b.shape[0])
+    different = np.nonzero(a[:n] != b[:n])[0]
+    return int(different[0]) if different.size else n

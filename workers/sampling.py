@@ -1,0 +1,55 @@
+"""Draws the next token of one request from its logits.
+
+Every request has its own generator on the CPU, so what it draws does not depend on its batch mates or on the
+device. This module does not know about stop tokens or sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from transport.errors import RelayError
+from workers.settings import SamplingSettings
+
+
+class Sampler:
+    """Greedy at temperature 0, else temperature and top-p with the request's own seed."""
+
+    def __init__(self, settings: SamplingSettings) -> None:
+        self._settings = settings
+        self._generator = torch.Generator(device="cpu").manual_seed(settings.seed)
+
+    def sample(self, logits: torch.Tensor) -> int:
+        """Draw a token id.
+
+        Args:
+            logits: [vocab], any float dtype and device; -inf forbids a token.
+
+        Raises:
+            RelayError: the logits are not a vector, or hold NaN, +inf, or nothing but -inf.
+        """
+        if logits.ndim != 1 or logits.numel() == 0:
+            raise RelayError(
+                f"logits of shape {tuple(logits.shape)} cannot be sampled: one vector [vocab] is needed"
+            )
+        best, index = logits.max(dim=0)  # NaN wins a maximum, so one number tells the health of all
+        if not bool(torch.isfinite(best)):
+            raise RelayError(
+                f"the model's logits are not numbers (largest: {float(best)}). The weights or the cache are "
+                "damaged, "
+                "or the dtype overflows: try dtype: float32."
+            )
+        if self._settings.temperature == 0:
+            return int(index)
+        return self._draw(logits)
+
+    def _draw(self, logits: torch.Tensor) -> int:
+        # float64 on the CPU: the same tokens for the same seed, whatever the device and dtype of the model
+        scaled = logits.detach().to("cpu", torch.float64)
+        scaled = (scaled - scaled.max()) / self._settings.temperature
+        ordered, order = torch.sort(torch.softmax(scaled, dim=0), descending=True, stable=True)
+        reached = torch.cumsum(ordered, dim=0)
+        # a token is kept while the mass before it is below top_p: never empty, and the one that crosses is in
+        kept = max(int(((reached - ordered) < self._settings.top_p).sum()), 1)
+        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * reached[kept - 1]
+        return int(order[min(int(torch.searchsorted(reached[:kept], point, right=True)), kept - 1)])

@@ -1,0 +1,486 @@
+"""Prompt -> token ids and spans: which tokens of a prompt may have KV somewhere, and under which key.
+
+A prompt is a chat template, the author's literal text and slots. The chat template is rendered once, with a
+private-use character (a *sentinel*) in the place of every literal and slot, so nobody's text passes through
+it: it cannot trim or alter text, and text cannot forge its control tokens. The rendered template is cut at
+the sentinels and every piece is tokenised alone; only the template's own pieces may contain control tokens.
+The ids of an upstream output are spliced as they were decoded, never re-tokenised.
+
+This module does not know where segments live, which method reuses them, or how a model computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import string
+import struct
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from transport.errors import ModelError, PipelineError, PromptTooLong
+from transport.types import SegmentKey
+from workers.methods.base import Span
+
+_DIGEST_TAG = b"relay.tokens/1"
+_DIGEST_BYTES = 16
+_FIRST_SENTINEL = 0xF0000  # plane 15, private use: no script, no whitespace, not in any tokenizer's rules
+_SLOT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_GUARD = "\n"
+_JOIN = "\n\n"
+"""Stands between system text and prompt where the model has no system role."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotValue:
+    """What fills a slot: raw text, or token ids decoded upstream. Exactly one of them is given.
+
+    Attributes:
+        text: user input or a tool's result; tokenised by the prompt builder.
+        token_ids: spliced as they are.
+        kv_tokens: how many leading ids of `token_ids` have KV in the published segment, whose key is the
+            digest of exactly these; 0 when there is none. Not used for text.
+    """
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    kv_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.token_ids is None):
+            raise PipelineError("a slot's value is either text or token ids, exactly one of them")
+        if not 0 <= self.kv_tokens <= len(self.token_ids or ()):
+            raise PipelineError(
+                f"kv_tokens {self.kv_tokens} of a value with {len(self.token_ids or ())} token ids"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a template: fixed token ids, or a slot (then without ids)."""
+
+    token_ids: tuple[int, ...] = ()
+    slot: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """A rendered, tokenised prompt with holes. Reusable for any number of requests."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Slot names, each once, in order of first appearance."""
+        return tuple(dict.fromkeys(p.slot for p in self.pieces if p.slot is not None))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of a prompt, and the spans that tile them without gap or overlap."""
+
+    token_ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def tokens_of(self, span: Span) -> tuple[int, ...]:
+        return self.token_ids[span.start : span.stop]
+
+
+def digest_tokens(token_ids: Sequence[int]) -> bytes:
+    """BLAKE2b (16 bytes) over a schema tag, the count and the ids, all as little-endian u32."""
+    body = struct.pack(f"<{len(token_ids) + 1}I", len(token_ids), *token_ids)
+    return hashlib.blake2b(_DIGEST_TAG + body, digest_size=_DIGEST_BYTES).digest()
+
+
+# -- control tokens ------------------------------------------------------------------------------------------
+
+
+def _id_set(value: Any) -> set[int]:
+    if value is None:
+        return set()
+    return {int(v) for v in value} if isinstance(value, (list, tuple, set)) else {int(value)}
+
+
+def stop_token_ids(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
+    """Ids that end an answer: the generation config's, and the tokenizer's end of sequence."""
+    return frozenset(
+        _id_set(getattr(generation_config, "eos_token_id", None)) | _id_set(tokenizer.eos_token_id)
+    )
+
+
+def special_token_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that the tokenizer marks as special. Added tokens not so marked (`<think>` of Qwen3) are
+    content."""
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(marked | set(tokenizer.all_special_ids))
+
+
+def control_token_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that no text of a user or author may produce: the special ones, and added tokens that the chat
+    template writes, whether marked special or not."""
+    source = chat_template_of(tokenizer) or ""
+    written = {
+        i
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.content.strip() and token.content in source
+    }
+    return special_token_ids(tokenizer) | written
+
+
+def chat_template_of(tokenizer: Any) -> str | None:
+    """Source of the chat template that would be used; None when there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        return template.get("default")
+    return template
+
+
+class TextEncoder:
+    """Tokenises text that is not trusted: control tokens spelt out in it stay text.
+
+    Every text is encoded as if it stood in the middle of a prompt: SentencePiece-like tokenizers put a blank
+    before the first word of whatever they are given, which would change the text at every seam.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._controls = control_token_ids(tokenizer)
+        spelt = [
+            tokenizer.added_tokens_decoder[i].content
+            for i in self._controls
+            if i in tokenizer.added_tokens_decoder
+        ]
+        longest_first = sorted(filter(None, spelt), key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        self._guard = self._plain(_GUARD)
+        self._needs_guard = self._plain("a") != self._plain(_GUARD + "a")[len(self._guard) :]
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of `text`, none of them a control token (the unknown token excepted)."""
+        if not text:
+            return ()
+        ids = self._middle(text)
+        if self._controls.isdisjoint(ids) or self._pattern is None:
+            return tuple(ids)
+        # The tokenizer recognised one all the same (an added token not marked special): cut it after its
+        # first character, so that the two halves are tokenised apart.
+        cuts = [match.start() + 1 for match in self._pattern.finditer(text) if len(match.group()) > 1]
+        if not cuts:
+            return tuple(ids)
+        edges = [0, *cuts, len(text)]
+        return tuple(i for a, b in pairwise(edges) for i in self.encode(text[a:b]))
+
+    def encode_first(self, text: str) -> tuple[int, ...]:
+        """As `encode`, for text that opens a prompt."""
+        ids = self._plain(text)
+        return tuple(ids) if self._controls.isdisjoint(ids) else self.encode(text)
+
+    def encode_trusted(self, text: str, *, first: bool) -> tuple[int, ...]:
+        """Token ids of a piece of the chat template: control tokens are parsed, none is added."""
+        if self._needs_guard and not first:
+            ids = self._tokenizer.encode(_GUARD + text, add_special_tokens=False)
+            if ids[: len(self._guard)] == self._guard:
+                return tuple(ids[len(self._guard) :])
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _plain(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _middle(self, text: str) -> list[int]:
+        if not self._needs_guard:
+            return self._plain(text)
+        guarded = self._plain(_GUARD + text)
+        size = len(self._guard)
+        # The guard may have merged with the text ("\n" + "\n..."); then the text's own encoding is the best
+        # we have.
+        return guarded[size:] if guarded[:size] == self._guard else self._plain(text)
+
+
+def splice(
+    output_ids: Sequence[int],
+    *,
+    stop_ids: Collection[int],
+    special_ids: Collection[int],
+    tokenizer: Any,
+    finish_reason: str,
+) -> SlotValue:
+    """Make a slot value of an upstream answer.
+
+    Args:
+        output_ids: ids as decoded, with or without the stop token at the end.
+        stop_ids: see `stop_token_ids`.
+        special_ids: see `special_token_ids`; one in the middle of the answer becomes plain text for the
+            reader, and only the ids before it keep their KV.
+        tokenizer: the model's.
+        finish_reason: "stop" when a stop token ended the answer; its KV is then complete, because the last
+            real token was fed to the model to get the stop token. Otherwise the last token was never fed.
+    """
+    ids = list(output_ids)
+    complete = finish_reason == "stop"
+    if ids and ids[-1] in stop_ids:
+        ids.pop()
+        complete = True
+    kv_tokens = len(ids) if complete else max(len(ids) - 1, 0)
+    control = set(special_ids) | set(stop_ids)
+    first = next((n for n, i in enumerate(ids) if i in control), None)
+    if first is None:
+        return SlotValue(token_ids=tuple(ids), kv_tokens=kv_tokens)
+    encoder = TextEncoder(tokenizer)
+    plain: list[int] = []
+    for i in ids:
+        plain.extend(
+            encoder.encode(tokenizer.decode([i], skip_special_tokens=False)) if i in control else (i,)
+        )
+    return SlotValue(token_ids=tuple(plain), kv_tokens=min(kv_tokens, first))
+
+
+# -- templates -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Author's literal text, or a slot."""
+
+    text: str = ""
+    slot: str | None = None
+
+
+def _parse(prompt_text: str) -> list[_Part]:
+    try:
+        fields = list(string.Formatter().parse(prompt_text))
+    except ValueError as error:
+        raise PipelineError(
+            f"bad slot syntax: {error}. Write {{{{ and }}}} for braces that are text."
+        ) from error
+    parts: list[_Part] = []
+    literal = ""
+    for text, name, spec, conversion in fields:
+        literal += text  # the parser cuts at every escaped brace; one run of text is tokenised as one
+        if name is None:
+            continue
+        if spec or conversion or not _SLOT_NAME.fullmatch(name):
+            raise PipelineError(
+                f"bad slot {{{name}}}: a slot is one name, like {{solver}}. Write {{{{ and }}}} for braces "
+                "that are text."
+            )
+        if literal:
+            parts.append(_Part(literal))
+        parts.append(_Part(slot=name))
+        literal = ""
+    if literal:
+        parts.append(_Part(literal))
+    return parts
+
+
+class PromptBuilder:
+    """Builds prompts of one model for one space of segments.
+
+    Args:
+        tokenizer: a Hugging Face fast tokenizer.
+        space: see SegmentKey.
+        min_segment_tokens: a slot with fewer tokens gets no key.
+        max_context: most tokens of prompt plus answer.
+    """
+
+    def __init__(self, tokenizer: Any, space: str, min_segment_tokens: int, max_context: int) -> None:
+        self._tokenizer = tokenizer
+        self._space = space
+        self._min_tokens = min_segment_tokens
+        self._max_context = max_context
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self._tokenizer)
+
+    def template(self, system: str | None, prompt_text: str) -> PromptTemplate:
+        """Render and tokenise everything that does not depend on a request.
+
+        Args:
+            system: system message, literal; None or "" leaves it to the chat template (some add a default
+                one).
+            prompt_text: user message with `{slots}`; `{{` and `}}` are braces.
+
+        Raises:
+            PipelineError: bad slot syntax.
+            ModelError: the chat template fails, or drops, repeats or reorders the text it is given.
+        """
+        head = [_Part(system)] if system else []
+        body = _parse(prompt_text)
+        if chat_template_of(self._tokenizer) is None:
+            parts = [*head, *([_Part(_JOIN)] if head else []), *body]
+            return self._finish(self._pieces(_merge(parts), opening=True))
+        rendered, parts = self._render(head, body)
+        pieces: list[Piece] = []
+        rest = rendered
+        for sentinel, part in zip(_sentinels(len(parts)), parts, strict=True):
+            before, rest = rest.split(sentinel)
+            pieces.append(Piece(self._encoder.encode_trusted(before, first=not pieces)))
+            pieces.extend(self._pieces([part]))
+        pieces.append(Piece(self._encoder.encode_trusted(rest, first=not pieces)))
+        return self._finish(pieces)
+
+    def build(
+        self, template: PromptTemplate, values: Mapping[str, SlotValue], max_new_tokens: int = 0
+    ) -> Prompt:
+        """Fill the slots and tile the prompt with spans.
+
+        A text slot is keyed as a whole (the first agent that computes it publishes it); of a spliced slot
+        exactly the ids with KV are keyed, and the rest is a span of its own. The last token of a prompt is
+        never keyed: a slot that ends the prompt is keyed without it, so with a key of fewer tokens.
+
+        Raises:
+            PipelineError: a value is missing or unknown, or the prompt has no token at all.
+            PromptTooLong: prompt plus `max_new_tokens` exceeds the model's context.
+        """
+        _check_values(template.slots, values)
+        filled = {name: self._fill(values[name]) for name in template.slots}
+        ids: list[int] = []
+        spans: list[Span] = []
+        for piece in template.pieces:
+            runs = [(piece.token_ids, False)] if piece.slot is None else filled[piece.slot]
+            for run, keyed in runs:
+                if run:
+                    key = SegmentKey(self._space, digest_tokens(run)) if keyed else None
+                    spans.append(Span(len(ids), len(ids) + len(run), piece.slot, key))
+                    ids.extend(run)
+        if not ids:
+            raise PipelineError(
+                "the prompt is empty: it has no text and every slot is empty. Add text to the prompt."
+            )
+        if len(ids) + max_new_tokens > self._max_context:
+            raise PromptTooLong(self._too_long(len(ids), max_new_tokens, spans))
+        return Prompt(tuple(ids), tuple(self._free_last_token(ids, spans)))
+
+    def _fill(self, value: SlotValue) -> list[tuple[tuple[int, ...], bool]]:
+        """Runs of ids of a slot, and whether each is keyed."""
+        if value.token_ids is None:
+            ids = self._encoder.encode(value.text or "")
+            return [(ids, len(ids) >= self._min_tokens)]
+        if value.kv_tokens < self._min_tokens:
+            return [(value.token_ids, False)]
+        return [(value.token_ids[: value.kv_tokens], True), (value.token_ids[value.kv_tokens :], False)]
+
+    def _free_last_token(self, ids: Sequence[int], spans: list[Span]) -> list[Span]:
+        last = spans[-1]
+        if last.key is None:
+            return spans
+        tail = Span(last.stop - 1, last.stop, last.slot)
+        if len(last) - 1 < self._min_tokens:
+            return [*spans[:-1], Span(last.start, last.stop, last.slot)]
+        key = SegmentKey(self._space, digest_tokens(ids[last.start : last.stop - 1]))
+        return [*spans[:-1], Span(last.start, last.stop - 1, last.slot, key), tail]
+
+    def _too_long(self, tokens: int, max_new_tokens: int, spans: Sequence[Span]) -> str:
+        sizes: dict[str, int] = {}
+        for span in spans:
+            if span.slot is not None:
+                sizes[span.slot] = sizes.get(span.slot, 0) + len(span)
+        longest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
+        slots = ", ".join(f"{{{name}}} {size}" for name, size in longest) or "none"
+        return (
+            f"the prompt has {tokens} tokens and the answer may have {max_new_tokens}, together more than "
+            "the model's "
+            f"context of {self._max_context}. Longest slots: {slots}. Shorten the inputs, lower "
+            "max_new_tokens (of "
+            "this agent or of those before it), or take a model with a longer context."
+        )
+
+    def _pieces(self, parts: Sequence[_Part], *, opening: bool = False) -> list[Piece]:
+        pieces: list[Piece] = []
+        for part in parts:
+            encode = self._encoder.encode_first if opening and not pieces else self._encoder.encode
+            pieces.append(Piece(slot=part.slot) if part.slot is not None else Piece(encode(part.text)))
+        return pieces
+
+    def _finish(self, pieces: Sequence[Piece]) -> PromptTemplate:
+        """Put the beginning-of-sequence token first where the tokenizer would and the template does not; join
+        neighbouring fixed pieces, so that they make one span."""
+        joined: list[Piece] = []
+        for piece in [Piece(self._bos(pieces)), *pieces]:
+            if piece.slot is None and joined and joined[-1].slot is None:
+                joined[-1] = Piece(joined[-1].token_ids + piece.token_ids)
+            elif piece.slot is not None or piece.token_ids:
+                joined.append(piece)
+        return PromptTemplate(tuple(joined))
+
+    def _bos(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+        bos: int | None = self._tokenizer.bos_token_id
+        if bos is None or list(self._tokenizer.encode(""))[:1] != [bos]:
+            return ()
+        first = next((p for p in pieces if p.slot is not None or p.token_ids), None)
+        written = first is not None and first.token_ids[:1] == (bos,)
+        return () if written else (bos,)
+
+    def _render(self, head: list[_Part], body: list[_Part]) -> tuple[str, list[_Part]]:
+        """The rendered template with sentinels, and the part that each of them stands for, in order."""
+        split = len(head)
+        marks = "".join(_sentinels(split + len(body)))
+        user = {"role": "user", "content": marks[split:]}
+        if not head:
+            return self._checked(self._apply([user]), body), body
+        parts = [*head, *body]
+        try:
+            rendered = self._apply([{"role": "system", "content": marks[:split]}, user])
+            return self._checked(rendered, parts), parts
+        except ModelError:
+            # No system role (Gemma 2 raises, others drop it): the system text opens the user message.
+            folded = _merge([*head, _Part(_JOIN), *body])
+            content = "".join(_sentinels(len(folded)))
+            return self._checked(self._apply([{"role": "user", "content": content}]), folded), folded
+
+    def _apply(self, messages: list[dict[str, str]]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"the model's chat template fails: {error}. Mend it in the tokenizer's folder."
+            ) from error
+
+    def _checked(self, rendered: str, parts: Sequence[_Part]) -> str:
+        marks = _sentinels(len(parts))
+        found = [c for c in rendered if c in set(marks)]
+        if found != marks:
+            fault = (
+                "drops" if len(found) < len(marks) else "repeats" if len(found) > len(marks) else "reorders"
+            )
+            raise ModelError(
+                f"the model's chat template {fault} parts of the message that it is given, so slots cannot "
+                "be placed. "
+                "Mend the chat template in the tokenizer's folder, or take another model."
+            )
+        return rendered
+
+
+def _sentinels(count: int) -> list[str]:
+    return [chr(_FIRST_SENTINEL + n) for n in range(count)]
+
+
+def _merge(parts: Sequence[_Part]) -> list[_Part]:
+    """Join neighbouring literals, so that they are tokenised as one text."""
+    merged: list[_Part] = []
+    for part in parts:
+        if part.slot is None and merged and merged[-1].slot is None:
+            merged[-1] = _Part(merged[-1].text + part.text)
+        else:
+            merged.append(part)
+    return merged
+
+
+def _check_values(slots: Sequence[str], values: Mapping[str, SlotValue]) -> None:
+    if missing := [name for name in slots if name not in values]:
+        raise PipelineError(
+            f"no value for slot {', '.join(f'{{{n}}}' for n in missing)}. Give one for each slot."
+        )
+    if unknown := [name for name in values if name not in slots]:
+        known = ", ".join(f"{{{n}}}" for n in slots) or "none"
+        raise PipelineError(
+            f"value for {', '.join(unknown)}, but the prompt has no such slot. Its slots: {known}."
+        )

@@ -1,0 +1,62 @@
+"""Knobs of the workers room. Defaults live here and nowhere else. Imports are cheap on purpose (no torch,
+ray or transformers), so that `relay check` can validate a file on any laptop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le
+
+from transport.settings import MIB
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """One worker: a model on a device, its KV cache and its step scheduler.
+
+    Attributes:
+        device: "auto" takes cuda where there is one.
+        dtype: "auto" is float32 on CPU and the checkpoint's own dtype on CUDA.
+        threads: CPU threads for torch; 0 means all cores of the node.
+        cache_tokens: size of the KV cache, in tokens over all requests of the worker.
+        max_rows_per_step: cap on the rows (tokens x sequences) of one step, so that a long prefill does not
+            hold up the decode of other requests.
+        max_sequences: requests computed at once; more of them wait in the queue.
+        prefix_cache_bytes: budget of the exact local prefix cache.
+        min_segment_tokens: a slot shorter than this is neither published nor looked up.
+        request_timeout_s: deadline of one request, queueing included.
+    """
+
+    device: Device = "auto"
+    dtype: DType = "auto"
+    threads: Annotated[int, Ge(0)] = 0
+    cache_tokens: Annotated[int, Ge(64)] = 16_384
+    max_rows_per_step: Annotated[int, Ge(16)] = 1024
+    max_sequences: Annotated[int, Ge(1)] = 16
+    prefix_cache_bytes: Annotated[int, Ge(0)] = 256 * MIB
+    min_segment_tokens: Annotated[int, Ge(1)] = 16
+    request_timeout_s: Annotated[float, Gt(0)] = 600.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingSettings:
+    """How tokens are drawn. temperature 0 is greedy.
+
+    Attributes:
+        max_new_tokens: answer length limit.
+        temperature: 0 for greedy, else the softmax temperature.
+        top_p: nucleus mass kept when sampling.
+        seed: of the request's own generator; the same seed gives the same tokens.
+    """
+
+    max_new_tokens: Annotated[int, Ge(1)] = 256
+    temperature: Annotated[float, Ge(0)] = 0.0
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    seed: Annotated[int, Ge(0)] = 0
