@@ -1,6 +1,6 @@
-"""The `relay` command. It parses, checks, shows and exits; everything else is done by the modules that it
-calls.
- Exit status: 0 done; 2 something that the user can put right, explained on one screen; 1 a fault of ours; 130
+"""The `relay` command: it parses, checks, shows and exits; other modules do the work.
+
+Exit status: 0 done; 2 something that the user can put right, explained on one screen; 1 a fault of ours; 130
 Ctrl-C. torch, ray and transformers are imported inside the commands that need them, so `relay check` and
 `--help` stay quick.
 """
@@ -145,7 +145,7 @@ def _write_json(value: object, target: Path) -> None:
     epilog=_examples(
         'relay run configs/pipelines/maths.yaml --input question="What is 17 * 23?"',
         "relay run configs/pipelines/code.yaml --example --method naive --compare full_prefill",
-        "relay run configs/pipelines/maths.yaml --input-file rows.jsonl --limit 5 --json runs/maths.json --plot runs/maths.png",
+        "relay run configs/pipelines/maths.yaml --input-file rows.jsonl --json runs/m.json --plot runs/m.png",
     ),
 )
 @_command
@@ -276,16 +276,20 @@ def _rows(
 ) -> list[dict[str, str]]:
     """Checked inputs, one dict per run; `--input` applies to every row of a file."""
     given = _assignments(inputs)
-    if limit is not None and input_file is None:
+    if input_file:
+        if example:
+            raise ConfigError("--example and --input-file exclude each other")
+        return _file_rows(graph, given, input_file, limit)
+    if limit is not None:
         raise ConfigError("--limit counts rows of --input-file, which was not given")
-    if example and input_file:
-        raise ConfigError("--example and --input-file exclude each other")
-    if example:
-        if not config.examples:
-            raise ConfigError(f'pipeline "{graph.name}" has no examples; pass --input NAME=TEXT')
-        return [graph.check_inputs({**config.examples[0], **given})]
-    if input_file is None:
-        return [graph.check_inputs(given)]
+    if example and not config.examples:
+        raise ConfigError(f'pipeline "{graph.name}" has no examples; pass --input NAME=TEXT')
+    return [graph.check_inputs({**config.examples[0], **given} if example else given)]
+
+
+def _file_rows(
+    graph: Pipeline, given: Mapping[str, str], input_file: Path, limit: int | None
+) -> list[dict[str, str]]:
     unknown = {name: text for name, text in given.items() if name not in graph.inputs}
     if unknown:
         graph.check_inputs({**dict.fromkeys(graph.inputs, ""), **unknown})

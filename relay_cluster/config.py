@@ -1,5 +1,6 @@
 """Configuration files: clusters, pipelines and model profiles, loaded and checked without torch or Ray.
- The settings themselves, defaults and bounds included, are the frozen dataclasses of each room's
+
+The settings themselves, defaults and bounds included, are the frozen dataclasses of each room's
 `settings.py`; this module only composes them (pydantic is used here and nowhere else) and turns every fault
 of a file into one line, `FILE:LINE key: what is wrong. Did you mean "x"?`, all of them at once.
 """
@@ -14,8 +15,6 @@ import types
 import typing
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -100,7 +99,7 @@ def _worker_count(value: object) -> object:
             "workers", 'must be a whole number or "auto", got {given}', {"given": repr(value)}
         )
     if value < 1:
-        what = 'a cluster needs at least one worker, got {given}. Write a number from 1 up, or "auto" for one per agent'
+        what = 'a cluster needs at least one worker, got {given}. Write 1 or more, or "auto": one per agent'
         raise PydanticCustomError("workers", what, {"given": value})
     return value
 
@@ -184,8 +183,7 @@ class PipelineConfig(BaseModel):
     examples: list[dict[str, str]] = Field(default_factory=list)
 
     def pipeline(self) -> Pipeline:
-        """The pipeline of the Python API, with `sampling` as the temperature and top_p of agents that name
-        none."""
+        """The pipeline of the Python API, with `sampling` for agents that name no temperature or top_p."""
         drawn = {"temperature": self.sampling.temperature, "top_p": self.sampling.top_p}
         agents = [agent.agent(name) for name, agent in self.agents.items()]
         return Pipeline(
@@ -234,7 +232,7 @@ def kind_of(path: Path) -> Kind | None:
         return None
     if not isinstance(data, dict):
         return None
-    scores = {kind: len(keys & data.keys()) for kind, keys in _TYPICAL.items()}
+    scores: dict[Kind, int] = {kind: len(keys & data.keys()) for kind, keys in _TYPICAL.items()}
     best = max(scores, key=lambda kind: scores[kind])
     return best if scores[best] else None
 
@@ -270,13 +268,6 @@ def load_profile(path: str | Path) -> ModelProfile:
     return _load(Path(path), ModelProfile, _check_profile)
 
 
-@cache
-def shipped_profiles() -> tuple[ModelProfile, ...]:
-    """The profiles in `configs/profiles/`, found in a checkout and in an installed wheel alike."""
-    with resources.as_file(resources.files("configs").joinpath("profiles")) as folder:
-        return tuple(load_profile(path) for path in sorted(Path(folder).glob("*.yaml")))
-
-
 # --- reading with line numbers ------------------------------------------------------------------------------
 
 
@@ -296,8 +287,7 @@ class _File:
         return self.lines.get(at, 1)
 
     def fault(self, at: Path_, what: str, *, near: str = "") -> str:
-        """One line of an error. `near`: text within the value, whose line is shown where the value has
-        many."""
+        """One line of an error. `near`: text within a value of many lines, whose line is meant."""
         line = self.line(at)
         if near:
             rest = self.text.splitlines()[line - 1 :]
@@ -348,7 +338,7 @@ def _walk(node: yaml.Node, at: Path_) -> Iterator[tuple[Path_, int]]:
     """Every key and item below a node, with its line."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            # YAML 1.1 reads `on`, `off`, `yes` as booleans, which is never meant in a key of ours: keep the text.
+            # YAML 1.1 reads `on` and `yes` as booleans, which is never meant in a key: keep the text.
             below = (*at, str(key.value))
             yield below, key.start_mark.line + 1
             yield from _walk(value, below)
@@ -421,7 +411,7 @@ def _sentence(file: _File, root: type, detail: ErrorDetails) -> str:
             return file.fault(at, f"must be {noun}, got {_shown(given)}")
     for name, words in _BOUNDS.items():
         if name in context:
-            return file.fault(at, f"must be {words} {context[name]}, got {_shown(given)}")
+            return file.fault(at, f"must be {words} {context[name]:g}, got {_shown(given)}")
     return file.fault(at, detail["msg"])
 
 

@@ -1,5 +1,4 @@
-"""What people see in the terminal: progress while a run goes on, tables when it is done, errors on one
-screen.
+"""What people see in the terminal: progress of a run, tables when it is done, errors on one screen.
 
 This module does not know how a run works; it is fed with events and with a `RunReport`.
 """
@@ -65,10 +64,9 @@ def show_error(text: str) -> None:
 
 
 class RunProgress:
-    """Shows the events of a run. In a terminal: one live line per agent; elsewhere: one printed line per
-    step.
+    """Shows the events of a run: in a terminal one live line per agent, elsewhere one printed line per step.
 
-    Events are tuples: ("cluster", text), ("agent_started", agent, worker), ("token", agent, n),
+    Events are calls: ("cluster", text), ("agent_started", agent, worker), ("token", agent, n),
     ("agent_done", agent), ("compare", agent, text). They may come from any thread; unknown ones are ignored.
     """
 
@@ -104,8 +102,8 @@ class RunProgress:
         self._progress.stop()
 
     def __call__(self, *event: Any) -> None:
-        """Take one event, as one tuple or as its parts."""
-        name, *details = event[0] if len(event) == 1 and isinstance(event[0], tuple) else event
+        """Take one event: its name and its details."""
+        name, *details = event
         step = self._steps.get(name)
         if step is not None:
             with self._lock:
@@ -185,7 +183,7 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
         console.print(
             f"[bold]{escape(report.pipeline)}[/], method {escape(report.method)}{part}, {row.wall_s:.1f} s"
         )
-        console.print(row_table(row))
+        console.print(row_table(row, wide=console.width >= 112))
         console.print(stage_table(row))
         for line in fallback_lines(row):
             console.print(Text(line, style="yellow" if line != _NO_FALLBACKS else "dim"), soft_wrap=True)
@@ -193,20 +191,27 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
         title = f"{escape(last.agent)} ({last.decode_tokens} tokens, {escape(last.finish_reason)})"
         text = Text(last.text.strip() or "(empty)")
         console.print(Panel(text, title=title, title_align="left", box=box.ROUNDED, border_style="dim"))
-    machine, cluster = report.machine, report.cluster
-    gpus = f", {', '.join(machine.gpus)}" if machine.gpus else ", no GPU"
-    console.print(
-        f"[dim]{cluster.workers} workers on {cluster.nodes} node(s), {escape(cluster.backend)}; {escape(machine.cpu)}, "
-        f"{machine.cores} cores, {machine.memory_gib:.0f} GiB{escape(gpus)}; torch {machine.torch}"
-    )
-    for note in cluster.notes:
+    console.print(Text(_setting(report), style="dim"), soft_wrap=True)
+    for note in report.cluster.notes:
         console.print(Text(note, style="yellow"), soft_wrap=True)
 
 
-def row_table(row: RowReport) -> Table:
+def _setting(report: RunReport) -> str:
+    """What it was measured on, in one line."""
+    machine, cluster = report.machine, report.cluster
+    parts = [
+        f"{cluster.workers} workers on {cluster.nodes} node(s) over {cluster.backend}",
+        f"{machine.cpu}, {machine.cores} cores, {machine.memory_gib:.0f} GiB",
+        ", ".join(machine.gpus) or "no GPU",
+        f"torch {machine.torch}",
+    ]
+    return "; ".join(parts)
+
+
+def row_table(row: RowReport, *, wide: bool = True) -> Table:
     """One line per agent: what was reused, how fast, and what it cost in fidelity."""
     base = next((agent.compare.method for agent in row.agents if agent.compare), None)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if wide else 0, 0, 0), pad_edge=False)
     table.add_column("agent", style="bold", no_wrap=True)
     table.add_column("worker", no_wrap=True)
     for name in ("prompt", "relayed", "reuse", "TTFT"):
@@ -214,14 +219,14 @@ def row_table(row: RowReport) -> Table:
     if base:
         for name in (base.replace("_", " "), "speed-up", "top-1", "KL"):
             table.add_column(name, justify="right", no_wrap=name != base.replace("_", " "))
-    table.add_column("pulled", justify="right")
+    table.add_column("pulled", justify="right", no_wrap=True)
     table.add_column("tok/s", justify="right", no_wrap=True)
     for agent in row.agents:
-        table.add_row(*_agent_cells(agent, compare=base is not None))
+        table.add_row(*_agent_cells(agent, compare=base is not None, wide=wide))
     return table
 
 
-def _agent_cells(agent: AgentReport, *, compare: bool) -> list[str | Text]:
+def _agent_cells(agent: AgentReport, *, compare: bool, wide: bool) -> list[str | Text]:
     other = agent.compare
     ttft = other.ttft_s if other else agent.ttft_s
     cells: list[str | Text] = [
@@ -243,26 +248,26 @@ def _agent_cells(agent: AgentReport, *, compare: bool) -> list[str | Text]:
     elif compare:
         cells += ["-"] * 4
     rate = agent.decode_tokens_per_s
-    return [*cells, _pulled(agent), "-" if rate is None else f"{rate:.1f}"]
+    return [*cells, _pulled(agent, " " if wide else "\n"), "-" if rate is None else f"{rate:.1f}"]
 
 
-def _pulled(agent: AgentReport) -> str:
-    """ "12.6 MB @ 1.4 GB/s nixl", or what happened instead."""
+def _pulled(agent: AgentReport, gap: str) -> str:
+    """ "54 MB @ 1.4 GB/s nixl"; `gap` is a line break where there is little room."""
     done = [transfer for transfer in agent.transfers if transfer.outcome == "pulled" and transfer.bytes]
     if not done:
         return "-"
     nbytes = sum(transfer.bytes for transfer in done)
     seconds = sum(transfer.seconds for transfer in done)
     backends = "+".join(sorted({transfer.backend for transfer in done}))
-    rate = f" @ {nbytes / seconds / 1e9:.1f} GB/s" if seconds > 0 else ""
-    return f"{nbytes / 1e6:.1f} MB{rate} {backends}"
+    rate = f"{gap}@ {nbytes / seconds / 1e9:.1f} GB/s" if seconds > 0 else ""
+    size = f"{nbytes / 1e6:.0f}" if nbytes >= 1e7 else f"{nbytes / 1e6:.1f}"
+    return f"{size} MB{rate} {backends}"
 
 
 def stage_table(row: RowReport) -> Table:
-    """Where each agent's time to first token went, in milliseconds; stages that nobody spent time in are left
-    out."""
+    """Where each agent's time to first token went, in milliseconds, without stages that took none."""
     spent = [key for key in _STAGES if any(_stage(agent.stages, key) >= 5e-5 for agent in row.agents)]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("ms to first token", style="bold", no_wrap=True)
     for key in spent:
         table.add_column(_STAGES[key], justify="right", no_wrap=True)

@@ -1,7 +1,7 @@
-"""What this machine has, what will be used, and why. Every probe is guarded: a broken library is a finding,
-not a crash.
- Nothing here imports torch, ray or NIXL into this process; what must be loaded to be believed is loaded in a
-child.
+"""What this machine has, what will be used, and why.
+
+Every probe is guarded: a broken library is a finding, not a crash. Nothing here imports torch, ray or NIXL
+into this process; what must be loaded to be believed is loaded in a child.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Agents and the graph that their prompts draw.
- A prompt is a template whose slots, `{name}`, *are* the edges: a slot that names an agent is filled with that
+
+A prompt is a template whose slots, `{name}`, *are* the edges: a slot that names an agent is filled with that
 agent's output, any other slot with a pipeline input of that name. So nothing can disagree with the prompts.
 This module knows neither Ray nor models; it does not render prompts either (workers splice token ids).
 """
@@ -44,15 +45,15 @@ def parse_template(text: str) -> tuple[str | Slot, ...]:
     for literal, name, spec, conversion in fields:
         if literal:
             # The parser cuts the text at each escaped brace; one run of text is one part.
-            if parts and isinstance(parts[-1], str):
-                literal = parts.pop() + literal  # noqa: PLW2901  (joined on purpose)
-            parts.append(literal)
+            last = parts.pop() if parts and isinstance(parts[-1], str) else ""
+            parts.append(f"{last}{literal}")
         if name is None:
             continue
         if spec or conversion or not _NAME.fullmatch(name):
             shown = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise PipelineError(
-                f"bad slot {{{shown}}}: a slot is one name, like {{solver}}. Write {{{{ and }}}} for braces that are text."
+                f"bad slot {{{shown}}}: a slot is one name, like {{solver}}. "
+                "Write {{ and }} for braces that are text."
             )
         parts.append(Slot(name))
     return tuple(parts)
@@ -97,8 +98,7 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault of a graph: which agent (None: the pipeline as a whole), which field and slot of it, what is
-    wrong."""
+    """One fault of a graph: the agent (None: the whole pipeline), its field and slot, and what is wrong."""
 
     agent: str | None
     field: str
@@ -172,7 +172,7 @@ def _agent_problems(agent: Agent, names: Sequence[str], declared: Sequence[str] 
                 problems.append(Problem(agent.name, "prompt", what + hint, slot))
     for name in [*others, *(declared or ())]:
         if agent.system and f"{{{name}}}" in agent.system:
-            what = f"a system message is literal text, {{{name}}} in it would not be filled. Move it to the prompt."
+            what = f"a system message is literal text: {{{name}}} would not be filled. Move it to the prompt."
             problems.append(Problem(agent.name, "system", what, name))
     return problems
 
@@ -268,7 +268,7 @@ class Pipeline:
     @property
     def levels(self) -> tuple[tuple[str, ...], ...]:
         """Groups of agents that may run at once: each needs only agents of earlier groups."""
-        waiting = {name: set(upstream) for name, upstream in self.upstreams.items()}
+        waiting: dict[str, set[str]] = {name: set(upstream) for name, upstream in self.upstreams.items()}
         levels: list[tuple[str, ...]] = []
         while waiting:
             # Never empty: a graph with a cycle cannot be constructed.

@@ -1,6 +1,6 @@
-"""A picture of a run: time to first token by stage beside the compared method, and what the reuse cost in
-fidelity.
- With several rows, bars are medians over the rows. matplotlib draws to a file only; no window, no global
+"""A picture of a run: time to first token beside the compared method's, and what the reuse cost in fidelity.
+
+With several rows, bars are medians over the rows. matplotlib draws to a file only; no window, no global
 state.
 """
 
@@ -132,7 +132,12 @@ def _draw_times(axes: Axes, bars: Sequence[_Bar], base: str | None) -> None:
     if base:
         handles.append(Patch(color=_BASE, label=base))
     axes.legend(
-        handles=handles, ncols=4, fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0)
+        handles=handles,
+        ncols=min(len(handles), 5),
+        fontsize=8,
+        frameon=False,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
     )
     axes.set_yticks(range(len(bars)), [bar.agent for bar in bars], fontsize=10)
     axes.set_xlim(0, longest * 1.14)

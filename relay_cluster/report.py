@@ -1,5 +1,6 @@
 """What a run reports: schema `relay.run/1`, as frozen dataclasses and as JSON.
- Durations are in seconds and end in `_s`, sizes in bytes, bandwidths in 1e9 bytes per second. This module
+
+Durations are in seconds and end in `_s`, sizes in bytes, bandwidths in 1e9 bytes per second. This module
 does not know how anything was measured; it only names the facts.
 """
 

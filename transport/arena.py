@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -59,6 +59,11 @@ class ArenaStats:
     block_nbytes: int
     stride: int
     nbytes: int
+
+
+def _bytes_of(flat: torch.Tensor) -> memoryview:
+    """CPU: a view of the tensor's own memory; otherwise of a copy."""
+    return memoryview(cast("Any", flat.cpu().numpy()))
 
 
 class Arena:
@@ -99,7 +104,7 @@ class Arena:
         self._buffer = raw[skip : skip + self.nbytes]
         self._is_cpu = self.device.type == "cpu"
         # A flat byte view of CPU memory: sockets read and write it without a copy.
-        self._view = memoryview(self._buffer.numpy()) if self._is_cpu else None
+        self._view = _bytes_of(self._buffer) if self._is_cpu else None
         self._lock = threading.Lock()
         self._state = bytearray(self.num_blocks)
         self._generation = [1] * self.num_blocks
@@ -223,7 +228,7 @@ class Arena:
         start = self._offset(block)
         if self._view is not None:
             return self._view[start : start + self.stride]
-        return memoryview(self._buffer[start : start + self.stride].cpu().numpy())
+        return _bytes_of(self._buffer[start : start + self.stride])
 
     def landing(self, block: BlockId) -> memoryview:
         """Where received header + payload bytes go. CPU: the arena's own memory; otherwise a bounce
@@ -293,7 +298,7 @@ class Arena:
         return bytes(self._buffer[start : start + HEADER_NBYTES].cpu().numpy())
 
     def _checksum(self, block: BlockId) -> int:
-        return xxhash.xxh3_64_intdigest(self.payload(block).cpu().numpy())
+        return xxhash.xxh3_64_intdigest(_bytes_of(self.payload(block)))
 
     def _full_message(self, n: int) -> str:
         quarantined = self._state.count(_QUARANTINED)

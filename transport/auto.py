@@ -6,6 +6,7 @@ does not know how a backend moves bytes.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -55,7 +56,7 @@ def _make_nixl(s: TransportSettings, worker: str, host: str) -> Transport:
 def _make_tcp(s: TransportSettings, worker: str, host: str) -> Transport:
     bind = host if s.bind_host == "auto" else s.bind_host
     # A wildcard is no address to connect to: peers are told the node's own.
-    advertise = host if bind in ("0.0.0.0", "::", "") else bind  # noqa: S104 - compared, not bound
+    advertise = host if bind in ("0.0.0.0", "::", "") else bind
     return TcpTransport(bind, advertise, s.connect_timeout_s)
 
 
@@ -78,20 +79,20 @@ def make_backend(name: str, s: TransportSettings, *, worker: str, host: str) -> 
     """
     factory = _BACKENDS.get(name)
     if factory is None:
-        raise TransportError(f"unknown transport backend {name!r}; known: auto, {', '.join(sorted(_BACKENDS))}.")
+        raise TransportError(
+            f"unknown transport backend {name!r}; known: auto, {', '.join(sorted(_BACKENDS))}."
+        )
     if name in _hidden():
         raise TransportError(f"transport backend {name!r} is hidden by {DISABLE_ENV}; {INSTALL_HINT}.")
     return factory(s, worker, host)
 
 
-def make_transport(
-    s: TransportSettings, *, worker: str = "worker", host: str = "127.0.0.1"
-) -> AutoTransport:
+def make_transport(s: TransportSettings, *, worker: str = "worker", host: str = "127.0.0.1") -> AutoTransport:
     """A worker's transport. Backends start at `register`.
 
     Args:
         worker: this worker's name.
-        host: this node's address as peers see it; what bind_host "auto" means. Loopback unless told otherwise.
+        host: this node's address as peers see it, which is what bind_host "auto" means.
 
     Raises:
         TransportError: settings.backend is unknown, or names one that cannot be had here.
@@ -188,13 +189,13 @@ class AutoTransport:
         if not usable:
             return self._no_route(lease, len(into), start)
         self._tell(owner, usable[0], passed_over)
-        for at, name in enumerate(usable):
+        transfer = self._backends[usable[0]].pull(lease, into, timeout_s=timeout_s, lease_deadline=ends)
+        for tried, name in itertools.pairwise(usable):
             left = start + timeout_s - time.monotonic()
-            transfer = self._backends[name].pull(lease, into, timeout_s=left, lease_deadline=ends)
-            last = at + 1 == len(usable)
-            if last or transfer.outcome not in _FAILED_TO_REACH or time.monotonic() >= start + timeout_s:
+            if transfer.outcome not in _FAILED_TO_REACH or left <= 0:
                 break
-            self._pass_over(owner, name, transfer)
+            self._pass_over(owner, tried, transfer)
+            transfer = self._backends[name].pull(lease, into, timeout_s=left, lease_deadline=ends)
         self._count(f"pulls.{transfer.backend}")
         return replace(transfer, seconds=time.monotonic() - start)
 

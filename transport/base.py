@@ -71,14 +71,14 @@ class KVDirectory(Protocol):
         """Enter segments whose blocks are all sealed."""
         ...
 
-    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> dict[SegmentKey, Located]:
+    def lookup(
+        self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None
+    ) -> dict[SegmentKey, Located]:
         """Find segments; prefers a copy held by `near`, then its node, then any. Never extends a lease,
         and does not count as a use for LRU."""
         ...
 
-    def lease(
-        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float
-    ) -> dict[SegmentKey, Lease]:
+    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
         """Pin segments for `holder`; absent keys are omitted. Counts as a use for LRU."""
         ...
 

@@ -2,14 +2,18 @@
 
 Two agents per worker, because NIXL's Python API fixes the progress thread's delay at 0, which spins a core:
 
-* the *owner* agent serves reads. Its progress thread sleeps in epoll for at most OWNER_POLL_US; set through the
-  binding's own config object.
+* the *owner* agent serves reads. Its progress thread sleeps in epoll for at most OWNER_POLL_US, which is set
+  through the binding's own config object.
 * the *puller* agent reads. It has no progress thread: the pulling threads poll it, under a lock.
 
-Traps that shape this file (all measured, see docs/facts.md): a read of a stopped peer hangs for ever, so each
-transfer has our own deadline; a timed-out read may still land later, so its destination is quarantined until the
-puller agent is destroyed; a failed peer stays failed until its metadata is removed and added again; a read of
-reused memory succeeds, so generation and checksum are verified after every read (in `pulling`).
+Traps that shape this file, all measured: a read of a stopped peer hangs for ever, so each transfer has our
+own deadline; a timed-out read may still land later, so its destination is quarantined until the puller agent
+is destroyed; a failed peer stays failed until its metadata is removed and added again; a read of reused
+memory succeeds, so generation and checksum are verified after every read (in `pulling`).
+
+One trap is left: over tcp, an owner that was stopped (SIGSTOP, a paused VM) while a reader gave up may be
+aborted by UCX when it wakes ("Fatal: unexpected error: Endpoint timeout"). Readers that are merely killed do
+it no harm.
 
 This module does not know what a lease is worth, nor what the payload means.
 """
@@ -40,13 +44,13 @@ logger = logging.getLogger(__name__)
 SCHEMA: Final = 1
 OWNER_POLL_US: Final = 10_000
 """Longest sleep of the owner agent's progress thread; traffic wakes it at once (4 KiB over tcp: 60-260 us at
-any value). Idle CPU of the owner, 2 cores, nixl-cu12 1.5.1: 0 us -> a full core, 100 and 1,000 us -> 1.7-2.3 % of
-a core, 10,000 us -> 0.7 %, 100,000 us -> 0.1 %."""
+any value). Idle CPU of the owner's process, 2 cores, nixl-cu12 1.5.1: 0 us -> a full core, 100 and 1,000 us
+-> 1.7-2.3 % of a core, 10,000 us -> 0.7 %, 100,000 us -> 0.1 %."""
 GROUP_BYTES: Final = 32 << 20
-"""Bytes of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's lock;
-groups let the deadline and other pulls have their turn."""
+"""Bytes of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
+lock; groups let the deadline and other pulls have their turn."""
 
-# Keepalives notice a dead link in 4 s, below UCX_KEEPALIVE_INTERVAL (20 s); segment sizes double tcp bandwidth.
+# Keepalives notice a dead link in 4 s, below UCX_KEEPALIVE_INTERVAL (20 s); the sizes double tcp bandwidth.
 _UCX_DEFAULTS: Final = {
     "UCX_TCP_TX_SEG_SIZE": "64K",
     "UCX_TCP_RX_SEG_SIZE": "256K",
@@ -57,7 +61,7 @@ _UCX_DEFAULTS: Final = {
 _MODULES: Final = ("nixl_cu12", "nixl_cu13", "nixl")
 _SPINS: Final = 64  # polls without sleep: a small read is over by then
 _NAP_MIN_S: Final = 20e-6
-_NAP_MAX_S: Final = 1e-3
+_NAP_MAX_S: Final = 100e-6  # 1 ms costs two thirds of the tcp bandwidth
 
 INSTALL_HINT: Final = "install it with `pip install nixl-cu12` (or nixl-cu13 for CUDA 13)"
 
@@ -179,7 +183,7 @@ class Address:
             self.kind,
             self.device,
         )
-        return msgpack.packb(fields, use_bin_type=True)
+        return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
 
     @classmethod
     def unpack(cls, data: bytes) -> Address:
@@ -194,7 +198,8 @@ class Address:
         types = (str, bytes, int, int, int, str, int)
         if schema != SCHEMA or not all(isinstance(f, t) for f, t in zip(fields, types, strict=True)):
             raise ReadFailed(
-                Outcome.NO_ROUTE, f"a nixl address of schema {schema} with {len(fields)} fields; ours is {SCHEMA}."
+                Outcome.NO_ROUTE,
+                f"a nixl address of schema {schema} with {len(fields)} fields; ours is {SCHEMA}.",
             )
         return address
 
@@ -223,7 +228,7 @@ class _Puller:
         self.quarantined: list[BlockId] = []
         self._arena = arena
         self._peers: dict[str, _Peer] = {}
-        self._agent = _make_agent(bind, name, progress=False)
+        self._agent: Any = _make_agent(bind, name, progress=False)
         _register(bind, self._agent, arena)
 
     def connect(self, address: Address) -> _Peer:

@@ -60,13 +60,7 @@ def run_pull(
         _check_before(arena, lease, start, ends)
         read(lease, into, start + timeout_s)
         _verify(arena, lease, into)
-        late = time.monotonic() - ends
-        if late > 0:
-            raise ReadFailed(
-                Outcome.LEASE_EXPIRED,
-                f"the lease of {lease.ttl_s:g} s ended {late:.3f} s before the bytes were verified. "
-                "Raise directory.lease_ttl_s.",
-            )
+        _check_after(lease, ends)
         outcome, detail = Outcome.PULLED, ""
     except ReadFailed as failed:
         outcome, detail = failed.outcome, failed.detail
@@ -103,6 +97,16 @@ def _check_before(arena: Arena, lease: Lease, now: float, ends: float) -> None:
                 f"blocks of {lease.located.owner.worker} hold {ref.nbytes} bytes, ours {arena.block_nbytes}. "
                 "Use one model, dtype and transport.block_tokens on both workers.",
             )
+
+
+def _check_after(lease: Lease, ends: float) -> None:
+    late = time.monotonic() - ends
+    if late > 0:
+        raise ReadFailed(
+            Outcome.LEASE_EXPIRED,
+            f"the lease of {lease.ttl_s:g} s ended {late:.3f} s before the bytes were verified. "
+            "Raise directory.lease_ttl_s.",
+        )
 
 
 def _verify(arena: Arena, lease: Lease, into: Sequence[BlockId]) -> None:

@@ -81,7 +81,7 @@ class ReadRequest:
 
 def encode(kind: int, body: dict[str, Any]) -> bytes:
     """A frame of `kind` with a msgpack body."""
-    packed = msgpack.packb(body, use_bin_type=True)
+    packed = bytes(msgpack.packb(body, use_bin_type=True) or b"")
     return FRAME.pack(MAGIC, SCHEMA, kind, 0, len(packed)) + packed
 
 
@@ -385,7 +385,7 @@ class TcpTransport:
         if self._server is None:
             raise TransportError("tcp: address() before register(). Register the worker's arena first.")
         fields = {"host": self._advertise_host, "port": self._server.port, "token": self._server.token}
-        return msgpack.packb(fields, use_bin_type=True)
+        return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
 
     def pull(
         self,
@@ -443,10 +443,11 @@ class TcpTransport:
         if kept is not None:
             try:
                 self._read_on(kept, peer, lease, into, deadline)
-                return
             except ConnectionError as fault:
                 # The server closes idle connections, and a restarted one knows nothing of them.
                 logger.debug("tcp: kept connection to %s:%d was dead (%s)", peer.host, peer.port, fault)
+            else:
+                return
         self._read_on(self._connect(peer, deadline), peer, lease, into, deadline)
 
     def _connect(self, peer: _Address, deadline: float) -> socket.socket:

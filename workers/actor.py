@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -34,7 +33,8 @@ class WorkerSpec:
         model: embedded name, folder or hub id.
         tenant: goes into `space`.
         directory_shards: names of the shard actors.
-        namespace: Ray namespace of the shards.
+        namespace: Ray namespace of the actors.
+        host: address on which peers reach this worker; None = the node's own.
     """
 
     worker: WorkerId
@@ -45,6 +45,7 @@ class WorkerSpec:
     directory: DirectorySettings = field(default_factory=DirectorySettings)
     directory_shards: tuple[str, ...] = ()
     namespace: str = "relay"
+    host: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,8 @@ class WorkerInfo:
     model: str
     space: str
     profile_measured: bool
-    backends: dict[str, str]
+    backends: tuple[str, ...]
+    missing_backends: dict[str, str]
     block_nbytes: int
     load_s: float
 
@@ -72,22 +74,20 @@ class Worker:
         # Imported here: the driver handles this class without loading torch.
         import torch  # noqa: PLC0415
 
-        from transport.auto import AutoTransport  # noqa: PLC0415
+        from transport.auto import available_backends, make_transport  # noqa: PLC0415
         from transport.directory.client import DirectoryClient  # noqa: PLC0415
 
         threads = spec.settings.threads or os.cpu_count() or 1
         torch.set_num_threads(threads)
         self._spec = spec
         loaded, profile = _load(spec)
-        node = NodeId(ray.util.get_node_ip_address() if ray.is_initialized() else socket.gethostname())
+        node = NodeId(ray.util.get_node_ip_address())
         incarnation = Incarnation(time.time_ns())
         arena = _arena(spec, loaded.layout.block_nbytes, incarnation, loaded.device)
-        self._transport = AutoTransport(spec.worker, incarnation, spec.transport)
+        self._transport = make_transport(spec.transport, worker=spec.worker, host=spec.host or node)
         self._transport.register(arena)
         owner = Owner(spec.worker, incarnation, node, self._transport.addresses())
-        self._directory = DirectoryClient(
-            list(spec.directory_shards), spec.directory, namespace=spec.namespace
-        )
+        self._directory = DirectoryClient(list(spec.directory_shards), spec.directory)
         from workers.agent import AgentWorker  # noqa: PLC0415
         from workers.store import SegmentStore  # noqa: PLC0415
 
@@ -112,7 +112,8 @@ class Worker:
             model=spec.model,
             space=loaded.space,
             profile_measured=profile.measured,
-            backends=self._transport.backends(),
+            backends=tuple(owner.addresses),
+            missing_backends={n: why for n, (ok, why) in available_backends().items() if not ok},
             block_nbytes=loaded.layout.block_nbytes,
             load_s=time.perf_counter() - begin,
         )
@@ -170,10 +171,11 @@ class Worker:
 
 
 def _load(spec: WorkerSpec) -> tuple[Any, Any]:
-    from workers.model import load_model, num_layers_of  # noqa: PLC0415 - brings torch
+    from workers.model import describe, load_model, resolve  # noqa: PLC0415 - brings torch
     from workers.profile import load_profile  # noqa: PLC0415
 
-    profile = load_profile(spec.model, num_layers_of(spec.model))
+    resolve(spec.model)  # imports the embedded model on a node that has not got it yet
+    profile = load_profile(spec.model, int(describe(spec.model)["layers"]))
     loaded = load_model(
         spec.model,
         dtype=spec.settings.dtype,
@@ -191,10 +193,12 @@ def _arena(spec: WorkerSpec, block_nbytes: int, incarnation: Incarnation, device
     return Arena(spec.transport.arena_bytes, block_nbytes, device=str(device), incarnation=incarnation)
 
 
-def remote_worker(spec: WorkerSpec, *, num_cpus: float, num_gpus: float, max_restarts: int) -> Any:
+def remote_worker(
+    spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: float, max_restarts: int
+) -> Any:
     """Start the worker as a named Ray actor and return its handle (`info` answers when it is ready)."""
     options: dict[str, Any] = {
-        "name": f"relay-worker-{spec.worker}",
+        "name": name,
         "namespace": spec.namespace,
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,

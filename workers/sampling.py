@@ -36,8 +36,7 @@ class Sampler:
         if not bool(torch.isfinite(best)):
             raise RelayError(
                 f"the model's logits are not numbers (largest: {float(best)}). The weights or the cache are "
-                "damaged, "
-                "or the dtype overflows: try dtype: float32."
+                "damaged, or the dtype overflows: try dtype: float32."
             )
         if self._settings.temperature == 0:
             return int(index)

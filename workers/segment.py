@@ -73,6 +73,11 @@ class PromptTemplate:
     pieces: tuple[Piece, ...]
 
     @property
+    def leading_ids(self) -> tuple[int, ...]:
+        """Fixed ids before the first slot: the same in every request."""
+        return self.pieces[0].token_ids if self.pieces and self.pieces[0].slot is None else ()
+
+    @property
     def slots(self) -> tuple[str, ...]:
         """Slot names, each once, in order of first appearance."""
         return tuple(dict.fromkeys(p.slot for p in self.pieces if p.slot is not None))
@@ -98,7 +103,7 @@ def digest_tokens(token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(_DIGEST_TAG + body, digest_size=_DIGEST_BYTES).digest()
 
 
-# -- control tokens ------------------------------------------------------------------------------------------
+# -- control tokens --
 
 
 def _id_set(value: Any) -> set[int]:
@@ -240,7 +245,7 @@ def splice(
     return SlotValue(token_ids=tuple(plain), kv_tokens=min(kv_tokens, first))
 
 
-# -- templates -----------------------------------------------------------------------------------------------
+# -- templates --
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +337,7 @@ class PromptBuilder:
 
         A text slot is keyed as a whole (the first agent that computes it publishes it); of a spliced slot
         exactly the ids with KV are keyed, and the rest is a span of its own. The last token of a prompt is
-        never keyed: a slot that ends the prompt is keyed without it, so with a key of fewer tokens.
+        never part of a keyed span: a slot that ends the prompt gives it up and keeps its key.
 
         Raises:
             PipelineError: a value is missing or unknown, or the prompt has no token at all.
@@ -355,7 +360,7 @@ class PromptBuilder:
             )
         if len(ids) + max_new_tokens > self._max_context:
             raise PromptTooLong(self._too_long(len(ids), max_new_tokens, spans))
-        return Prompt(tuple(ids), tuple(self._free_last_token(ids, spans)))
+        return Prompt(tuple(ids), tuple(self._free_last_token(spans)))
 
     def _fill(self, value: SlotValue) -> list[tuple[tuple[int, ...], bool]]:
         """Runs of ids of a slot, and whether each is keyed."""
@@ -366,15 +371,15 @@ class PromptBuilder:
             return [(value.token_ids, False)]
         return [(value.token_ids[: value.kv_tokens], True), (value.token_ids[value.kv_tokens :], False)]
 
-    def _free_last_token(self, ids: Sequence[int], spans: list[Span]) -> list[Span]:
+    def _free_last_token(self, spans: list[Span]) -> list[Span]:
         last = spans[-1]
         if last.key is None:
             return spans
         tail = Span(last.stop - 1, last.stop, last.slot)
         if len(last) - 1 < self._min_tokens:
             return [*spans[:-1], Span(last.start, last.stop, last.slot)]
-        key = SegmentKey(self._space, digest_tokens(ids[last.start : last.stop - 1]))
-        return [*spans[:-1], Span(last.start, last.stop - 1, last.slot, key), tail]
+        # The key is still that of the whole segment: a reader may use fewer tokens than a segment has.
+        return [*spans[:-1], Span(last.start, last.stop - 1, last.slot, last.key), tail]
 
     def _too_long(self, tokens: int, max_new_tokens: int, spans: Sequence[Span]) -> str:
         sizes: dict[str, int] = {}
@@ -385,10 +390,8 @@ class PromptBuilder:
         slots = ", ".join(f"{{{name}}} {size}" for name, size in longest) or "none"
         return (
             f"the prompt has {tokens} tokens and the answer may have {max_new_tokens}, together more than "
-            "the model's "
-            f"context of {self._max_context}. Longest slots: {slots}. Shorten the inputs, lower "
-            "max_new_tokens (of "
-            "this agent or of those before it), or take a model with a longer context."
+            f"the model's context of {self._max_context}. Longest slots: {slots}. Shorten the inputs, lower "
+            "max_new_tokens (of this agent or of those before it), or take a model with a longer context."
         )
 
     def _pieces(self, parts: Sequence[_Part], *, opening: bool = False) -> list[Piece]:
@@ -453,8 +456,7 @@ class PromptBuilder:
             )
             raise ModelError(
                 f"the model's chat template {fault} parts of the message that it is given, so slots cannot "
-                "be placed. "
-                "Mend the chat template in the tokenizer's folder, or take another model."
+                "be placed. Mend the chat template in the tokenizer's folder, or take another model."
             )
         return rendered
 

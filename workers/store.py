@@ -178,21 +178,14 @@ class SegmentStore:
                 self._arena.free(blocks)
         got.transfers.append((located, transfer))
         if transfer.outcome is not Outcome.PULLED:
+            # Not reported to the directory: one reader's broken link is no proof that the owner is dead, and a
+            # dropped owner stays fenced. Its silence, or whoever saw its process die, ends it.
+            log.warning("pull from %s failed: %s (%s)", owner.worker, transfer.outcome, transfer.detail)
             got.misses[key] = Miss(transfer.outcome, transfer.detail)
-            self._report_dead(owner, transfer)
             return
         views = tuple(self._layout.views(self._arena.payload(b)) for b in blocks)
         got.hits[key] = located
         got.pulled[key] = PulledSegment(views, segment.num_tokens, segment.start)
-
-    def _report_dead(self, owner: Owner, transfer: Transfer) -> None:
-        """Tell the directory, so that the next request does not pay for the same dead peer again."""
-        log.warning("pull from %s failed: %s (%s)", owner.worker, transfer.outcome, transfer.detail)
-        if transfer.outcome is Outcome.PEER_GONE:
-            try:
-                self._directory.drop_owner(owner.worker, owner.incarnation)
-            except DirectoryUnavailable as error:
-                log.warning("could not report %s as gone: %s", owner.worker, error)
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -205,6 +198,7 @@ class SegmentStore:
         Raises:
             ArenaFull: no room even after eviction; nothing was published.
             DirectoryUnavailable: no shard took it; nothing was published.
+            WorkerLost: a newer life of this worker has taken its name; nothing was published.
         """
         # One publish at a time: two requests that computed the same tokens must not both enter them.
         with self._publishing:
@@ -253,10 +247,11 @@ class SegmentStore:
         try:
             return self._arena.allocate(blocks)
         except ArenaFull:
-            self._evict(blocks)
+            self.evict(blocks)
             return self._arena.allocate(blocks)
 
-    def _evict(self, blocks: int) -> None:
+    def evict(self, blocks: int) -> None:
+        """Give up least recently used unleased segments of this worker, `blocks` blocks or all there are."""
         try:
             gone = self._directory.evict(self.owner, nbytes=blocks * self._layout.block_nbytes)
         except DirectoryUnavailable as error:

@@ -22,8 +22,20 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="session")
 def sentencepiece_like() -> Any:
     """The decoder of Llama 2: "▁" for blanks, byte fallback, the first blank dropped."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "▁Hello", "▁world", "lo", "."]
-    raw = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "▁",
+        "▁Hello",
+        "▁world",
+        "lo",
+        ".",
+    ]
+    raw = Tokenizer(
+        models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
         [
@@ -50,7 +62,16 @@ def whole(tokenizer: Any, ids: list[int], skip: bool = True) -> str:
 
 @pytest.mark.parametrize(
     "text",
-    ["plain words.", "  two  blanks\n\n", "naïve café", "😀👩‍👩‍👧‍👦🇩🇪", "日本語のテキスト", "e\u0301 नमस्ते", "\ufffd real", ""],
+    [
+        "plain words.",
+        "  two  blanks\n\n",
+        "naïve café",
+        "😀👩‍👩‍👧‍👦🇩🇪",
+        "日本語のテキスト",
+        "e\u0301 नमस्ते",
+        "\ufffd real",
+        "",
+    ],
 )
 def test_pieces_join_to_the_text(tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text, add_special_tokens=False)

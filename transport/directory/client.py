@@ -108,16 +108,16 @@ class DirectoryClient:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> dict[SegmentKey, Located]:
+    def lookup(
+        self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None
+    ) -> dict[SegmentKey, Located]:
         """See KVDirectory."""
         out: dict[SegmentKey, Located] = {}
         for found in self._ask({s: (k, near) for s, k in self._ring.split(keys).items()}, "lookup").values():
             out.update(found)
         return out
 
-    def lease(
-        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float
-    ) -> dict[SegmentKey, Lease]:
+    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
         """See KVDirectory."""
         out: dict[SegmentKey, Lease] = {}
         parts = {s: (k, holder, ttl_s) for s, k in self._ring.split(keys).items()}
@@ -139,7 +139,7 @@ class DirectoryClient:
 
     def stats(self) -> dict[str, float]:
         """Totals over shards, plus what this client has seen: call_failures, republished."""
-        replies = self._ask({s: () for s in self._shards}, "stats", even_down=True)
+        replies = self._ask(dict.fromkeys(self._shards, ()), "stats", even_down=True)
         out: dict[str, float] = {}
         for reply in replies.values():
             for name, value in reply.items():
@@ -182,7 +182,7 @@ class DirectoryClient:
     def evict(self, owner: Owner, *, nbytes: int) -> tuple[Segment, ...]:
         """See KVDirectory. Oldest first over all shards: each tells how long its candidates were idle."""
         with self._owner_lock:
-            offers = self._ask({s: (owner, nbytes) for s in self._shards}, "candidates")
+            offers = self._ask(dict.fromkeys(self._shards, (owner, nbytes)), "candidates")
             ranked = sorted(
                 ((c, s) for s, cs in offers.items() for c in cs), key=lambda pair: -pair[0].idle_s
             )
@@ -206,7 +206,7 @@ class DirectoryClient:
         Raises:
             DirectoryUnavailable: no shard answered. (One that missed it drops the owner for its silence.)
         """
-        if not self._ask({s: (worker, incarnation) for s in self._shards}, "drop_owner", even_down=True):
+        if not self._ask(dict.fromkeys(self._shards, (worker, incarnation)), "drop_owner", even_down=True):
             raise self._unavailable("drop_owner", self._shards)
 
     def start_owner(self, owner: Owner, segments_source: Callable[[], Sequence[Segment]]) -> None:
@@ -250,7 +250,7 @@ class DirectoryClient:
                 self._fenced = fault
                 logger.error("heartbeat of %s stops: %s", owner.worker, fault)  # noqa: TRY400 - no trace
                 return
-            except Exception:  # noqa: BLE001 - a fault of the source must not silence this worker for good
+            except Exception:  # a fault of the source must not silence this worker for good
                 logger.exception("heartbeat of %s failed; trying again", owner.worker)
 
     def _beat(self, owner: Owner, source: Callable[[], Sequence[Segment]]) -> bool:
@@ -287,7 +287,7 @@ class DirectoryClient:
             logger.info("published %d segments again to %s", len(held), ", ".join(sorted(stale)))
 
     def _announce(self, owner: Owner) -> dict[str, ShardReply]:
-        replies = self._ask({s: (owner,) for s in self._shards}, "announce", even_down=True)
+        replies = self._ask(dict.fromkeys(self._shards, (owner,)), "announce", even_down=True)
         for reply in replies.values():
             refuse_fenced(owner, reply.verdict)
         return replies

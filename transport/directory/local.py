@@ -24,8 +24,8 @@ def refuse_fenced(owner: Owner, reply: Announced) -> None:
     """
     if reply.fenced_by is not None:
         raise WorkerLost(
-            f"{owner.worker}: incarnation {owner.incarnation} was replaced by {reply.fenced_by} or dropped as "
-            "dead; its segments are gone from the directory. End this process."
+            f"{owner.worker}: incarnation {owner.incarnation} was replaced by {reply.fenced_by} or dropped "
+            "as dead; its segments are gone from the directory. End this process."
         )
 
 
@@ -63,14 +63,14 @@ class LocalDirectory:
             reply = self._table.publish(owner, segments, self._clock())
         refuse_fenced(owner, reply)
 
-    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> dict[SegmentKey, Located]:
+    def lookup(
+        self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None
+    ) -> dict[SegmentKey, Located]:
         """See KVDirectory."""
         with self._lock:
             return self._table.lookup(keys, self._clock(), near=near)
 
-    def lease(
-        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float
-    ) -> dict[SegmentKey, Lease]:
+    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
         """See KVDirectory."""
         with self._lock:
             return self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s)

@@ -32,7 +32,9 @@ class Ring:
     def __init__(self, shards: Sequence[str]) -> None:
         if not shards or len(set(shards)) != len(shards):
             raise ConfigError(f"the directory needs shards with distinct names, got {list(shards)}.")
-        points = sorted((_point(f"{name}#{i}".encode()), name) for name in shards for i in range(VIRTUAL_NODES))
+        points = sorted(
+            (_point(f"{name}#{i}".encode()), name) for name in shards for i in range(VIRTUAL_NODES)
+        )
         self._points = [p for p, _ in points]
         self._names = [n for _, n in points]
         self.shards = tuple(shards)

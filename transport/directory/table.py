@@ -336,4 +336,3 @@ class Table:
 
     def _located(self, copy: _Copy) -> Located:
         return Located(copy.segment, self._owners[copy.worker].owner)
-

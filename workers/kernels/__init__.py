@@ -12,6 +12,7 @@ import torch
 from workers.kernels.reference import (
     attend,
     attend_explicit,
+    attend_with_lse,
     log_sum_exp,
     position_mask,
     rotate_keys,
@@ -23,6 +24,7 @@ __all__ = [
     "attend",
     "attend_causal",
     "attend_explicit",
+    "attend_with_lse",
     "flash_attn_installed",
     "log_sum_exp",
     "position_mask",

@@ -134,6 +134,42 @@ def log_sum_exp(
     return torch.logsumexp(scores, dim=-1).reshape(heads, rows)
 
 
+def attend_with_lse(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `attend`, and the log-sum-exp of every row's scores, which the flash kernel has anyway.
+
+    Returns:
+        out: [heads, rows, head_dim]; lse: [heads, rows] float32.
+    """
+    heads, rows, dim = query.shape
+    kv_heads, tokens, _ = keys.shape
+    if query.device.type != "cpu":
+        out = attend(query, keys, values, scaling=scaling, mask=mask, causal=causal)
+        if causal:
+            mask = position_mask(torch.arange(rows, device=query.device), 0, tokens, None, query.dtype)
+        return out, log_sum_exp(query, keys, scaling=scaling, mask=mask)
+    groups = heads // kv_heads
+    # The operator behind scaled_dot_product_attention on CPU; only this form returns the log-sum-exp.
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+    out, lse = flash(
+        query.reshape(kv_heads, groups, rows, dim),
+        keys[:, None].expand(kv_heads, groups, tokens, dim),
+        values[:, None].expand(kv_heads, groups, tokens, dim),
+        0.0,
+        causal,
+        attn_mask=mask,
+        scale=scaling,
+    )
+    return out.reshape(heads, rows, dim), lse.reshape(heads, rows).float()
+
+
 def value_deviation(reused: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
     """d_j = 1 - cos(v_reused, v_computed) per token, over all heads together (RelayCaching, arXiv 2603.13289).
 

@@ -1,0 +1,486 @@
+"""The cluster as its users see it: starts Ray, directory shards and workers, runs pipelines, and ends what it started.
+
+    with Cluster(config) as cluster:
+        result = cluster.run(pipeline, {"question": "..."})
+
+Only requests, keys and reports cross Ray. Everything here blocks, and every wait has a deadline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from relay_cluster.config import ClusterConfig
+from relay_cluster.executor import Executor, RunOptions, agent_report
+from relay_cluster.doctor import this_machine
+from relay_cluster.pipeline import Pipeline
+from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
+from relay_cluster.router import WorkerView, place, worker_models
+from transport.directory.client import DirectoryClient
+from transport.directory.shard import create_shards
+from transport.errors import DeadlineExceeded, RelayError, WorkerLost
+from transport.types import WorkerId
+from workers.actor import WorkerInfo, WorkerSpec, remote_worker
+from workers.messages import Comparison, Reply, Request
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[..., None]
+
+
+def _no_event(*_: Any) -> None:
+    """Nobody is watching."""
+
+
+@dataclass(slots=True)
+class _Member:
+    """A worker actor of this cluster."""
+
+    spec: WorkerSpec
+    handle: Any
+    info: WorkerInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `Cluster.run` returns. `result["judge"].text` is an agent's answer."""
+
+    report: RunReport
+
+    def __getitem__(self, agent: str) -> AgentReport:
+        return self.report.rows[-1][agent]
+
+
+class Cluster:
+    """Workers on Ray. A context manager; leaving it ends every process that it started.
+
+    Args:
+        config: the cluster; None = this machine with defaults.
+        agents_hint: start the workers that this pipeline needs at once; else the first `run` starts them.
+        on_event: called with ("cluster", text) while it starts.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig | None = None,
+        *,
+        agents_hint: Pipeline | None = None,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        self.config = config or ClusterConfig()
+        self._hint = agents_hint
+        self._on_event = on_event or _no_event
+        self._members: dict[WorkerId, _Member] = {}
+        self._placed: dict[str, WorkerId] = {}
+        self._shards: dict[str, Any] = {}
+        self._directory: DirectoryClient | None = None
+        self._started_ray = False
+        self._prepared: set[tuple[WorkerId, str | None, str]] = set()
+        self._runs = 0
+        self._id = uuid.uuid4().hex[:6]
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **kwargs: Any) -> Cluster:
+        """A cluster from a file.
+
+        Raises:
+            ConfigError: everything that is wrong with the file.
+        """
+        return cls(ClusterConfig.load(path), **kwargs)
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start or join Ray, then the directory and, with a hint, the workers. Idempotent.
+
+        Raises:
+            RelayError: a worker did not come up within runtime.start_timeout_s.
+        """
+        if not ray.is_initialized():
+            self._init_ray()
+        if not self._shards:
+            self._shards = create_shards(
+                self.config.directory, prefix=f"relay-directory-{self._id}"
+            )
+            self._directory = DirectoryClient(self._shards, self.config.directory)
+        if self._hint is not None:
+            self._ensure_workers(self._hint)
+
+    def stop(self) -> None:
+        """End workers and shards, and Ray where we started it. Idempotent."""
+        members, self._members = self._members, {}
+        shards, self._shards = self._shards, {}
+        self._prepared.clear()
+        if not ray.is_initialized():
+            return
+        closing = [m.handle.close.remote() for m in members.values() if m.info is not None]
+        if closing:
+            try:
+                ray.wait(closing, num_returns=len(closing), timeout=self.config.runtime.stop_timeout_s)
+            except RayError as error:
+                log.warning("closing workers: %s", error)
+        for handle in [*(m.handle for m in members.values()), *shards.values()]:
+            ray.kill(handle)
+        if self._started_ray:
+            ray.shutdown()
+            self._started_ray = False
+
+    def _init_ray(self) -> None:
+        settings = self.config.ray
+        # Set explicitly: token authentication turns itself on where a token file lies about.
+        os.environ["RAY_AUTH_MODE"] = settings.auth
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        self._on_event("cluster", "joining Ray" if settings.address else "starting Ray")
+        options: dict[str, Any] = {
+            "namespace": settings.namespace,
+            "logging_level": logging.ERROR,
+            "log_to_driver": False,
+            "configure_logging": False,
+        }
+        if settings.address:
+            options["address"] = settings.address
+        else:
+            options.update(
+                num_cpus=settings.num_cpus,
+                include_dashboard=settings.dashboard,
+                object_store_memory=settings.object_store_bytes,
+            )
+        try:
+            ray.init(**options)
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            where = f"at {settings.address}" if settings.address else "here"
+            raise RelayError(f"Ray could not be started {where}: {error}") from error
+        self._started_ray = True
+
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    def _ensure_workers(self, pipeline: Pipeline) -> None:
+        """Start the workers that the pipeline needs, unless they run already; place its agents; warm their prefixes."""
+        agents = self._models(pipeline)
+        if not self._members:
+            count = self.config.worker_count(len(agents))
+            models = worker_models(agents, count, self.config.model)
+            self._on_event("cluster", f"starting {count} workers ({', '.join(dict.fromkeys(models))})")
+            for i, model in enumerate(models):
+                self._spawn(WorkerId(f"w{i}"), model, count)
+            self._await_ready()
+        views = [WorkerView(w, m.spec.model) for w, m in self._members.items()]
+        self._placed.update(place(agents, views))
+        self._prepare(pipeline)
+
+    def _models(self, pipeline: Pipeline) -> list[tuple[str, str]]:
+        default = pipeline.model or self.config.model
+        return [(name, pipeline[name].model or default) for name in pipeline.order]
+
+    def _spawn(self, worker: WorkerId, model: str, count: int) -> None:
+        settings = self.config.worker
+        spec = WorkerSpec(
+            worker=worker,
+            model=model,
+            settings=settings,
+            transport=self.config.transport,
+            directory=self.config.directory,
+            directory_shards=tuple(self._shards),
+            namespace=self.config.ray.namespace,
+            host=None if self.config.ray.address else "127.0.0.1",
+        )
+        gpus = 1.0 if settings.device == "cuda" else 0.0
+        cpus = float(ray.cluster_resources().get("CPU", 1))
+        handle = remote_worker(
+            spec,
+            name=f"relay-worker-{self._id}-{worker}",
+            # A share of the CPUs each: all workers must fit, and one agent computes at a time in a chain.
+            num_cpus=min(1.0, cpus / (count + 1)),
+            num_gpus=gpus,
+            max_restarts=self.config.runtime.max_restarts,
+        )
+        self._members[worker] = _Member(spec, handle)
+
+    def _await_ready(self) -> None:
+        timeout_s = self.config.runtime.start_timeout_s
+        pending = {m.handle.info.remote(): m for m in self._members.values()}
+        deadline = time.monotonic() + timeout_s
+        while pending:
+            done, _ = ray.wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                names = ", ".join(m.spec.worker for m in pending.values())
+                raise DeadlineExceeded(
+                    f"workers {names} were not ready within {timeout_s:.0f} s. Raise runtime.start_timeout_s, or see "
+                    "`relay doctor` and the worker logs in Ray's session folder."
+                )
+            member = pending.pop(done[0])
+            try:
+                member.info = ray.get(done[0])
+            except RayError as error:
+                raise _unwrapped(error, f"worker {member.spec.worker} could not start") from None
+            info = member.info
+            self._on_event(
+                "cluster",
+                f"{info.worker} ready on {info.node} ({info.device}, pid {info.pid}, {'/'.join(info.backends)})",
+            )
+        for line in self.notes():
+            self._on_event("cluster", line)
+
+    def _prepare(self, pipeline: Pipeline) -> None:
+        """Prefill every agent's own fixed prefix into its worker's exact prefix cache."""
+        jobs = []
+        for name in pipeline.order:
+            agent = pipeline[name]
+            key = (self._placed[name], agent.system, agent.prompt)
+            if key not in self._prepared:
+                self._prepared.add(key)
+                member = self._members[self._placed[name]]
+                jobs.append(member.handle.prepare.remote(agent.system, agent.prompt))
+        if jobs:
+            try:
+                ray.get(jobs, timeout=self.config.worker.request_timeout_s)
+            except RayError as error:
+                raise _unwrapped(error, "the agents' prompts could not be prepared") from None
+
+    def notes(self) -> tuple[str, ...]:
+        """Plain sentences about what is not as good as it could be."""
+        infos = [m.info for m in self._members.values() if m.info is not None]
+        lines: dict[str, None] = {}
+        for info in infos:
+            if self.config.transport.backend == "auto" and "nixl" not in info.backends:
+                why = info.missing_backends.get("nixl", "not available")
+                lines[f"transport: nixl is not available ({why}), so KV moves over tcp (slower, same answers)"] = None
+            if not info.profile_measured:
+                lines[f"model {info.model} has no profile: the generic one is used (slower, safe)"] = None
+        return tuple(lines)
+
+    # -- Workers protocol of the executor ---------------------------------------------------------------------------
+
+    def worker_for(self, agent: str) -> WorkerId:
+        """The agent's worker, waiting for its restart where it died; else any live worker with its model."""
+        worker = self._placed[agent]
+        if self._answers(worker, self.config.runtime.start_timeout_s):
+            return worker
+        model = self._members[worker].spec.model
+        for other, member in self._members.items():
+            if other != worker and member.spec.model == model and self._answers(other, 5.0):
+                self._placed[agent] = other
+                return other
+        raise WorkerLost(f"worker {worker} is gone and no other live worker hosts {model}.")
+
+    def _answers(self, worker: WorkerId, timeout_s: float) -> bool:
+        """Whether the worker's process lives; a call to a restarting actor waits until it is back."""
+        deadline = time.monotonic() + timeout_s
+        member = self._members[worker]
+        while time.monotonic() < deadline:
+            try:
+                member.info = ray.get(member.handle.info.remote(), timeout=max(0.1, deadline - time.monotonic()))
+            except GetTimeoutError:
+                return False
+            except RayActorError as error:
+                # "unavailable" is a restart under way; anything else is final.
+                if not _restarting(error):
+                    return False
+                time.sleep(0.2)
+            except RayError:
+                return False
+            else:
+                return True
+        return False
+
+    def generate(
+        self, worker: WorkerId, request: Request, on_token: Callable[[int], None]
+    ) -> tuple[Reply, float]:
+        """See executor.Workers."""
+        begin = time.perf_counter()
+        first = 0.0
+        count = 0
+        stream = self._members[worker].handle.generate.options(num_returns="streaming").remote(request)
+        try:
+            for ref in stream:
+                kind, item = ray.get(ref, timeout=self.config.worker.request_timeout_s)
+                if kind == "reply":
+                    return item, first
+                if not count:
+                    first = time.perf_counter() - begin
+                count += 1
+                on_token(count)
+        except RayError as error:
+            fault = _unwrapped(error, f'agent "{request.agent}" on {worker}')
+            if isinstance(fault, WorkerLost):
+                self._bury(worker)
+            raise fault from None
+        raise WorkerLost(f"worker {worker} ended its stream without a reply.")
+
+    def _bury(self, worker: WorkerId) -> None:
+        """Tell the directory of a process that died, so that nobody waits for it until its heartbeat is missed."""
+        info = self._members[worker].info
+        if info is None or self._directory is None:
+            return
+        try:
+            self._directory.drop_owner(worker, info.incarnation)
+        except RelayError as error:
+            log.warning("the directory was not told that %s died: %s", worker, error)
+
+    def compare(
+        self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int
+    ) -> Comparison:
+        """See executor.Workers."""
+        call = self._members[worker].handle.compare.remote(request, reply, base_method, repeats)
+        try:
+            return ray.get(call, timeout=(repeats + 2) * self.config.worker.request_timeout_s)
+        except RayError as error:
+            raise _unwrapped(error, f'comparison of agent "{request.agent}" on {worker}') from None
+
+    def cancel(self, worker: WorkerId, request_id: str) -> None:
+        """See executor.Workers."""
+        try:
+            ray.get(self._members[worker].handle.cancel.remote(request_id), timeout=5.0)
+        except RayError as error:
+            raise _unwrapped(error, f"cancelling on {worker}") from None
+
+    def directory_stats(self) -> dict[str, float]:
+        """Totals over the directory's shards: segments, leases, owners, bytes, shards_up."""
+        return {} if self._directory is None else self._directory.stats()
+
+    def stats(self) -> dict[WorkerId, dict[str, Any]]:
+        """Counters of every worker."""
+        calls = {w: m.handle.stats.remote() for w, m in self._members.items()}
+        return {w: ray.get(call, timeout=10.0) for w, call in calls.items()}
+
+    @property
+    def workers(self) -> dict[WorkerId, WorkerInfo]:
+        """The workers that are up."""
+        return {w: m.info for w, m in self._members.items() if m.info is not None}
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        pipeline: Pipeline,
+        inputs: Mapping[str, str] | None = None,
+        *,
+        method: str | None = None,
+        compare: str | None = None,
+        repeats: int = 3,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        on_event: OnEvent | None = None,
+        **more_inputs: str,
+    ) -> Result:
+        """Run a pipeline once.
+
+        Args:
+            inputs: input name -> text; also as keywords.
+            method: reuse method; None = the pipeline's, or "auto".
+            compare: run every prompt under this method too, afterwards, on the same workers ("full_prefill").
+            repeats: TTFT samples of each method for `compare`.
+            max_new_tokens: of agents that name no limit.
+            seed: of sampled decoding.
+            on_event: called with ("agent_started", agent, worker), ("token", agent, n), ("agent_done", agent) and
+                ("compare", agent, text).
+
+        Raises:
+            PipelineError: inputs do not fit. PromptTooLong, ConfigError: a prompt does not fit the model.
+            WorkerLost: a worker died more often than runtime.max_retries.
+        """
+        values = pipeline.check_inputs({**(inputs or {}), **more_inputs})
+        options = RunOptions(
+            method=method or pipeline.method or "auto",
+            compare=compare,
+            repeats=repeats,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            max_retries=self.config.runtime.max_retries,
+        )
+        self._ensure_workers(pipeline)
+        with self._lock:
+            self._runs += 1
+            run_id = f"{self._id}-{self._runs}"
+        executor = Executor(pipeline, self, options, run_id, on_event or _no_event)
+        turns, wall_s = executor.run(values)
+        compared = executor.compare({name: turns[name] for name in pipeline.order})
+        row = RowReport(
+            agents=tuple(agent_report(turns[name], compared.get(name)) for name in pipeline.order),
+            wall_s=wall_s,
+            inputs_digest=_digest(values),
+        )
+        return Result(
+            RunReport(
+                pipeline=pipeline.name,
+                method=options.method,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                machine=this_machine(),
+                cluster=self._cluster_report(row),
+                rows=(row,),
+            )
+        )
+
+    def _cluster_report(self, row: RowReport) -> ClusterReport:
+        infos = list(self.workers.values())
+        moved = dict.fromkeys(
+            t.backend for agent in row.agents for t in agent.transfers if t.outcome == "pulled" and t.bytes
+        )
+        return ClusterReport(
+            name=self.config.name,
+            workers=len(infos),
+            nodes=len({i.node for i in infos}),
+            backend="+".join(moved) or self.config.transport.backend,
+            device="+".join(dict.fromkeys(i.device for i in infos)),
+            notes=self.notes(),
+        )
+
+
+def _digest(inputs: Mapping[str, str]) -> str:
+    """Names a set of inputs without telling them."""
+    text = "\0".join(f"{k}\0{inputs[k]}" for k in sorted(inputs))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _restarting(error: RayActorError) -> bool:
+    return "unavailable" in str(error).lower() or "restart" in str(error).lower()
+
+
+def _unwrapped(error: RayError, what: str) -> RelayError:
+    """Our own error out of Ray's wrapping; a dead actor becomes WorkerLost."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, RelayError):
+        return error.cause
+    if isinstance(error, RayActorError):
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, RelayError):
+            return cause
+        return WorkerLost(f"{what}: the worker process died. {_last_line(error)}")
+    if isinstance(error, GetTimeoutError):
+        return DeadlineExceeded(f"{what}: no answer within the deadline (worker.request_timeout_s).")
+    return RelayError(f"{what}: {_last_line(error)}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+__all__ = ["Cluster", "Result"]

@@ -1,0 +1,283 @@
+"""One run of a pipeline: every agent as soon as the agents it waits for have answered.
+
+The executor hands keys and token ids from agent to agent; KV never passes through it. A request whose worker died is
+started again on a live worker. It asks `router.py` where, and knows nothing of models or transport.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol
+
+from relay_cluster.pipeline import Agent, Pipeline
+from relay_cluster.report import (
+    AgentReport,
+    CompareReport,
+    FallbackReport,
+    PublishedReport,
+    Stages,
+    TransferReport,
+)
+from transport.errors import RelayError, WorkerLost
+from transport.types import WorkerId
+from workers.messages import Comparison, Reply, Request, SlotTransfer
+from workers.segment import SlotValue
+from workers.settings import SamplingSettings
+
+log = logging.getLogger(__name__)
+
+OnEvent = Callable[..., None]
+
+
+class Workers(Protocol):
+    """What the executor needs of a cluster."""
+
+    def worker_for(self, agent: str) -> WorkerId:
+        """A live worker for the agent; waits for a restart if need be. Raises WorkerLost."""
+        ...
+
+    def generate(
+        self, worker: WorkerId, request: Request, on_token: Callable[[int], None]
+    ) -> tuple[Reply, float]:
+        """(reply, seconds from the call to the first token here). Raises WorkerLost when the process died."""
+        ...
+
+    def compare(
+        self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int
+    ) -> Comparison: ...
+
+    def cancel(self, worker: WorkerId, request_id: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """How one run is made; see `Cluster.run`."""
+
+    method: str
+    compare: str | None
+    repeats: int
+    max_new_tokens: int
+    seed: int
+    max_retries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An answered request, kept for reports and comparisons."""
+
+    agent: Agent
+    request: Request
+    reply: Reply
+    ttft_s: float
+    retries: int
+
+
+class Executor:
+    """Runs one pipeline once."""
+
+    def __init__(
+        self, pipeline: Pipeline, workers: Workers, options: RunOptions, run_id: str, on_event: OnEvent
+    ) -> None:
+        self._pipeline = pipeline
+        self._workers = workers
+        self._options = options
+        self._run_id = run_id
+        self._on_event = on_event
+        self._running: dict[str, WorkerId] = {}
+        self._lock = threading.Lock()
+
+    def run(self, inputs: Mapping[str, str]) -> tuple[dict[str, Turn], float]:
+        """Answer every agent.
+
+        Returns:
+            (agent -> turn, seconds for the whole pipeline).
+
+        Raises:
+            RelayError: an agent could not be answered; the others are cancelled.
+        """
+        begin = time.perf_counter()
+        values: dict[str, SlotValue] = {name: SlotValue(text=text) for name, text in inputs.items()}
+        waiting = {name: set(up) for name, up in self._pipeline.upstreams.items()}
+        turns: dict[str, Turn] = {}
+        pending: dict[Future[Turn], str] = {}
+        with ThreadPoolExecutor(max_workers=len(waiting), thread_name_prefix="agent") as pool:
+            try:
+                while waiting or pending:
+                    for name in [n for n, up in waiting.items() if up <= turns.keys()]:
+                        del waiting[name]
+                        pending[pool.submit(self._answer, self._pipeline[name], dict(values))] = name
+                    # Every request has a deadline of its own in the worker; this loop only wakes up for Ctrl-C.
+                    done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        name = pending.pop(future)
+                        turns[name] = future.result()
+                        values[name] = turns[name].reply.output
+            except BaseException:
+                self._cancel_running()
+                raise
+        return turns, time.perf_counter() - begin
+
+    def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:
+        """Every prompt again under the other method, on the same worker, one at a time."""
+        base = self._options.compare
+        if base is None:
+            return {}
+        reports: dict[str, CompareReport] = {}
+        for name, turn in turns.items():
+            self._on_event("compare", name, f"{base} on the same prompt")
+            found = self._workers.compare(
+                turn.reply.worker, turn.request, turn.reply, base, self._options.repeats
+            )
+            reports[name] = compare_report(turn.reply, found)
+            self._on_event("agent_done", name)
+        return reports
+
+    def _answer(self, agent: Agent, values: Mapping[str, SlotValue]) -> Turn:
+        """One agent's turn; again on another worker when its worker dies."""
+        request = self._request(agent, values)
+        for attempt in range(self._options.max_retries + 1):
+            worker = self._workers.worker_for(agent.name)
+            self._on_event("agent_started", agent.name, worker)
+            with self._lock:
+                self._running[request.id] = worker
+            try:
+                reply, ttft_s = self._workers.generate(
+                    worker, request, lambda n: self._on_event("token", agent.name, n)
+                )
+            except WorkerLost as error:
+                log.warning("worker %s died under request %s: %s", worker, request.id, error)
+                if attempt == self._options.max_retries:
+                    raise WorkerLost(
+                        f'agent "{agent.name}": its worker died {attempt + 1} times ({error}). '
+                        "See the worker's log; runtime.max_retries allows more tries."
+                    ) from error
+                continue
+            finally:
+                with self._lock:
+                    self._running.pop(request.id, None)
+            self._on_event("agent_done", agent.name)
+            return Turn(agent, request, reply, ttft_s, attempt)
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    def _request(self, agent: Agent, values: Mapping[str, SlotValue]) -> Request:
+        method = agent.method or self._options.method
+        return Request(
+            id=f"{self._run_id}-{agent.name}",
+            agent=agent.name,
+            system=agent.system,
+            prompt=agent.prompt,
+            values={slot: values[slot] for slot in agent.slots},
+            method=method if agent.reuse else "exact_prefix",
+            sampling=SamplingSettings(
+                max_new_tokens=agent.max_new_tokens or self._options.max_new_tokens,
+                temperature=agent.temperature or 0.0,
+                top_p=1.0 if agent.top_p is None else agent.top_p,
+                seed=self._options.seed,
+            ),
+        )
+
+    def _cancel_running(self) -> None:
+        with self._lock:
+            running = dict(self._running)
+        for request_id, worker in running.items():
+            try:
+                self._workers.cancel(worker, request_id)
+            except RelayError as error:
+                log.warning("could not cancel %s on %s: %s", request_id, worker, error)
+
+
+def agent_report(turn: Turn, compare: CompareReport | None) -> AgentReport:
+    """The public report of one turn."""
+    reply = turn.reply
+    stages: dict[str, float] = {k: getattr(reply.stages, k) for k in reply.stages.__slots__}
+    return AgentReport(
+        agent=reply.agent,
+        worker=reply.worker,
+        node=reply.node,
+        model=reply.model,
+        method=reply.method,
+        prompt_tokens=reply.prompt_tokens,
+        fresh_tokens=reply.fresh_tokens,
+        relayed_tokens=reply.relayed_tokens,
+        prefix_tokens=reply.prefix_tokens,
+        reuse=reply.reuse,
+        recomputed_entries=reply.recomputed_entries,
+        total_entries=reply.relayed_entries,
+        ttft_s=turn.ttft_s,
+        stages=Stages(dispatch_s=max(0.0, turn.ttft_s - reply.ttft_s), **stages),
+        transfers=tuple(_transfer(t) for t in reply.transfers),
+        fallbacks=tuple(
+            FallbackReport(slot=f.slot, reason=f.reason, detail=f.detail, tokens=f.tokens) for f in reply.fallbacks
+        ),
+        published=tuple(
+            PublishedReport(segment=str(p.key), tokens=p.tokens, blocks=p.blocks, bytes=p.nbytes)
+            for p in reply.published
+        ),
+        decode_tokens=len(reply.token_ids),
+        decode_tokens_per_s=_rate(len(reply.token_ids) - 1, reply.decode_s),
+        finish_reason=reply.finish_reason,
+        text=reply.text,
+        tokens=reply.token_ids,
+        retries=turn.retries,
+        compare=compare,
+    )
+
+
+def compare_report(reply: Reply, found: Comparison) -> CompareReport:
+    """The public report of a comparison: medians and their ratio."""
+    ours = _median([a for a, _ in found.samples])
+    base = _median([b for _, b in found.samples])
+    same = 0
+    for a, b in zip(reply.token_ids, found.base.token_ids, strict=False):
+        if a != b:
+            break
+        same += 1
+    return CompareReport(
+        method=found.method,
+        ttft_s=ours,
+        base_ttft_s=base,
+        speedup=base / ours,
+        samples=found.samples,
+        top1=found.top1,
+        kl_first=found.kl_first,
+        kl_mean=found.kl_mean,
+        kl_p90=found.kl_p90,
+        compared_tokens=found.positions,
+        text=found.base.text,
+        same_text_prefix_tokens=same,
+    )
+
+
+def _transfer(t: SlotTransfer) -> TransferReport:
+    return TransferReport(
+        segment=str(t.key),
+        slot=t.slot,
+        source=t.transfer.source,
+        destination=t.transfer.destination,
+        source_node=t.source_node,
+        backend=t.transfer.backend,
+        blocks=t.transfer.blocks,
+        bytes=t.transfer.nbytes,
+        seconds=t.transfer.seconds,
+        gb_s=t.transfer.gb_s,
+        outcome=str(t.transfer.outcome),
+        detail=t.transfer.detail,
+    )
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count > 0 and seconds > 0 else None
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+__all__ = ["Executor", "RunOptions", "Turn", "Workers", "agent_report", "compare_report"]

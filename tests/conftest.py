@@ -1,0 +1,41 @@
+"""Environment of every test, and visible skips for what this machine does not have."""
+
+from __future__ import annotations
+
+import os
+from importlib import util
+
+import pytest
+
+# Set before anything imports Ray: it reads them once.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_AUTH_MODE"] = "disabled"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+_NEEDS = {
+    "gpu": (_has_cuda, "no CUDA device"),
+    "ray": (lambda: util.find_spec("ray") is not None, "ray is not installed"),
+    "nixl": (
+        lambda: any(util.find_spec(n) for n in ("nixl_cu12", "nixl_cu13", "nixl")),
+        "NIXL is not installed",
+    ),
+    "ucx": (lambda: util.find_spec("ucxx") is not None, "ucxx is not installed"),
+    "multinode": (lambda: hasattr(os, "geteuid") and os.geteuid() == 0, "needs root for network namespaces"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what cannot run here, with the reason."""
+    wanted = {name for item in items for name in _NEEDS if item.get_closest_marker(name)}
+    reasons = {name: reason for name, (has, reason) in _NEEDS.items() if name in wanted and not has()}
+    for item in items:
+        for name, reason in reasons.items():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))

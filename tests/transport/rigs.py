@@ -1,0 +1,166 @@
+"""Helpers of the transport tests: an owner of sealed blocks, in this process or in another one."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import numpy as np
+
+from transport.arena import Arena
+from transport.auto import make_transport
+from transport.settings import TransportSettings
+from transport.types import (
+    BlockId,
+    BlockRef,
+    Incarnation,
+    Lease,
+    LeaseId,
+    Located,
+    NodeId,
+    Owner,
+    Segment,
+    SegmentKey,
+    WorkerId,
+)
+
+REPLY_S = 30.0
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+    """Poll until `condition()`; fail with `what` after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what}")
+        time.sleep(0.005)
+
+
+def fill(arena: Arena, block: BlockId, seed: int, valid: int | None = None) -> None:
+    """Random payload from `seed`; bytes from `valid` on are zero (a ragged tail)."""
+    arena.payload(block).numpy()[:] = content(arena.block_nbytes, seed, valid)
+
+
+def content(nbytes: int, seed: int, valid: int | None = None) -> np.ndarray:
+    """What `fill` writes. numpy and not torch: its threads fight over two busy cores."""
+    out = np.frombuffer(np.random.default_rng(seed).bytes(nbytes), dtype=np.uint8).copy()
+    if valid is not None:
+        out[valid:] = 0
+    return out
+
+
+def make_segment(refs: list[BlockRef], name: str = "seg") -> Segment:
+    return Segment(SegmentKey("space", name.encode()), num_tokens=len(refs), start=0, blocks=tuple(refs))
+
+
+def make_lease(owner: Owner, refs: list[BlockRef], ttl_s: float = 30.0) -> Lease:
+    return Lease(LeaseId("l1"), Located(make_segment(refs), owner), WorkerId("reader"), ttl_s)
+
+
+class OwnerSide(Protocol):
+    """An arena behind a transport, wherever it runs."""
+
+    owner: Owner
+
+    def publish(self, n: int, seed: int, valid: int | None = None) -> list[BlockRef]: ...
+    def free(self, refs: list[BlockRef]) -> None: ...
+    def corrupt(self, ref: BlockRef) -> None: ...
+    def close(self) -> None: ...
+
+
+class LocalOwner:
+    """The owner in this process."""
+
+    def __init__(self, backend: str, budget: int, block_nbytes: int, incarnation: int = 7) -> None:
+        self.arena = Arena(budget, block_nbytes, incarnation=incarnation)
+        settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
+        self.transport = make_transport(settings, worker="owner")
+        self.transport.register(self.arena)
+        self.owner = Owner(
+            WorkerId("owner"), Incarnation(incarnation), NodeId("n0"), self.transport.addresses()
+        )
+
+    def publish(self, n: int, seed: int, valid: int | None = None) -> list[BlockRef]:
+        ids = self.arena.allocate(n)
+        for at, block in enumerate(ids):
+            fill(self.arena, block, seed + at, valid if at == n - 1 else None)
+        return [self.arena.seal(block) for block in ids]
+
+    def free(self, refs: list[BlockRef]) -> None:
+        self.arena.free([r.block for r in refs])
+
+    def corrupt(self, ref: BlockRef) -> None:
+        self.arena.payload(ref.block)[17] ^= 1
+
+    def close(self) -> None:
+        self.transport.close()
+
+
+def _serve(conn: Connection, env: dict[str, str], args: tuple[Any, ...]) -> None:
+    os.environ.update(env)  # before the first agent exists
+    side = LocalOwner(*args)
+    conn.send(side.owner)
+    while True:
+        command, *rest = conn.recv()
+        if command == "close":
+            side.close()
+            conn.send(None)
+            return
+        conn.send(getattr(side, command)(*rest))
+
+
+def _context() -> Any:
+    # A fork server that has torch loaded starts an owner in 0.1 s instead of 3 s.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "tests.transport.rigs"])
+    return context
+
+
+class RemoteOwner:
+    """The owner in another process, which tests may stop and kill."""
+
+    def __init__(self, backend: str, budget: int, block_nbytes: int, env: dict[str, str]) -> None:
+        self._conn, theirs = _context().Pipe()
+        self.process = _context().Process(
+            target=_serve, args=(theirs, env, (backend, budget, block_nbytes)), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self.owner: Owner = self._reply()
+
+    def _reply(self) -> Any:
+        if not self._conn.poll(REPLY_S):
+            raise AssertionError(f"the owner process {self.process.pid} does not answer")
+        return self._conn.recv()
+
+    def _ask(self, *command: Any) -> Any:
+        self._conn.send(command)
+        return self._reply()
+
+    def publish(self, n: int, seed: int, valid: int | None = None) -> list[BlockRef]:
+        return self._ask("publish", n, seed, valid)
+
+    def free(self, refs: list[BlockRef]) -> None:
+        self._ask("free", refs)
+
+    def corrupt(self, ref: BlockRef) -> None:
+        self._ask("corrupt", ref)
+
+    def signal(self, number: int) -> None:
+        os.kill(int(self.process.pid or 0), number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(10)
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.signal(signal.SIGCONT)
+            self.kill()
+        self._conn.close()
+        self.process.close()

@@ -1,0 +1,86 @@
+"""What only the nixl backend promises: quarantine while the agent lives, an idle owner, its address."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.transport.conformance import Reader
+from tests.transport.rigs import RemoteOwner, wait_for
+from transport import nixl
+from transport.arena import Arena
+from transport.pulling import ReadFailed
+from transport.types import Outcome
+
+HAS_NIXL, WHY = nixl.probe()
+pytestmark = [pytest.mark.nixl, pytest.mark.skipif(not HAS_NIXL, reason=WHY)]
+BIG = 1 << 20
+
+
+def test_quarantine_lasts_as_long_as_a_pull_keeps_the_agent_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polling for the second pull also progresses the abandoned read, which then lands late."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    side = RemoteOwner("nixl", 36 << 20, BIG, {"UCX_TLS": "tcp"})
+    reader = Reader("nixl", 40 << 20, BIG)
+    try:
+        refs = side.publish(16, seed=1)
+        side.signal(signal.SIGSTOP)
+        outcomes: list[Outcome] = []
+        patient = threading.Thread(target=lambda: outcomes.append(reader.outcome(side, refs, timeout_s=20)))
+        patient.start()
+        wait_for(lambda: reader.arena.stats().used == 16, "the patient pull has begun")
+        assert reader.outcome(side, refs, timeout_s=0.3) is Outcome.TIMED_OUT
+        stats = reader.arena.stats()
+        assert (stats.used, stats.quarantined) == (16, 16), "the patient pull keeps the agent alive"
+        assert reader.transport.stats()["nixl.retiring"] == 1
+        side.signal(signal.SIGCONT)
+        patient.join(20)
+        assert outcomes == [Outcome.PULLED]
+        wait_for(lambda: reader.arena.stats().quarantined == 0, "its end releases the quarantine")
+        assert reader.outcome(side, refs) is Outcome.PULLED, "over a new agent"
+        assert reader.transport.stats()["nixl.renewals"] == 1
+    finally:
+        reader.transport.close()
+        side.close()
+
+
+def test_an_idle_owner_uses_less_than_a_twentieth_of_a_core() -> None:
+    transport = nixl.NixlTransport("idle")
+    transport.register(Arena(8 << 20, BIG))
+    try:
+
+        def share_of_a_core() -> float:
+            cpu, wall = time.process_time(), time.monotonic()
+            time.sleep(0.4)
+            return (time.process_time() - cpu) / (time.monotonic() - wall)
+
+        # On a crowded machine one window may catch other work of this process: a spinning agent fails all.
+        wait_for(lambda: share_of_a_core() < 0.05, "an idle window")
+    finally:
+        transport.close()
+
+
+@given(st.binary(max_size=200))
+def test_any_address_is_read_or_refused(data: bytes) -> None:
+    with pytest.raises(ReadFailed) as failed:
+        nixl.Address.unpack(data)
+    assert failed.value.outcome is Outcome.NO_ROUTE
+
+
+def test_address_survives_packing() -> None:
+    address = nixl.Address("w0.5.owner", b"\x00meta", 0x7F0000000000, 1088, 10, "cuda", 3)
+    assert nixl.Address.unpack(address.pack()) == address
+
+
+def test_loading_sets_ucx_defaults_and_leaves_logging_alone() -> None:
+    nixl.load_bindings()
+    assert os.environ["UCX_TCP_KEEPCNT"]
+    assert logging.raiseExceptions
+    assert logging.getLogger("nixl").handlers == []

@@ -1,0 +1,211 @@
+"""Hostile bytes at the tcp backend: typed refusals, bounded memory, and the server lives on."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.transport.rigs import LocalOwner, make_lease, wait_for
+from transport import tcp
+from transport.arena import Arena
+from transport.types import Outcome
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.binary(max_size=40) | st.text()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4)
+)
+
+
+@given(st.binary(min_size=tcp.FRAME.size, max_size=tcp.FRAME.size))
+def test_any_header_is_refused_or_bounded(data: bytes) -> None:
+    try:
+        kind, nbytes = tcp.decode_header(data)
+    except tcp.FrameError:
+        return
+    assert kind in (1, 2, 3)
+    assert nbytes <= tcp.MAX_BODY
+
+
+@given(st.binary(max_size=300) | VALUES.map(lambda v: msgpack.packb(v)))
+def test_any_body_is_a_map_or_refused(data: bytes) -> None:
+    try:
+        body = tcp.decode_body(data)
+    except tcp.FrameError:
+        return
+    assert all(isinstance(k, str) for k in body)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "token": SCALARS,
+            "incarnation": SCALARS,
+            "stride": SCALARS,
+            "blocks": VALUES | st.lists(st.lists(SCALARS, min_size=2, max_size=2), max_size=3),
+        },
+    )
+)
+def test_any_request_is_parsed_or_refused(body: dict[str, Any]) -> None:
+    try:
+        request = tcp.parse_request(body)
+    except tcp.FrameError:
+        return
+    assert request.blocks
+    assert all(0 <= x < 2**64 for pair in request.blocks for x in pair)
+
+
+@pytest.mark.parametrize(
+    ("header", "why"),
+    [
+        (struct.pack("<4sBBHI", b"HTTP", 1, 1, 0, 0), "not a relay_cluster peer"),
+        (struct.pack("<4sBBHI", tcp.MAGIC, 9, 1, 0, 0), "schema 9, ours is 1"),
+        (struct.pack("<4sBBHI", tcp.MAGIC, 1, 7, 0, 0), "unknown frame kind 7"),
+        (struct.pack("<4sBBHI", tcp.MAGIC, 1, 1, 0, 2**31), "exceeds the limit"),
+    ],
+)
+def test_refusals_say_what_is_wrong(header: bytes, why: str) -> None:
+    with pytest.raises(tcp.FrameError, match=why):
+        tcp.decode_header(header)
+
+
+def test_msgpack_bombs_are_refused() -> None:
+    for bomb in (
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\x91" * 100_000,
+    ):
+        with pytest.raises(tcp.FrameError, match="msgpack"):
+            tcp.decode_body(bomb)
+
+
+@pytest.fixture
+def server() -> Iterator[LocalOwner]:
+    side = LocalOwner("tcp", 64 * 4096, 1000)
+    yield side
+    side.close()
+
+
+def connect(server: LocalOwner) -> tuple[socket.socket, dict[str, Any]]:
+    address = tcp.decode_body(server.owner.addresses["tcp"])
+    return socket.create_connection((address["host"], address["port"]), timeout=5), address
+
+
+def still_serves(server: LocalOwner) -> bool:
+    arena = Arena(64 * 4096, 1000)
+    reader = tcp.TcpTransport()
+    reader.register(arena)
+    refs = server.publish(1, seed=1)
+    outcome = reader.pull(make_lease(server.owner, refs), arena.allocate(1), timeout_s=5).outcome
+    reader.close()
+    server.free(refs)
+    return outcome is Outcome.PULLED
+
+
+@given(data=st.binary(min_size=1, max_size=64))
+@settings(max_examples=25, deadline=None)
+def test_server_answers_garbage_with_a_refusal_and_lives(shared_server: LocalOwner, data: bytes) -> None:
+    sock, _ = connect(shared_server)
+    with sock:
+        sock.sendall(data)
+        with contextlib.suppress(OSError):  # refused and closed already
+            sock.shutdown(socket.SHUT_WR)
+        try:
+            kind, body = tcp.recv_frame(sock, time.monotonic() + 5)
+        except ConnectionError:
+            return  # less than a header, or a reset: closed without a word
+        assert (kind, body["code"]) == (tcp.KIND_REFUSED, "malformed")
+
+
+@pytest.fixture(scope="module")
+def shared_server() -> Iterator[LocalOwner]:
+    side = LocalOwner("tcp", 64 * 4096, 1000)
+    yield side
+    assert still_serves(side)
+    side.close()
+
+
+def test_wrong_token_is_refused_and_disconnected(server: LocalOwner) -> None:
+    sock, _ = connect(server)
+    refs = server.publish(1, seed=1)
+    with sock:
+        request = {
+            "token": b"guess",
+            "incarnation": 7,
+            "stride": server.arena.stride,
+            "blocks": [[refs[0].block, refs[0].generation]],
+        }
+        sock.sendall(tcp.encode(tcp.KIND_READ, request))
+        kind, body = tcp.recv_frame(sock, time.monotonic() + 5)
+        assert (kind, body["code"]) == (tcp.KIND_REFUSED, "token")
+        assert sock.recv(1) == b""
+    assert still_serves(server)
+
+
+def test_owner_refuses_stale_generations_before_sending_a_byte(server: LocalOwner) -> None:
+    sock, address = connect(server)
+    refs = server.publish(1, seed=1)
+    with sock:
+        request = {
+            "token": address["token"],
+            "incarnation": 7,
+            "stride": server.arena.stride,
+            "blocks": [[refs[0].block, refs[0].generation + 1]],
+        }
+        for _ in range(2):  # the connection stays good for the next request
+            sock.sendall(tcp.encode(tcp.KIND_READ, request))
+            kind, body = tcp.recv_frame(sock, time.monotonic() + 5)
+            assert (kind, body["code"]) == (tcp.KIND_REFUSED, "stale")
+
+
+def test_connections_are_bounded(server: LocalOwner) -> None:
+    socks = [connect(server)[0] for _ in range(tcp.MAX_CONNECTIONS)]
+    try:
+        extra, _ = connect(server)
+        with extra:
+            kind, body = tcp.recv_frame(extra, time.monotonic() + 5)
+            assert (kind, body["code"]) == (tcp.KIND_REFUSED, "busy")
+    finally:
+        for sock in socks:
+            sock.close()
+    wait_for(lambda: still_serves(server), "the slots are free again")
+
+
+def test_a_half_sent_request_is_dropped_after_its_deadline(
+    server: LocalOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "_FRAME_TIMEOUT_S", 0.2)
+    sock, _ = connect(server)
+    with sock:
+        sock.sendall(tcp.MAGIC)
+        sock.settimeout(5)
+        assert sock.recv(1) == b""
+
+
+def test_kept_connections_survive_a_server_that_hung_up(
+    server: LocalOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp, "_IDLE_TIMEOUT_S", 0.05)
+    arena = Arena(64 * 4096, 1000)
+    reader = tcp.TcpTransport()
+    reader.register(arena)
+    refs = server.publish(1, seed=1)
+    into = arena.allocate(1)
+    for _ in range(3):
+        assert reader.pull(make_lease(server.owner, refs), into, timeout_s=5).outcome is Outcome.PULLED
+        (backend,) = server.transport._backends.values()
+        assert isinstance(backend, tcp.TcpTransport)
+        inner = backend._server
+        assert inner is not None
+        wait_for(lambda inner=inner: not inner._connections, "the server hangs up")
+    reader.close()
