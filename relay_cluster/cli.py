@@ -141,6 +141,40 @@ def _write_json(value: object, target: Path) -> None:
 # --- run ----------------------------------------------------------------------------------------------------
 
 
+# Options of `run`; what they stand for where they are not given is said at its signature.
+_Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="NAME=TEXT", help="One input; may be given several times."),
+]
+_InputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--input-file", metavar="FILE.jsonl", help="One JSON object of inputs per line; a run each."
+    ),
+]
+_Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Take the first N rows of the file.")]
+_Example = Annotated[bool, typer.Option("--example", help="Take the first of the pipeline's own examples.")]
+_Cluster = Annotated[
+    Path | None, typer.Option("--cluster", metavar="FILE", help="Cluster to run on; default: this machine.")
+]
+_Method = Annotated[
+    str | None,
+    typer.Option("--method", metavar="NAME", help="Reuse method; default: the pipeline's, or auto."),
+]
+_Compare = Annotated[
+    str | None,
+    typer.Option("--compare", metavar="NAME", help="Run each prompt under this method too (full_prefill)."),
+]
+_Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, help="Timed repeats of each method for --compare.")
+]
+_MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Limit of every agent's answer.")
+]
+_Seed = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of sampled decoding.")]
+_Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
+
+
 @app.command(
     epilog=_examples(
         'relay run configs/pipelines/maths.yaml --input question="What is 17 * 23?"',
@@ -153,48 +187,18 @@ def run(
     pipeline: Annotated[
         Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline to run.", show_default=False)
     ],
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option("--input", metavar="NAME=TEXT", help="One input; may be given several times."),
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--input-file", metavar="FILE.jsonl", help="One JSON object of inputs per line; a run each."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Take the first N rows of the file.")
-    ] = None,
-    example: Annotated[
-        bool, typer.Option("--example", help="Take the first of the pipeline's own examples.")
-    ] = False,
-    cluster: Annotated[
-        Path | None,
-        typer.Option("--cluster", metavar="FILE", help="Cluster to run on; default: this machine."),
-    ] = None,
-    method: Annotated[
-        str | None,
-        typer.Option("--method", metavar="NAME", help="Reuse method; default: the pipeline's, or auto."),
-    ] = None,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare", metavar="NAME", help="Run each prompt under this method too (full_prefill)."
-        ),
-    ] = None,
-    repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Timed repeats of each method for --compare.")
-    ] = 2,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option("--max-new-tokens", min=1, metavar="N", help="Limit of every agent's answer."),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of sampled decoding.")
-    ] = None,
+    inputs: _Inputs = None,
+    input_file: _InputFile = None,
+    limit: _Limit = None,
+    example: _Example = False,
+    cluster: _Cluster = None,
+    method: _Method = None,
+    compare: _Compare = None,
+    repeats: _Repeats = 2,
+    max_new_tokens: _MaxNewTokens = None,
+    seed: _Seed = None,
     json_file: _Json = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")] = None,
+    plot: _Plot = None,
     debug: _Debug = False,
 ) -> None:
     """Run a pipeline of agents and report where the time went and what was reused."""

@@ -24,8 +24,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from relay_cluster.config import ClusterConfig
-from relay_cluster.executor import Executor, RunOptions, agent_report
 from relay_cluster.doctor import this_machine
+from relay_cluster.executor import Executor, RunOptions, agent_report
 from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
@@ -126,9 +126,7 @@ class Cluster:
         if not ray.is_initialized():
             self._init_ray()
         if not self._shards:
-            self._shards = create_shards(
-                self.config.directory, prefix=f"relay-directory-{self._id}"
-            )
+            self._shards = create_shards(self.config.directory, prefix=f"relay-directory-{self._id}")
             self._directory = DirectoryClient(self._shards, self.config.directory)
         if self._hint is not None:
             self._ensure_workers(self._hint)
@@ -271,7 +269,9 @@ class Cluster:
         for info in infos:
             if self.config.transport.backend == "auto" and "nixl" not in info.backends:
                 why = info.missing_backends.get("nixl", "not available")
-                lines[f"transport: nixl is not available ({why}), so KV moves over tcp (slower, same answers)"] = None
+                lines[
+                    f"transport: nixl is not available ({why}), so KV moves over tcp (slower, same answers)"
+                ] = None
             if not info.profile_measured:
                 lines[f"model {info.model} has no profile: the generic one is used (slower, safe)"] = None
         return tuple(lines)
@@ -296,7 +296,9 @@ class Cluster:
         member = self._members[worker]
         while time.monotonic() < deadline:
             try:
-                member.info = ray.get(member.handle.info.remote(), timeout=max(0.1, deadline - time.monotonic()))
+                member.info = ray.get(
+                    member.handle.info.remote(), timeout=max(0.1, deadline - time.monotonic())
+                )
             except GetTimeoutError:
                 return False
             except RayActorError as error:

@@ -212,7 +212,8 @@ def agent_report(turn: Turn, compare: CompareReport | None) -> AgentReport:
         stages=Stages(dispatch_s=max(0.0, turn.ttft_s - reply.ttft_s), **stages),
         transfers=tuple(_transfer(t) for t in reply.transfers),
         fallbacks=tuple(
-            FallbackReport(slot=f.slot, reason=f.reason, detail=f.detail, tokens=f.tokens) for f in reply.fallbacks
+            FallbackReport(slot=f.slot, reason=f.reason, detail=f.detail, tokens=f.tokens)
+            for f in reply.fallbacks
         ),
         published=tuple(
             PublishedReport(segment=str(p.key), tokens=p.tokens, blocks=p.blocks, bytes=p.nbytes)

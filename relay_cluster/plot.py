@@ -126,7 +126,8 @@ def _draw_times(axes: Axes, bars: Sequence[_Bar], base: str | None) -> None:
         if bar.speedup is not None:
             x = start + 0.13 * longest
             text = f"{bar.speedup:.1f}x"
-            axes.text(x, y - offset, text, va="center", fontsize=12, fontweight="bold", color="#047857")
+            color = "#047857" if bar.speedup >= 1.2 else _FAINT
+            axes.text(x, y - offset, text, va="center", fontsize=12, fontweight="bold", color=color)
     shown = [group for group in _GROUPS if any(bar.parts_s.get(group, 0.0) > 0.002 * longest for bar in bars)]
     handles = [Patch(color=_GROUPS[group][0], label=group) for group in shown]
     if base:

@@ -99,7 +99,8 @@ class Arena:
         self.incarnation = Incarnation(time.time_ns() if incarnation is None else incarnation)
         self.device = torch.device(device)
         self.nbytes = self.num_blocks * self.stride
-        raw = torch.empty(self.nbytes + ALIGN, dtype=torch.uint8, device=self.device)
+        # Filled, so that the first transfers do not pay for page faults on both ends.
+        raw = torch.empty(self.nbytes + ALIGN, dtype=torch.uint8, device=self.device).zero_()
         skip = -raw.data_ptr() % ALIGN
         self._buffer = raw[skip : skip + self.nbytes]
         self._is_cpu = self.device.type == "cpu"

@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,39 +71,42 @@ class Worker:
     """One model on one device. Made a Ray actor by `remote_worker`; plain class so that it can be read and tested."""
 
     def __init__(self, spec: WorkerSpec) -> None:
+        # On a thread of its own that ends: loading runs parallel operators, and the OpenMP team of a thread that
+        # stays would slow down every later step (see `workers/scheduler.py`).
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
+            loader.submit(self._start, spec).result()
+
+    def _start(self, spec: WorkerSpec) -> None:
         begin = time.perf_counter()
         # Imported here: the driver handles this class without loading torch.
-        import torch  # noqa: PLC0415
+        import torch
 
-        from transport.auto import available_backends, make_transport  # noqa: PLC0415
-        from transport.directory.client import DirectoryClient  # noqa: PLC0415
+        from transport.auto import available_backends, make_transport
+        from transport.directory.client import DirectoryClient
+        from workers.agent import AgentWorker
+        from workers.store import SegmentStore
 
-        threads = spec.settings.threads or os.cpu_count() or 1
-        torch.set_num_threads(threads)
+        torch.set_num_threads(spec.settings.threads or os.cpu_count() or 1)
         self._spec = spec
         loaded, profile = _load(spec)
         node = NodeId(ray.util.get_node_ip_address())
         incarnation = Incarnation(time.time_ns())
-        arena = _arena(spec, loaded.layout.block_nbytes, incarnation, loaded.device)
+        self._arena = _arena(spec, loaded.layout.block_nbytes, incarnation, loaded.device)
         self._transport = make_transport(spec.transport, worker=spec.worker, host=spec.host or node)
-        self._transport.register(arena)
+        self._transport.register(self._arena)
         owner = Owner(spec.worker, incarnation, node, self._transport.addresses())
         self._directory = DirectoryClient(list(spec.directory_shards), spec.directory)
-        from workers.agent import AgentWorker  # noqa: PLC0415
-        from workers.store import SegmentStore  # noqa: PLC0415
-
         store = SegmentStore(
             owner,
             loaded.layout,
-            arena,
+            self._arena,
             self._transport,
             self._directory,
             lease_ttl_s=spec.directory.lease_ttl_s,
             pull_timeout_s=spec.transport.pull_timeout_s,
         )
-        self._directory.start_owner(owner, store.segments)
         self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store)
-        self._arena = arena
+        self._directory.start_owner(owner, store.segments)
         self._info = WorkerInfo(
             worker=spec.worker,
             node=node,
@@ -171,8 +175,8 @@ class Worker:
 
 
 def _load(spec: WorkerSpec) -> tuple[Any, Any]:
-    from workers.model import describe, load_model, resolve  # noqa: PLC0415 - brings torch
-    from workers.profile import load_profile  # noqa: PLC0415
+    from workers.model import describe, load_model, resolve
+    from workers.profile import load_profile
 
     resolve(spec.model)  # imports the embedded model on a node that has not got it yet
     profile = load_profile(spec.model, int(describe(spec.model)["layers"]))
@@ -188,14 +192,12 @@ def _load(spec: WorkerSpec) -> tuple[Any, Any]:
 
 
 def _arena(spec: WorkerSpec, block_nbytes: int, incarnation: Incarnation, device: Any) -> Any:
-    from transport.arena import Arena  # noqa: PLC0415 - brings torch
+    from transport.arena import Arena
 
     return Arena(spec.transport.arena_bytes, block_nbytes, device=str(device), incarnation=incarnation)
 
 
-def remote_worker(
-    spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: float, max_restarts: int
-) -> Any:
+def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: float, max_restarts: int) -> Any:
     """Start the worker as a named Ray actor and return its handle (`info` answers when it is ready)."""
     options: dict[str, Any] = {
         "name": name,

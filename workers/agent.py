@@ -29,7 +29,7 @@ from transport.errors import (
 from transport.types import NodeId, Outcome, SegmentKey, WorkerId
 from workers.attention import MassSpan
 from workers.engine import Engine
-from workers.kv_cache import CachePool, SequenceCache
+from workers.kv_cache import CachePool, SequenceCache, copy_out
 from workers.messages import (
     Comparison,
     Fallback,
@@ -187,7 +187,9 @@ class AgentWorker:
             only_keys=frozenset(t.key for t in reply.transfers if t.transfer.outcome is Outcome.PULLED),
             prefix_limit=reply.prefix_tokens,
         )
-        other = replace(request, id=f"{request.id}-base", method=base_method, publish=False, prefix_limit=None)
+        other = replace(
+            request, id=f"{request.id}-base", method=base_method, publish=False, prefix_limit=None
+        )
         base = self.generate(other)
         samples = [(reply.ttft_s, base.ttft_s)]
         forced = base.token_ids[:31]
@@ -197,7 +199,7 @@ class AgentWorker:
             ours_s, ours = self.score(replace(again, id=f"{request.id}-again{i}"), forced)
             base_s, theirs = self.score(replace(other, id=f"{request.id}-base{i}"), forced)
             samples.append((ours_s, base_s))
-        kl = kl_divergence(theirs, ours)
+        kl = self._loop.call(lambda: kl_divergence(theirs, ours))
         return Comparison(
             method=base_method,
             samples=tuple(samples),
@@ -227,7 +229,7 @@ class AgentWorker:
         try:
             plan = RectifyPlan(parse_method("full_prefill").plan([Span(0, len(ids))], {}, self.profile).spans)
             prefill = Prefill(plan, ids, cache, self._shape)
-            prefill.load({})
+            self._loop.call(lambda: prefill.load({}))
             sequence = Sequence(
                 prefill, None, 0, self._stop_ids, time.monotonic() + self.settings.request_timeout_s
             )
@@ -235,7 +237,7 @@ class AgentWorker:
             event = sequence.events.get(timeout=self.settings.request_timeout_s)
             if isinstance(event, FailedEvent):
                 raise event.error
-            self.prefixes.store(ids, cache)
+            self._loop.call(lambda: self.prefixes.store(ids, cache))
             return len(ids)
         finally:
             self.pool.free(cache)
@@ -334,24 +336,28 @@ class AgentWorker:
         turn.acquired = self.store.acquire(wanted)
         plan = method.plan(prompt.spans, turn.acquired.hits, self.profile)
         begin = time.perf_counter()
-        prefix = self._load_prefix(turn, plan)
-        turn.prefill = Prefill(
-            plan,
-            prompt.token_ids,
-            turn.cache,
-            self._shape,
-            prefix_tokens=prefix,
-            masses=self._masses(turn, plan),
-        )
-        turn.prefill.load(
-            {
-                i: turn.acquired.pulled[s.source.segment.key]
-                for i, s in enumerate(plan.spans)
-                if s.source is not None
-            }
+        turn.prefill = self._loop.call(
+            lambda: self._load(turn, plan), timeout_s=self.settings.request_timeout_s
         )
         turn.clock.rotate_s = time.perf_counter() - begin
         self.store.release(turn.acquired)
+
+    @torch.inference_mode()
+    def _load(self, turn: _Turn, plan: RectifyPlan) -> Prefill:
+        """Put everything that is reused into the sequence's cache; runs on the engine's thread."""
+        pulled = turn.acquired.pulled
+        prefill = Prefill(
+            plan,
+            turn.prompt.token_ids,
+            turn.cache,
+            self._shape,
+            prefix_tokens=self._load_prefix(turn, plan),
+            masses=self._masses(turn, plan),
+        )
+        prefill.load(
+            {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None}
+        )
+        return prefill
 
     def _load_prefix(self, turn: _Turn, plan: RectifyPlan) -> int:
         if not plan.use_prefix_cache:
@@ -366,7 +372,9 @@ class AgentWorker:
         if not turn.request.publish:
             return ()
         return tuple(
-            MassSpan(s.span.start, s.span.stop) for s in plan.spans if s.source is None and s.span.key is not None
+            MassSpan(s.span.start, s.span.stop)
+            for s in plan.spans
+            if s.source is None and s.span.key is not None
         )
 
     def _submit(
@@ -398,7 +406,9 @@ class AgentWorker:
             if isinstance(event, FailedEvent):
                 if isinstance(event.error, RelayError):
                     raise event.error
-                raise RelayError(f"request {turn.request.id} failed in a step: {event.error!r}") from event.error
+                raise RelayError(
+                    f"request {turn.request.id} failed in a step: {event.error!r}"
+                ) from event.error
             yield event
             if isinstance(event, FinishedEvent):
                 return
@@ -432,7 +442,7 @@ class AgentWorker:
         assert turn.prefill is not None
         relayed = [s.span.start for s in turn.prefill.plan.spans if s.source]
         exact = min(relayed, default=len(turn.prompt.token_ids))
-        self.prefixes.store(turn.prompt.token_ids[:exact], turn.cache)
+        self._loop.call(lambda: self.prefixes.store(turn.prompt.token_ids[:exact], turn.cache))
         for plan in turn.prefill.plan.spans:
             span = plan.span
             # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole qualify.
@@ -459,7 +469,14 @@ class AgentWorker:
         producer = f"{turn.request.agent}@{self.worker}"
         variant = digest_tokens(turn.prompt.token_ids[:start]).hex()
         try:
-            segment = self.store.publish(key, turn.cache, start, tokens, producer=producer, variant=variant)
+            segment = self.store.publish(
+                key,
+                lambda blocks: self._loop.call(lambda: copy_out(turn.cache, start, tokens, blocks)),
+                start=start,
+                num_tokens=tokens,
+                producer=producer,
+                variant=variant,
+            )
         except (ArenaFull, DirectoryUnavailable, WorkerLost) as error:
             # The answer is still right; downstream agents will compute this text themselves.
             what = f"slot {slot}" if slot else "the answer"

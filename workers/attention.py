@@ -184,11 +184,18 @@ def _attend_group(
     masses = [m for m in part.masses if m.start > m.sinks and group.first < m.stop and group.stop > m.start]
     single = query.shape[1] == 1
     if single or softcap is not None:
-        mask, lo = (None, max(0, group.first - window + 1) if window else 0) if single else group.mask(
-            window, query.dtype
+        mask, lo = (
+            (None, max(0, group.first - window + 1) if window else 0)
+            if single
+            else group.mask(window, query.dtype)
         )
         out, probabilities = kernels.attend_explicit(
-            query, keys[:, lo : group.stop], values[:, lo : group.stop], scaling=scale, mask=mask, softcap=softcap
+            query,
+            keys[:, lo : group.stop],
+            values[:, lo : group.stop],
+            scaling=scale,
+            mask=mask,
+            softcap=softcap,
         )
         for span in masses:
             _add_mass_from_probabilities(part, group, span, probabilities, lo, num_layers)

@@ -173,7 +173,9 @@ class Engine:
             hidden.append(self._entry_states(part))
             enter.append(torch.zeros(part.rows, dtype=torch.long) if part.enter is None else part.enter)
             exit_.append(
-                torch.full((part.rows,), self.num_layers, dtype=torch.long) if part.exit is None else part.exit
+                torch.full((part.rows,), self.num_layers, dtype=torch.long)
+                if part.exit is None
+                else part.exit
             )
         return _Rows(torch.cat(hidden), torch.cat(enter), torch.cat(exit_), offsets)
 
@@ -240,9 +242,7 @@ class Engine:
         return results
 
 
-def _save_checkpoints(
-    parts: Sequence[Part], active: ActiveRows, hidden: torch.Tensor, layer: int
-) -> None:
+def _save_checkpoints(parts: Sequence[Part], active: ActiveRows, hidden: torch.Tensor, layer: int) -> None:
     wanting = {id(p.cache) for p in parts if p.checkpoint_layer == layer}
     for rows in active.parts:
         if id(rows.cache) in wanting:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from transport.errors import CacheFull, CacheTooSmall, Cancelled
-from workers.layout import KVLayout
+from workers.layout import BlockViews, KVLayout
 
 
 @dataclass(eq=False)
@@ -49,6 +50,22 @@ class SequenceCache:
         return self.kv[layer, 1]
 
 
+def copy_out(sequence: SequenceCache, start: int, num_tokens: int, blocks: Sequence[BlockViews]) -> None:
+    """Copy KV, checkpoint and mass of tokens [start, start + num_tokens) into segment blocks.
+
+    The rest of the last block becomes zeros: what the block held before may have been another tenant's.
+    """
+    size = blocks[0].kv.shape[3]
+    for i, views in enumerate(blocks):
+        a, n = start + i * size, min(size, num_tokens - i * size)
+        views.kv[:, :, :, :n] = sequence.kv[:, :, :, a : a + n]
+        views.checkpoint[:n] = sequence.checkpoint[a : a + n]
+        views.mass[:n] = sequence.mass[a : a + n]
+        views.kv[:, :, :, n:] = 0
+        views.checkpoint[n:] = 0
+        views.mass[n:] = 0
+
+
 class CachePool:
     """First-fit allocator of contiguous block extents. Thread-safe, first come first served."""
 
@@ -56,12 +73,12 @@ class CachePool:
         self._layout = layout
         self.num_blocks = max(1, num_tokens // layout.block_tokens)
         tokens = self.num_blocks * layout.block_tokens
-        # torch.empty: pages are only touched when first used, and first fit keeps to low addresses.
+        # Filled, so that no request pays for the page faults of memory that nobody has touched yet.
         self._kv = torch.empty(
             (layout.num_layers, 2, layout.num_kv_heads, tokens, layout.head_dim),
             dtype=layout.torch_dtype,
             device=device,
-        )
+        ).zero_()
         self._free: list[tuple[int, int]] = [(0, self.num_blocks)]
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()

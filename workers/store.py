@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transport.arena import Arena
@@ -26,8 +26,7 @@ from transport.types import (
     SegmentKey,
     Transfer,
 )
-from workers.kv_cache import SequenceCache
-from workers.layout import KVLayout
+from workers.layout import BlockViews, KVLayout
 from workers.prefill import PulledSegment
 
 log = logging.getLogger(__name__)
@@ -132,7 +131,9 @@ class SegmentStore:
         segment = located.segment
         if segment.layout == self._layout.fingerprint and segment.num_tokens >= tokens:
             return True
-        detail = f"layout {segment.layout or '?'} against {self._layout.fingerprint}, {segment.num_tokens} tokens"
+        detail = (
+            f"layout {segment.layout or '?'} against {self._layout.fingerprint}, {segment.num_tokens} tokens"
+        )
         got.misses[key] = Miss(Outcome.LAYOUT_MISMATCH, detail)
         return False
 
@@ -156,9 +157,7 @@ class SegmentStore:
         segment, owner = located.segment, located.owner
         if (owner.worker, owner.incarnation) == (self.owner.worker, self.owner.incarnation):
             blocks = [b.block for b in segment.blocks]
-            transfer = Transfer(
-                owner.worker, owner.worker, "local", 0, len(blocks), 0.0, Outcome.PULLED
-            )
+            transfer = Transfer(owner.worker, owner.worker, "local", 0, len(blocks), 0.0, Outcome.PULLED)
         else:
             try:
                 blocks = self._allocate(len(segment.blocks))
@@ -190,10 +189,21 @@ class SegmentStore:
     # -- writing --------------------------------------------------------------------------------------------------
 
     def publish(
-        self, key: SegmentKey, cache: SequenceCache, start: int, num_tokens: int, *, producer: str, variant: str = ""
+        self,
+        key: SegmentKey,
+        fill: Callable[[Sequence[BlockViews]], None],
+        *,
+        start: int,
+        num_tokens: int,
+        producer: str,
+        variant: str = "",
     ) -> Segment:
-        """Copy KV, checkpoint and mass of `num_tokens` tokens at `start` into sealed blocks, then enter them in the
-        directory. Publishing a key that this worker holds already changes nothing.
+        """Let `fill` write the segment's blocks, seal them, then enter them in the directory. Publishing a key that
+        this worker holds already changes nothing.
+
+        Args:
+            fill: writes KV, checkpoint and mass of all tokens into the given blocks, and zeros behind them.
+            start: position of the first token.
 
         Raises:
             ArenaFull: no room even after eviction; nothing was published.
@@ -206,7 +216,7 @@ class SegmentStore:
                 return self._held[key]
             blocks = self._allocate(self._layout.blocks_for(num_tokens))
             try:
-                self._fill(blocks, cache, start, num_tokens)
+                fill([self._layout.views(self._arena.payload(b)) for b in blocks])
                 segment = Segment(
                     key=key,
                     num_tokens=num_tokens,
@@ -228,19 +238,6 @@ class SegmentStore:
         """All that this worker holds: what a restarted directory shard must hear again."""
         with self._lock:
             return list(self._held.values())
-
-    def _fill(self, blocks: Sequence[BlockId], cache: SequenceCache, start: int, num_tokens: int) -> None:
-        size = self._layout.block_tokens
-        for i, block in enumerate(blocks):
-            a, n = start + i * size, min(size, num_tokens - i * size)
-            views = self._layout.views(self._arena.payload(block))
-            views.kv[:, :, :, :n] = cache.kv[:, :, :, a : a + n]
-            views.checkpoint[:n] = cache.checkpoint[a : a + n]
-            views.mass[:n] = cache.mass[a : a + n]
-            # Zeros, not what the block held before: it may have been another tenant's.
-            views.kv[:, :, :, n:] = 0
-            views.checkpoint[n:] = 0
-            views.mass[n:] = 0
 
     def _allocate(self, blocks: int) -> list[BlockId]:
         """Blocks from the arena, evicting this worker's least recently used unleased segments if need be."""

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,7 +53,9 @@ def test_the_owner_is_killed_in_the_middle_of_a_pull(backend: str, variables: di
         question = SlotValue(text=QUESTION)
         first, _ = cluster.generate(W0, _request("solver", "auto", 70, question=question), _nothing)
         values: dict[str, Any] = {"question": question, "solver": first.output}
-        expected, _ = cluster.generate(W1, _request("critic", "full_prefill", **values), _nothing)
+        # Not published, or the second request would find the segments on its own worker.
+        oracle = replace(_request("critic", "full_prefill", **values), publish=False)
+        expected, _ = cluster.generate(W1, oracle, _nothing)
         owner = cluster.workers[W0].pid
         # A stopped owner serves nothing: the pull is in flight until the process dies.
         os.kill(owner, signal.SIGSTOP)

@@ -75,9 +75,7 @@ def request(
     name: str, prompt: str, method: str = "full_prefill", *, max_new_tokens: int = 12, **values: Any
 ) -> Request:
     """A request whose slots are given as text or as a SlotValue."""
-    options: dict[str, Any] = {
-        k: values.pop(k) for k in ("publish", "system", "sampling") if k in values
-    }
+    options: dict[str, Any] = {k: values.pop(k) for k in ("publish", "system", "sampling") if k in values}
     options.setdefault("sampling", SamplingSettings(max_new_tokens=max_new_tokens))
     return Request(
         id=f"{name}-{time.time_ns()}",

@@ -251,7 +251,9 @@ def test_prepare_puts_the_fixed_prefix_into_the_cache(pair: tuple[Desk, Desk]) -
     one, _ = pair
     system = "You are a patient teacher who explains each step in plain words and checks the result twice."
     prepared = one.agent.prepare(system, SOLVE)
-    reply = one.agent.generate(request("s", SOLVE, "auto", system=system, max_new_tokens=2, question=QUESTION))
+    reply = one.agent.generate(
+        request("s", SOLVE, "auto", system=system, max_new_tokens=2, question=QUESTION)
+    )
     assert reply.prefix_tokens == prepared > 10
 
 

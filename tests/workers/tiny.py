@@ -56,7 +56,7 @@ def build(family: str, *, initializer_range: float = 0.2) -> Any:
     kwargs = {k: v for k, v in {**_BASE, **extra}.items() if v is not None}
     config = config_class(**kwargs, initializer_range=initializer_range)
     # The oracle: transformers' own plainest attention.
-    config._attn_implementation = "eager"  # noqa: SLF001 - the documented way is this attribute
+    config._attn_implementation = "eager"
     return model_class(config).eval().requires_grad_(False)
 
 

@@ -55,7 +55,7 @@ def attend_causal(
     """
     rows, tokens = query.shape[1], keys.shape[1]
     if query.is_cuda and query.dtype != torch.float32 and flash_attn_installed():
-        from flash_attn import flash_attn_func  # noqa: PLC0415 - optional, CUDA only
+        from flash_attn import flash_attn_func
 
         out = flash_attn_func(
             query.transpose(0, 1)[None],
