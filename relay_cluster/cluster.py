@@ -1,4 +1,5 @@
-"""The cluster as its users see it: starts Ray, directory shards and workers, runs pipelines, and ends what it started.
+"""The cluster as its users see it: starts Ray, directory shards and workers, runs pipelines, and ends what it
+started.
 
     with Cluster(config) as cluster:
         result = cluster.run(pipeline, {"question": "..."})
@@ -35,6 +36,7 @@ from transport.errors import DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
 from workers.messages import Comparison, Reply, Request
+from workers.methods import parse_method
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ class Cluster:
         """
         return cls(ClusterConfig.load(path), **kwargs)
 
-    # -- life -----------------------------------------------------------------------------------------------------
+    # -- life ----------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         try:
@@ -177,10 +179,11 @@ class Cluster:
             raise RelayError(f"Ray could not be started {where}: {error}") from error
         self._started_ray = True
 
-    # -- workers --------------------------------------------------------------------------------------------------
+    # -- workers -------------------------------------------------------------------------------------------
 
     def _ensure_workers(self, pipeline: Pipeline) -> None:
-        """Start the workers that the pipeline needs, unless they run already; place its agents; warm their prefixes."""
+        """Start the workers that the pipeline needs, unless they run already; place its agents; warm their
+        prefixes."""
         agents = self._models(pipeline)
         if not self._members:
             count = self.config.worker_count(len(agents))
@@ -230,19 +233,17 @@ class Cluster:
             if not done:
                 names = ", ".join(m.spec.worker for m in pending.values())
                 raise DeadlineExceeded(
-                    f"workers {names} were not ready within {timeout_s:.0f} s. Raise runtime.start_timeout_s, or see "
-                    "`relay doctor` and the worker logs in Ray's session folder."
+                    f"workers {names} were not ready within {timeout_s:.0f} s. Raise "
+                    "runtime.start_timeout_s, or see `relay doctor` and the logs in Ray's session folder."
                 )
             member = pending.pop(done[0])
             try:
-                member.info = ray.get(done[0])
+                info: WorkerInfo = ray.get(done[0])
             except RayError as error:
                 raise _unwrapped(error, f"worker {member.spec.worker} could not start") from None
-            info = member.info
-            self._on_event(
-                "cluster",
-                f"{info.worker} ready on {info.node} ({info.device}, pid {info.pid}, {'/'.join(info.backends)})",
-            )
+            member.info = info
+            how = f"{info.device}, pid {info.pid}, {'/'.join(info.backends)}"
+            self._on_event("cluster", f"{info.worker} ready on {info.node} ({how})")
         for line in self.notes():
             self._on_event("cluster", line)
 
@@ -276,7 +277,7 @@ class Cluster:
                 lines[f"model {info.model} has no profile: the generic one is used (slower, safe)"] = None
         return tuple(lines)
 
-    # -- Workers protocol of the executor ---------------------------------------------------------------------------
+    # -- Workers protocol of the executor ------------------------------------------------------------------
 
     def worker_for(self, agent: str) -> WorkerId:
         """The agent's worker, waiting for its restart where it died; else any live worker with its model."""
@@ -337,7 +338,8 @@ class Cluster:
         raise WorkerLost(f"worker {worker} ended its stream without a reply.")
 
     def _bury(self, worker: WorkerId) -> None:
-        """Tell the directory of a process that died, so that nobody waits for it until its heartbeat is missed."""
+        """Tell the directory of a process that died, so that nobody waits for it until its heartbeat is
+        missed."""
         info = self._members[worker].info
         if info is None or self._directory is None:
             return
@@ -377,7 +379,7 @@ class Cluster:
         """The workers that are up."""
         return {w: m.info for w, m in self._members.items() if m.info is not None}
 
-    # -- running --------------------------------------------------------------------------------------------------
+    # -- running -------------------------------------------------------------------------------------------
 
     def run(
         self,
@@ -401,8 +403,8 @@ class Cluster:
             repeats: TTFT samples of each method for `compare`.
             max_new_tokens: of agents that name no limit.
             seed: of sampled decoding.
-            on_event: called with ("agent_started", agent, worker), ("token", agent, n), ("agent_done", agent) and
-                ("compare", agent, text).
+            on_event: called with ("agent_started", agent, worker), ("token", agent, n), ("agent_done", agent)
+                and ("compare", agent, text).
 
         Raises:
             PipelineError: inputs do not fit. PromptTooLong, ConfigError: a prompt does not fit the model.
@@ -417,28 +419,35 @@ class Cluster:
             seed=seed,
             max_retries=self.config.runtime.max_retries,
         )
+        for name in filter(None, (options.method, compare, *(a.method for a in pipeline.agents))):
+            parse_method(name)
         self._ensure_workers(pipeline)
+        row = self._run_row(pipeline, values, options, on_event or _no_event)
+        report = RunReport(
+            pipeline=pipeline.name,
+            method=options.method,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+            machine=this_machine(),
+            cluster=self._cluster_report(row),
+            rows=(row,),
+        )
+        return Result(report)
+
+    def _run_row(
+        self, pipeline: Pipeline, inputs: Mapping[str, str], options: RunOptions, on_event: OnEvent
+    ) -> RowReport:
         with self._lock:
             self._runs += 1
             run_id = f"{self._id}-{self._runs}"
-        executor = Executor(pipeline, self, options, run_id, on_event or _no_event)
-        turns, wall_s = executor.run(values)
+        executor = Executor(pipeline, self, options, run_id, on_event)
+        turns, wall_s = executor.run(inputs)
+        # Afterwards and one at a time: a comparison beside a running agent would slow both down.
         compared = executor.compare({name: turns[name] for name in pipeline.order})
-        row = RowReport(
+        return RowReport(
             agents=tuple(agent_report(turns[name], compared.get(name)) for name in pipeline.order),
             wall_s=wall_s,
-            inputs_digest=_digest(values),
-        )
-        return Result(
-            RunReport(
-                pipeline=pipeline.name,
-                method=options.method,
-                seed=seed,
-                max_new_tokens=max_new_tokens,
-                machine=this_machine(),
-                cluster=self._cluster_report(row),
-                rows=(row,),
-            )
+            inputs_digest=_digest(inputs),
         )
 
     def _cluster_report(self, row: RowReport) -> ClusterReport:

@@ -1,7 +1,7 @@
 """One run of a pipeline: every agent as soon as the agents it waits for have answered.
 
-The executor hands keys and token ids from agent to agent; KV never passes through it. A request whose worker died is
-started again on a live worker. It asks `router.py` where, and knows nothing of models or transport.
+The executor hands keys and token ids from agent to agent; KV never passes through it. A request whose worker
+died is started again on a live worker. It asks `router.py` where, and knows nothing of models or transport.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class Executor:
                     for name in [n for n, up in waiting.items() if up <= turns.keys()]:
                         del waiting[name]
                         pending[pool.submit(self._answer, self._pipeline[name], dict(values))] = name
-                    # Every request has a deadline of its own in the worker; this loop only wakes up for Ctrl-C.
+                    # Every request has a deadline of its own in the worker; this loop only wakes up for
+                    # Ctrl-C.
                     done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                     for future in done:
                         name = pending.pop(future)

@@ -1,7 +1,8 @@
 """Placement of agents on workers. Pure: facts in, names out; knows neither Ray nor requests.
 
-Agents of one pipeline go to different workers where there are enough of them, so that each agent has its own device and
-its own prefix cache; the same agent goes to the same worker again, because its system prompt is cached there.
+Agents of one pipeline go to different workers where there are enough of them, so that each agent has its own
+device and its own prefix cache; the same agent goes to the same worker again, because its system prompt is
+cached there.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def worker_models(agents: Sequence[tuple[str, str]], count: int, default_model: 
     wanted: Mapping[str, int] = Counter(model for _, model in agents) or {default_model: 1}
     if len(wanted) > count:
         raise PipelineError(
-            f"the agents need {len(wanted)} models ({', '.join(wanted)}) but the cluster has {count} workers, "
-            "and a worker hosts one model. Raise `workers` in the cluster file."
+            f"the agents need {len(wanted)} models ({', '.join(wanted)}) but the cluster has {count} "
+            "workers, and a worker hosts one model. Raise `workers` in the cluster file."
         )
     models = list(wanted)
     while len(models) < count:

@@ -68,11 +68,12 @@ class WorkerInfo:
 
 
 class Worker:
-    """One model on one device. Made a Ray actor by `remote_worker`; plain class so that it can be read and tested."""
+    """One model on one device. Made a Ray actor by `remote_worker`; plain class so that it can be read and
+    tested."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        # On a thread of its own that ends: loading runs parallel operators, and the OpenMP team of a thread that
-        # stays would slow down every later step (see `workers/scheduler.py`).
+        # On a thread of its own that ends: loading runs parallel operators, and the OpenMP team of a thread
+        # that stays would slow down every later step (see `workers/scheduler.py`).
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
             loader.submit(self._start, spec).result()
 
@@ -131,7 +132,8 @@ class Worker:
         return self._agent.prepare(system, prompt)
 
     def generate(self, request: Request) -> Iterator[tuple[str, Any]]:
-        """Stream of ("token", (id, text)) and at last ("reply", Reply). Errors are raised where they happen."""
+        """Stream of ("token", (id, text)) and at last ("reply", Reply). Errors are raised where they
+        happen."""
         items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
         def answer() -> None:
@@ -205,7 +207,8 @@ def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: flo
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "max_restarts": max_restarts,
-        # Requests block their thread while the step loop works; info, cancel and stats must still get through.
+        # Requests block their thread while the step loop works; info, cancel and stats must still get
+        # through.
         "max_concurrency": 2 * spec.settings.max_sequences + 4,
     }
     return ray.remote(Worker).options(**options).remote(spec)

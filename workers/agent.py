@@ -1,10 +1,12 @@
 """The life of one request on a worker:
 
-    prompt to spans -> admission -> lookup, lease, pull -> plan -> rotate + scatter -> prefill rows in shared steps
-    -> first token -> publish shared inputs -> decode -> publish the answer -> release leases, on every path
+    prompt to spans -> admission -> lookup, lease, pull -> plan -> rotate + scatter -> prefill rows in shared
+    steps -> first token -> publish shared inputs -> decode -> publish the answer -> release leases, on every
+    path
 
-Decisions live elsewhere: spans in `segment.py`, plans in `methods/`, rows in `prefill.py`, batching in `scheduler.py`,
-bytes in `store.py`. This module only puts them in order, and keeps the clock. It knows nothing of Ray.
+Decisions live elsewhere: spans in `segment.py`, plans in `methods/`, rows in `prefill.py`, batching in
+`scheduler.py`, bytes in `store.py`. This module only puts them in order, and keeps the clock. It knows
+nothing of Ray.
 """
 
 from __future__ import annotations
@@ -132,7 +134,7 @@ class AgentWorker:
         self._running: dict[str, threading.Event] = {}
         self._lock = threading.Lock()
 
-    # -- calls ----------------------------------------------------------------------------------------------------
+    # -- calls ---------------------------------------------------------------------------------------------
 
     def generate(self, request: Request, on_token: OnToken | None = None) -> Reply:
         """Answer one request.
@@ -268,7 +270,7 @@ class AgentWorker:
         """Stop the step loop. Idempotent."""
         self._loop.stop()
 
-    # -- stages ---------------------------------------------------------------------------------------------------
+    # -- stages --------------------------------------------------------------------------------------------
 
     def _begin(self, request: Request, extra_tokens: int = 0) -> _Turn:
         """Render the prompt and wait for room."""
@@ -435,7 +437,7 @@ class AgentWorker:
         pieces.append(stream.finish())
         return "".join(pieces), reason
 
-    # -- publishing -----------------------------------------------------------------------------------------------
+    # -- publishing ----------------------------------------------------------------------------------------
 
     def _remember_prompt(self, turn: _Turn) -> None:
         """Publish shared inputs that were computed here and keep the exact prefix: after the first token."""
@@ -445,8 +447,8 @@ class AgentWorker:
         self._loop.call(lambda: self.prefixes.store(turn.prompt.token_ids[:exact], turn.cache))
         for plan in turn.prefill.plan.spans:
             span = plan.span
-            # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole qualify.
-            # (Nor does a slot that ends the prompt, whose key covers one token more than its span.)
+            # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole
+            # qualify. (Nor does a slot that ends the prompt, whose key covers one token more than its span.)
             whole = span.key is not None and span.key.digest == digest_tokens(turn.prompt.tokens_of(span))
             if plan.source is None and span.key and whole and span.start >= turn.prefill.prefix_tokens:
                 self._publish(turn, span.key, span.start, len(span), span.slot)
@@ -485,7 +487,7 @@ class AgentWorker:
             return
         turn.published.append(Published(slot, key, tokens, len(segment.blocks), segment.nbytes))
 
-    # -- reporting ------------------------------------------------------------------------------------------------
+    # -- reporting -----------------------------------------------------------------------------------------
 
     def _reply(self, turn: _Turn, sequence: Sequence, text: str, reason: str, output: Any) -> Reply:
         assert turn.prefill is not None
@@ -527,8 +529,8 @@ class AgentWorker:
         )
 
     def _fallbacks(self, turn: _Turn) -> tuple[Fallback, ...]:
-        """Spans computed although their KV should exist. A shared input that nobody has computed yet is no fallback:
-        somebody has to be first."""
+        """Spans computed although their KV should exist. A shared input that nobody has computed yet is no
+        fallback: somebody has to be first."""
         out: list[Fallback] = []
         for span in turn.prompt.spans:
             miss = turn.acquired.misses.get(span.key) if span.key is not None else None

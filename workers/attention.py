@@ -1,9 +1,10 @@
 """The attention function that we register with transformers, and the row structure that it serves.
 
 transformers hands the step description through to the function as the keyword `relay`. The function receives
-post-RoPE q, k, v of all rows of the step at one layer, writes k and v into the sequences' caches and lets every row
-attend by position: row i sees key j iff pos_j <= pos_i (and within the sliding window where the layer has one). It
-knows nothing of plans, prompts or schedules.
+post-RoPE q, k, v of all rows of the step at one layer, writes k and v into the sequences' caches and lets
+every row
+attend by position: row i sees key j iff pos_j <= pos_i (and within the sliding window where the layer has
+one). It knows nothing of plans, prompts or schedules.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from workers.kv_cache import SequenceCache
 
 ATTENTION_NAME = "relay_cluster"
 
-# Runs of at least this many neighbouring rows are attended as one dense block; single rows share a masked call.
+# Runs of at least this many neighbouring rows are attended as one dense block; single rows share a masked
+# call.
 DENSE_RUN = 16
 
 
 @dataclass(frozen=True, slots=True)
 class MassSpan:
-    """Rows at positions [start, stop) add the attention mass they give to [sinks, start) to the cache's `mass`.
+    """Rows at positions [start, stop) add the attention mass they give to [sinks, start) to the cache's
+    `mass`.
 
     Attention sinks, the first few positions, take mass from every token alike and are left out.
     """
@@ -239,7 +242,8 @@ def _attend_with_mass(
     masses: list[MassSpan],
     num_layers: int,
 ) -> torch.Tensor:
-    """Attention of prefill rows, and m = exp(lse_before - lse_all), mean over heads, added to the cache's mass."""
+    """Attention of prefill rows, and m = exp(lse_before - lse_all), mean over heads, added to the cache's
+    mass."""
     keys, values = part.cache.keys(layer), part.cache.values(layer)
     whole_causal = group.dense and window is None and group.first == 0
     mask, lo = (None, 0) if whole_causal else group.mask(window, query.dtype)

@@ -1,10 +1,10 @@
-"""The ragged step: any rows of any number of sequences, each with its own positions and cache, at any layers, in one
-pass over the weights.
+"""The ragged step: any rows of any number of sequences, each with its own positions and cache, at any layers,
+in one pass over the weights.
 
 Drives the decoder layers of a Hugging Face causal LM one by one, with the attention function of
-`workers/attention.py` and no HF cache object or mask. A prefill chunk, sparse rectified rows and decode tokens are the
-same call. The only module that touches the inside of transformers' models. It knows nothing of prompts, plans or
-schedules.
+`workers/attention.py` and no HF cache object or mask. A prefill chunk, sparse rectified rows and decode
+tokens are the same call. The only module that touches the inside of transformers' models. It knows nothing of
+prompts, plans or schedules.
 
 Layer ranges are half-open: a row with enter=4, exit=29 is computed in layers 4 .. 28.
 """
@@ -78,7 +78,8 @@ class PartResult:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """Work done so far. weight_passes: steps; rows: rows entered; row_layers: (row, layer) entries computed."""
+    """Work done so far. weight_passes: steps; rows: rows entered; row_layers: (row, layer) entries
+    computed."""
 
     weight_passes: int = 0
     rows: int = 0
@@ -121,7 +122,8 @@ class Engine:
     def step(self, parts: Sequence[Part]) -> list[PartResult]:
         """Compute every row of every part in its layers.
 
-        Side effects: keys and values (and checkpoints, masses, probes where asked) are written to the parts' caches.
+        Side effects: keys and values (and checkpoints, masses, probes where asked) are written to the parts'
+            caches.
         """
         with self._lock:
             return self._step(parts)

@@ -1,8 +1,9 @@
 """KV cache memory of one worker: a fixed pool cut into extents of whole blocks.
 
 A sequence gets one contiguous extent that holds its prompt and its longest answer, reserved at admission, so
-keys and values are written in place, never concatenated, and attention reads them through a strided view without
-gathering. An extent is a run of whole blocks; freeing merges neighbours. Knows nothing of models or prompts.
+keys and values are written in place, never concatenated, and attention reads them through a strided view
+without gathering. An extent is a run of whole blocks; freeing merges neighbours. Knows nothing of models or
+prompts.
 """
 
 from __future__ import annotations

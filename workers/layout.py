@@ -1,7 +1,8 @@
 """The bytes of a block: `[layer][k|v][kv_head][token][head_dim]`, then the checkpoint, then the context mass.
 
-One place computes offsets, so that writer and reader cannot disagree. Keys are stored rotated, at the positions
-`Segment.start .. start + num_tokens`. The block is contiguous, so a layer group is a sub-range of it.
+One place computes offsets, so that writer and reader cannot disagree. Keys are stored rotated, at the
+positions `Segment.start .. start + num_tokens`. The block is contiguous, so a layer group is a sub-range of
+it.
 """
 
 from __future__ import annotations

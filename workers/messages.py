@@ -1,4 +1,5 @@
-"""What a worker is asked and what it answers: frozen dataclasses of plain values, so they may cross a Ray call.
+"""What a worker is asked and what it answers: frozen dataclasses of plain values, so they may cross a Ray
+call.
 
 No tensor is ever part of a message. Durations are in seconds.
 """
@@ -93,7 +94,8 @@ class Reply:
     Attributes:
         ttft_s: from the request's arrival at the worker to its first token.
         decode_s: from the first token to the last.
-        fresh_tokens + relayed_tokens = prompt_tokens; prefix_tokens is the part of fresh_tokens that came from
+        fresh_tokens + relayed_tokens = prompt_tokens; prefix_tokens is the part of fresh_tokens that came
+        from
             the exact local prefix cache.
         fresh_entries, recomputed_entries, relayed_entries: (token, layer) entries computed for fresh tokens,
             recomputed in relayed spans, and all of relayed spans.
@@ -139,7 +141,8 @@ class Comparison:
     Attributes:
         samples: (ttft_s of the method, ttft_s of the base) pairs, interleaved.
         top1: share of positions with the same most likely token.
-        kl_first, kl_mean, kl_p90: KL(base || method) in nats, at the first position, mean and 90th percentile.
+        kl_first, kl_mean, kl_p90: KL(base || method) in nats, at the first position, mean and 90th
+            percentile.
         positions: how many positions were compared.
         base: the base method's own reply.
     """

@@ -4,8 +4,10 @@
     next_part()  rows to compute next, in ascending positions, at most `max_rows` of them
     done()       takes a part's result; after the last part the first logits are there
 
-A run-time selection (`TopDeviation`) makes two stages: all rows up to the detection layer, then the chosen ones.
-Chunks may be cut anywhere: a row only sees earlier positions. Knows nothing of transport, time or other requests.
+A run-time selection (`TopDeviation`) makes two stages: all rows up to the detection layer, then the chosen
+ones.
+Chunks may be cut anywhere: a row only sees earlier positions. Knows nothing of transport, time or other
+requests.
 """
 
 from __future__ import annotations
@@ -192,7 +194,8 @@ class Prefill:
         """
         stage = self._stages[-1]
         stage.cursor += part.rows
-        assert part.enter is not None and part.exit is not None  # next_part always sets them
+        assert part.enter is not None  # next_part always sets both
+        assert part.exit is not None
         entries = part.exit - part.enter
         in_span = self._in_relayed(part.positions)
         rectified = int(entries[in_span].sum())

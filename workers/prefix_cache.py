@@ -1,7 +1,8 @@
 """Exact local prefix cache: KV of token prefixes that this worker computed itself, in full.
 
-A token whose whole left context is identical has identical KV, so the copy is exact. Entries are copies outside the KV
-pool, with a byte budget and least-recently-used eviction. Knows nothing of segments or other workers.
+A token whose whole left context is identical has identical KV, so the copy is exact. Entries are copies
+outside the KV pool, with a byte budget and least-recently-used eviction. Knows nothing of segments or other
+workers.
 """
 
 from __future__ import annotations

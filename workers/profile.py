@@ -46,7 +46,7 @@ def load_profile(model: str, num_layers: int) -> ModelProfile:
     file = resources.files("configs").joinpath("profiles", f"{name}.yaml")
     if not file.is_file():
         log.warning(
-            "no profile for model %s: using the generic one (slower, safe). configs/profiles/%s.yaml would be read.",
+            "model %s has no profile (configs/profiles/%s.yaml): using the generic one, slower but safe",
             model,
             name,
         )

@@ -1,9 +1,11 @@
-"""Continuous batching on one worker: which rows go into the next ragged step, and the thread that runs the steps.
+"""Continuous batching on one worker: which rows go into the next ragged step, and the thread that runs the
+steps.
 
     choose()   pure: decode rows first, then prefill rows by age, within the cap of rows per step
     StepLoop   one thread: choose -> Engine.step -> hand every sequence its result -> again
 
-Sequences join and leave between steps. All other tensor work of a worker (scatter, publish copies) is `call`ed onto
+Sequences join and leave between steps. All other tensor work of a worker (scatter, publish copies) is
+`call`ed onto
 the same thread: each thread that runs a parallel operator gets an OpenMP team of its own, and with more team
 threads than cores libgomp stops spinning at barriers, which made every step about 1.4 times slower here.
 The loop knows nothing of prompts, segments or transport.
@@ -97,8 +99,8 @@ class Sequence:
 def choose(sequences: Seq[Sequence], max_rows: int) -> list[tuple[Sequence, int]]:
     """Rows of the next step: one for every decoding sequence, then prefill rows in order of arrival.
 
-    Decode rows are never held back; prefill fills what is left of `max_rows` and gets at least 16 rows, so that it
-    goes on even when many sequences decode.
+    Decode rows are never held back; prefill fills what is left of `max_rows` and gets at least 16 rows, so
+    that it goes on even when many sequences decode.
     """
     decoding = [s for s in sequences if s.decoding]
     chosen = [(s, max(1, len(s.forced))) for s in decoding]
@@ -138,7 +140,8 @@ class StepLoop:
             self._changed.notify()
 
     def call(self, job: Callable[[], T], *, timeout_s: float = 60.0) -> T:
-        """Run `job` on the engine's thread between two steps, and return what it returns or raise what it raises.
+        """Run `job` on the engine's thread between two steps, and return what it returns or raise what it
+        raises.
 
         Raises:
             RelayError: the loop was stopped. DeadlineExceeded: not done within `timeout_s`.
@@ -155,7 +158,9 @@ class StepLoop:
             return future.result(timeout=timeout_s)
         except FutureTimeout:
             future.cancel()
-            raise DeadlineExceeded(f"the worker's engine did not get to a job within {timeout_s:.0f} s.") from None
+            raise DeadlineExceeded(
+                f"the worker's engine did not get to a job within {timeout_s:.0f} s."
+            ) from None
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
         """End after the running step; unfinished sequences get a FailedEvent. Idempotent."""

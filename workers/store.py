@@ -1,7 +1,8 @@
 """A worker's side of the relay: find, lease, pull and publish segments.
 
-Sits between the engine's KV cache and the transport room. Segment bytes live in the worker's arena; a pulled segment
-borrows landing blocks from the same arena until it has been scattered. Knows nothing of prompts or methods.
+Sits between the engine's KV cache and the transport room. Segment bytes live in the worker's arena; a pulled
+segment borrows landing blocks from the same arena until it has been scattered. Knows nothing of prompts or
+methods.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """Why a wanted segment is not there. reason: an Outcome value, "not_found", "arena_full" or "directory_down"."""
+    """Why a wanted segment is not there. reason: an Outcome value, "not_found", "arena_full" or
+    "directory_down"."""
 
     reason: str
     detail: str = ""
@@ -88,7 +90,7 @@ class SegmentStore:
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
 
-    # -- reading --------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------
 
     def acquire(self, wanted: Mapping[SegmentKey, int]) -> Acquired:
         """Find, lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
@@ -118,7 +120,8 @@ class SegmentStore:
         return got
 
     def release(self, got: Acquired) -> None:
-        """Give back leases and landing blocks. Idempotent; the bytes in `got.pulled` must not be used after it."""
+        """Give back leases and landing blocks. Idempotent; the bytes in `got.pulled` must not be used after
+        it."""
         got.pulled.clear()
         if got.landing:
             self._arena.free(got.landing)
@@ -177,8 +180,8 @@ class SegmentStore:
                 self._arena.free(blocks)
         got.transfers.append((located, transfer))
         if transfer.outcome is not Outcome.PULLED:
-            # Not reported to the directory: one reader's broken link is no proof that the owner is dead, and a
-            # dropped owner stays fenced. Its silence, or whoever saw its process die, ends it.
+            # Not reported to the directory: one reader's broken link is no proof that the owner is dead, and
+            # a dropped owner stays fenced. Its silence, or whoever saw its process die, ends it.
             log.warning("pull from %s failed: %s (%s)", owner.worker, transfer.outcome, transfer.detail)
             got.misses[key] = Miss(transfer.outcome, transfer.detail)
             return
@@ -186,7 +189,7 @@ class SegmentStore:
         got.hits[key] = located
         got.pulled[key] = PulledSegment(views, segment.num_tokens, segment.start)
 
-    # -- writing --------------------------------------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------------------
 
     def publish(
         self,
@@ -198,8 +201,8 @@ class SegmentStore:
         producer: str,
         variant: str = "",
     ) -> Segment:
-        """Let `fill` write the segment's blocks, seal them, then enter them in the directory. Publishing a key that
-        this worker holds already changes nothing.
+        """Let `fill` write the segment's blocks, seal them, then enter them in the directory. Publishing a
+        key that this worker holds already changes nothing.
 
         Args:
             fill: writes KV, checkpoint and mass of all tokens into the given blocks, and zeros behind them.

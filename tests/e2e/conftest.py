@@ -11,8 +11,8 @@ import pytest
 from relay_cluster import Agent, Cluster, ClusterConfig, Pipeline
 
 QUESTION = (
-    "A farmer has 17 sheep and buys 5 more every week. After six weeks he sells half of his flock to a neighbour, "
-    "who already has 40 sheep. How many sheep does the neighbour have now? Explain every step."
+    "A farmer has 17 sheep and buys 5 more every week. After six weeks he sells half of his flock to a "
+    "neighbour, who already has 40 sheep. How many sheep does the neighbour have now? Explain every step."
 )
 PIPELINE = Pipeline(
     [

@@ -1,4 +1,5 @@
-"""Workers with the real model in one process: real engine, arena, directory table and store, only no network."""
+"""Workers with the real model in one process: real engine, arena, directory table and store, only no
+network."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from workers.settings import DEFAULT_MODEL, SamplingSettings, WorkerSettings
 from workers.store import SegmentStore
 
 QUESTION = (
-    "A farmer has 17 sheep and buys 5 more every week. After six weeks he sells half of his flock to a neighbour, "
-    "who already has 40 sheep. How many sheep does the neighbour have now? Explain every step."
+    "A farmer has 17 sheep and buys 5 more every week. After six weeks he sells half of his flock to a "
+    "neighbour, who already has 40 sheep. How many sheep does the neighbour have now? Explain every step."
 )
 
 

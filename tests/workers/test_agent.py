@@ -68,7 +68,8 @@ def test_full_prefill_gives_the_tokens_of_plain_transformers(
 
 
 def test_exact_prefix_is_bit_identical_to_full_prefill(loaded: LoadedModel) -> None:
-    """With the rows cut at the same places: a CPU matrix product of another height may differ in its last bit."""
+    """With the rows cut at the same places: a CPU matrix product of another height may differ in its last
+    bit."""
     one = desk("w7", loaded, LocalDirectory(), max_rows_per_step=64)
     long = " ".join([QUESTION] * 4)
     full = request("a", SOLVE, question=long)
@@ -115,13 +116,12 @@ def test_at_ratio_one_a_relayed_answer_is_the_full_one(pair: tuple[Desk, Desk]) 
     one, two = pair
     first = one.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=40, question=QUESTION))
     method = "context_mass:ratio=1+start=0+end=30"
-    for name, relayed in (("full_prefill", False), (method, True)):
-        reply = two.agent.generate(
-            request("critic", CHECK, name, publish=False, question=QUESTION, solver=first.output)
-        )
-        assert bool(reply.relayed_tokens) is relayed
-        tokens = reply.token_ids if not relayed else tokens
-        assert reply.token_ids == tokens
+    values = {"question": QUESTION, "solver": first.output}
+    full_reply = two.agent.generate(request("critic", CHECK, "full_prefill", publish=False, **values))
+    ours_reply = two.agent.generate(request("critic", CHECK, method, publish=False, **values))
+    assert (full_reply.relayed_tokens, full_reply.fresh_tokens) == (0, full_reply.prompt_tokens)
+    assert ours_reply.relayed_tokens > 0
+    assert ours_reply.token_ids == full_reply.token_ids
     _, full = two.agent.score(request("a", CHECK, question=QUESTION, solver=first.output), ())
     _, ours = two.agent.score(request("b", CHECK, method, question=QUESTION, solver=first.output), ())
     assert (full - ours).abs().max() < 1e-4
@@ -222,8 +222,8 @@ def test_a_cancelled_request_frees_its_blocks(pair: tuple[Desk, Desk]) -> None:
 
 
 def test_a_long_prefill_does_not_hold_up_decoding(loaded: LoadedModel) -> None:
-    """With a cap of 64 rows a step, another request's 400-token prompt takes several steps, and each of them also
-    carries a decode row of the first request."""
+    """With a cap of 64 rows a step, another request's 400-token prompt takes several steps, and each of them
+    also carries a decode row of the first request."""
     one = desk("w8", loaded, LocalDirectory(), max_rows_per_step=64)
     seen: list[float] = []
     first = threading.Event()

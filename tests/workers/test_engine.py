@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -44,7 +45,8 @@ def test_ragged_chunks_equal_the_plain_model(family: str, seed: int) -> None:
 
 
 def test_any_rows_over_an_exact_cache_change_nothing(family: str) -> None:
-    """Recomputing a sparse set of rows in a band of layers, from saved hidden states, gives what was there."""
+    """Recomputing a sparse set of rows in a band of layers, from saved hidden states, gives what was
+    there."""
     rig = tiny.Rig(tiny.build(family))
     ids = tiny.tokens(60)
     cache = rig.compute(ids)
@@ -118,7 +120,7 @@ def test_context_mass_is_the_attention_given_to_the_text_before(dense: bool) -> 
     rig = tiny.Rig(model)
     cache = rig.pool.allocate(50, timeout_s=1)
     cuts = [0, start, 50] if dense else [0, *range(start, 51)]
-    for a, b in zip(cuts, cuts[1:], strict=False):
+    for a, b in itertools.pairwise(cuts):
         rig.engine.step(
             [
                 Part(

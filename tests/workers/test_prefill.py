@@ -24,7 +24,8 @@ FULL_RATIO = {
 
 
 def _prompt(rig: tiny.Rig) -> list[tuple[list[int], Any]]:
-    """Two relayed spans at positions other than their own, one of them twice, fresh text between and around."""
+    """Two relayed spans at positions other than their own, one of them twice, fresh text between and
+    around."""
     a, b = tiny.tokens(40, 1), tiny.tokens(23, 2)
     sa, sb = rig.segment(tiny.tokens(11, 3), a), rig.segment(tiny.tokens(30, 4), b)
     return [

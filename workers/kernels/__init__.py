@@ -1,5 +1,6 @@
-"""Kernels: one signature, several implementations. `reference` is the oracle and the CPU path; on CUDA flash-attn
-serves dense prefill and decode when it is installed. Which one serves is decided once, here, and can be asked.
+"""Kernels: one signature, several implementations. `reference` is the oracle and the CPU path; on CUDA
+flash-attn serves dense prefill and decode when it is installed. Which one serves is decided once, here, and
+can be asked.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def attend_causal(
     """
     rows, tokens = query.shape[1], keys.shape[1]
     if query.is_cuda and query.dtype != torch.float32 and flash_attn_installed():
-        from flash_attn import flash_attn_func
+        from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
         out = flash_attn_func(
             query.transpose(0, 1)[None],

@@ -1,4 +1,5 @@
-"""Kernels in plain torch: the oracle for faster ones, and the CPU path. No knowledge of models, caches or plans."""
+"""Kernels in plain torch: the oracle for faster ones, and the CPU path. No knowledge of models, caches or
+plans."""
 
 from __future__ import annotations
 
@@ -171,7 +172,8 @@ def attend_with_lse(
 
 
 def value_deviation(reused: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
-    """d_j = 1 - cos(v_reused, v_computed) per token, over all heads together (RelayCaching, arXiv 2603.13289).
+    """d_j = 1 - cos(v_reused, v_computed) per token, over all heads together (RelayCaching, arXiv
+    2603.13289).
 
     Args:
         reused, computed: [kv_heads, tokens, head_dim].

@@ -1,6 +1,6 @@
 """The registry of reuse methods: one file and one line each. Torch-free, so `relay check` can use it.
 
-A method is written `name` or `name:key=value+key=value` (`context_mass:ratio=0.2`); `auto` stands for our best.
+A method is written `name` or `name:key=value+key=value` (`context_mass:ratio=0.2`); `auto` is our best.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a reuse method may say: a plan for every token of a prompt, in which layers it is computed.
 
-Pure and torch-free: a method sees spans, hits and the model's profile and returns a `RectifyPlan`; one executor
-(`workers/prefill.py`) runs every plan. Ranges are half-open throughout: a band [a, b) computes layers a .. b-1.
+Pure and torch-free: a method sees spans, hits and the model's profile and returns a `RectifyPlan`; one
+executor (`workers/prefill.py`) runs every plan. Ranges are half-open throughout: a band [a, b) computes
+layers a .. b-1.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class TopMass:
 @dataclass(frozen=True, slots=True)
 class TopDeviation:
     """Select at run time at `layer` (RelayCaching): value deviation above `tau_diff` x its mean, or attention
-    received from the last `suffix` prompt tokens above `tau_down` x its mean. A negative `tau_diff` selects all."""
+    received from the last `suffix` prompt tokens above `tau_down` x its mean. A negative `tau_diff` selects
+    all."""
 
     layer: int
     tau_diff: float

@@ -1,8 +1,8 @@
-"""`context_mass` (ours, methods.md section 4): repair the tokens that looked at the text before their segment.
+"""`context_mass` (ours, methods.md section 4): repair the tokens that looked at the text before it.
 
-A token's KV changes with the prefix only as far as the token attended to the prefix. The upstream agent recorded
-that attention mass while it decoded, so the set to repair is known when the segment is published: no detection
-layers and no pass over all tokens.
+A token's KV changes with the prefix only as far as the token attended to the prefix. The upstream agent
+recorded that attention mass while it decoded, so the set to repair is known when the segment is published: no
+detection layers and no pass over all tokens.
 """
 
 from __future__ import annotations

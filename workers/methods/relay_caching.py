@@ -1,7 +1,7 @@
 """`relay_caching` (RelayCaching, arXiv 2603.13289; our reading, methods.md section 2).
 
-Shallow layers are reused, layers [L_start, L_det] are recomputed for all span tokens from the checkpoint, then the
-deviating and the influential tokens go on to L_end, above which entries are reused again.
+Shallow layers are reused, layers [L_start, L_det] are recomputed for all span tokens from the checkpoint,
+then the deviating and the influential tokens go on to L_end, above which entries are reused again.
 """
 
 from __future__ import annotations
