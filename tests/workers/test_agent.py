@@ -17,6 +17,9 @@ from transport.errors import Cancelled, ConfigError, PipelineError, PromptTooLon
 from workers.model import LoadedModel
 from workers.settings import SamplingSettings
 
+# The real model decodes about ten tokens a second on two cores.
+pytestmark = pytest.mark.slow
+
 SOLVE = "Solve this problem.\n{question}"
 CHECK = "Problem:\n{question}\nSolution:\n{solver}\nIs the solution right?"
 

@@ -12,6 +12,8 @@ from tests.workers import tiny
 from workers.attention import MassSpan, group_rows
 from workers.engine import Part
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ragged_chunks_equal_the_plain_model(family: str, seed: int) -> None:

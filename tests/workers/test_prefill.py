@@ -22,6 +22,8 @@ FULL_RATIO = {
     "context_mass": f"context_mass:ratio=1+start=0+end={tiny.LAYERS}",
 }
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def _prompt(rig: tiny.Rig) -> list[tuple[list[int], Any]]:
     """Two relayed spans at positions other than their own, one of them twice, fresh text between and
