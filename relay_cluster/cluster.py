@@ -15,14 +15,21 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from relay_cluster.config import ClusterConfig
 from relay_cluster.doctor import this_machine
@@ -32,7 +39,7 @@ from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunRepor
 from relay_cluster.router import WorkerView, place, worker_models
 from transport.directory.client import DirectoryClient
 from transport.directory.shard import create_shards
-from transport.errors import DeadlineExceeded, RelayError, WorkerLost
+from transport.errors import Cancelled, ConfigError, DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
 from workers.messages import Comparison, Reply, Request
@@ -54,6 +61,7 @@ class _Member:
     spec: WorkerSpec
     handle: Any
     info: WorkerInfo | None = None
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,7 @@ class Cluster:
         self._shards: dict[str, Any] = {}
         self._directory: DirectoryClient | None = None
         self._started_ray = False
-        self._prepared: set[tuple[WorkerId, str | None, str]] = set()
+        self._prepared: set[tuple[object, ...]] = set()
         self._runs = 0
         self._id = uuid.uuid4().hex[:6]
         self._lock = threading.Lock()
@@ -140,17 +148,18 @@ class Cluster:
         self._prepared.clear()
         if not ray.is_initialized():
             return
-        closing = [m.handle.close.remote() for m in members.values() if m.info is not None]
-        if closing:
-            try:
+        try:
+            closing = [m.handle.close.remote() for m in members.values() if m.info is not None]
+            if closing:
                 ray.wait(closing, num_returns=len(closing), timeout=self.config.runtime.stop_timeout_s)
-            except RayError as error:
-                log.warning("closing workers: %s", error)
-        for handle in [*(m.handle for m in members.values()), *shards.values()]:
-            ray.kill(handle)
-        if self._started_ray:
-            ray.shutdown()
-            self._started_ray = False
+            for handle in [*(m.handle for m in members.values()), *shards.values()]:
+                _kill(handle)
+        except (RayError, ValueError, ConnectionError) as error:
+            log.warning("stopping the cluster: %s", error)
+        finally:
+            if self._started_ray:
+                self._started_ray = False
+                ray.shutdown()
 
     def _init_ray(self) -> None:
         settings = self.config.ray
@@ -185,14 +194,17 @@ class Cluster:
         """Start the workers that the pipeline needs, unless they run already; place its agents; warm their
         prefixes."""
         agents = self._models(pipeline)
+        if not self._shards:
+            self.start()
         if not self._members:
             count = self.config.worker_count(len(agents))
             models = worker_models(agents, count, self.config.model)
+            self._check_devices(count)
             self._on_event("cluster", f"starting {count} workers ({', '.join(dict.fromkeys(models))})")
             for i, model in enumerate(models):
                 self._spawn(WorkerId(f"w{i}"), model, count)
             self._await_ready()
-        views = [WorkerView(w, m.spec.model) for w, m in self._members.items()]
+        views = [WorkerView(w, m.spec.model, alive=not m.lost) for w, m in self._members.items()]
         self._placed.update(place(agents, views))
         self._prepare(pipeline)
 
@@ -212,7 +224,9 @@ class Cluster:
             namespace=self.config.ray.namespace,
             host=None if self.config.ray.address else "127.0.0.1",
         )
-        gpus = 1.0 if settings.device == "cuda" else 0.0
+        # Without a GPU of its own Ray hides them all from an actor; with "auto" we take them when all fit.
+        enough = ray.cluster_resources().get("GPU", 0) >= count
+        gpus = 1.0 if settings.device == "cuda" or (settings.device == "auto" and enough) else 0.0
         cpus = float(ray.cluster_resources().get("CPU", 1))
         handle = remote_worker(
             spec,
@@ -223,6 +237,14 @@ class Cluster:
             max_restarts=self.config.runtime.max_restarts,
         )
         self._members[worker] = _Member(spec, handle)
+
+    def _check_devices(self, count: int) -> None:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if self.config.worker.device == "cuda" and gpus < count:
+            raise ConfigError(
+                f'worker.device is "cuda" and {count} workers need a GPU each, but Ray has {gpus}. '
+                'Lower `workers`, or set worker.device to "auto" or "cpu".'
+            )
 
     def _await_ready(self) -> None:
         timeout_s = self.config.runtime.start_timeout_s
@@ -249,19 +271,25 @@ class Cluster:
 
     def _prepare(self, pipeline: Pipeline) -> None:
         """Prefill every agent's own fixed prefix into its worker's exact prefix cache."""
-        jobs = []
+        jobs: dict[Any, tuple[object, ...]] = {}
         for name in pipeline.order:
             agent = pipeline[name]
-            key = (self._placed[name], agent.system, agent.prompt)
+            member = self._members[self._placed[name]]
+            life = member.info.incarnation if member.info else 0
+            key = (self._placed[name], life, agent.system, agent.prompt)
             if key not in self._prepared:
-                self._prepared.add(key)
-                member = self._members[self._placed[name]]
-                jobs.append(member.handle.prepare.remote(agent.system, agent.prompt))
-        if jobs:
+                jobs[member.handle.prepare.remote(agent.system, agent.prompt)] = key
+        for call, key in jobs.items():
             try:
-                ray.get(jobs, timeout=self.config.worker.request_timeout_s)
+                ray.get(call, timeout=self.config.worker.request_timeout_s)
             except RayError as error:
-                raise _unwrapped(error, "the agents' prompts could not be prepared") from None
+                fault = _unwrapped(error, f"the prompt of an agent on {key[0]} could not be prepared")
+                if isinstance(fault, ConfigError):
+                    raise fault from None
+                # Only warmth is lost; whether the worker lives is seen when a request goes there.
+                log.warning("%s", fault)
+            else:
+                self._prepared.add(key)
 
     def notes(self) -> tuple[str, ...]:
         """Plain sentences about what is not as good as it could be."""
@@ -279,11 +307,16 @@ class Cluster:
 
     # -- Workers protocol of the executor ------------------------------------------------------------------
 
+    def model_for(self, agent: str) -> str:
+        """See executor.Workers."""
+        return self._members[self._placed[agent]].spec.model
+
     def worker_for(self, agent: str) -> WorkerId:
         """The agent's worker, waiting for its restart where it died; else any live worker with its model."""
         worker = self._placed[agent]
         if self._answers(worker, self.config.runtime.start_timeout_s):
             return worker
+        self._members[worker].lost = True
         model = self._members[worker].spec.model
         for other, member in self._members.items():
             if other != worker and member.spec.model == model and self._answers(other, 5.0):
@@ -300,13 +333,8 @@ class Cluster:
                 member.info = ray.get(
                     member.handle.info.remote(), timeout=max(0.1, deadline - time.monotonic())
                 )
-            except GetTimeoutError:
-                return False
-            except RayActorError as error:
-                # "unavailable" is a restart under way; anything else is final.
-                if not _restarting(error):
-                    return False
-                time.sleep(0.2)
+            except ActorUnavailableError:
+                time.sleep(0.2)  # a restart under way
             except RayError:
                 return False
             else:
@@ -314,16 +342,21 @@ class Cluster:
         return False
 
     def generate(
-        self, worker: WorkerId, request: Request, on_token: Callable[[int], None]
+        self,
+        worker: WorkerId,
+        request: Request,
+        on_token: Callable[[int], None],
+        stop: threading.Event | None = None,
     ) -> tuple[Reply, float]:
         """See executor.Workers."""
         begin = time.perf_counter()
         first = 0.0
         count = 0
-        stream = self._members[worker].handle.generate.options(num_returns="streaming").remote(request)
+        member = self._members[worker]
+        info = member.info
         try:
-            for ref in stream:
-                kind, item = ray.get(ref, timeout=self.config.worker.request_timeout_s)
+            stream = member.handle.generate.options(num_returns="streaming").remote(request)
+            for kind, item in self._items(stream, worker, stop or threading.Event()):
                 if kind == "reply":
                     return item, first
                 if not count:
@@ -331,17 +364,35 @@ class Cluster:
                 count += 1
                 on_token(count)
         except RayError as error:
-            fault = _unwrapped(error, f'agent "{request.agent}" on {worker}')
-            if isinstance(fault, WorkerLost):
-                self._bury(worker)
-            raise fault from None
+            if isinstance(error, ActorDiedError) and info is not None:
+                self._bury(worker, info)
+            raise _unwrapped(error, f'agent "{request.agent}" on {worker}') from None
         raise WorkerLost(f"worker {worker} ended its stream without a reply.")
 
-    def _bury(self, worker: WorkerId) -> None:
-        """Tell the directory of a process that died, so that nobody waits for it until its heartbeat is
-        missed."""
-        info = self._members[worker].info
-        if info is None or self._directory is None:
+    def _items(self, stream: Any, worker: WorkerId, stop: threading.Event) -> Iterator[tuple[str, Any]]:
+        """The stream's items. The worker ends every request at its own deadline; ours catches a frozen
+        worker."""
+        deadline = time.monotonic() + self.config.worker.request_timeout_s + 180
+        while True:
+            ready, _ = ray.wait([stream], timeout=0.5, fetch_local=False)
+            if stop.is_set():
+                raise Cancelled("the run has ended.")
+            if not ready:
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(
+                        f"worker {worker} has been silent beyond the deadline of its request "
+                        f"({self.config.worker.request_timeout_s:.0f} s, worker.request_timeout_s)."
+                    )
+                continue
+            try:
+                ref = next(stream)
+            except StopIteration:
+                return
+            yield ray.get(ref, timeout=30.0)
+
+    def _bury(self, worker: WorkerId, info: WorkerInfo) -> None:
+        """Tell the directory of a process that died, so that nobody waits for its missing heartbeat."""
+        if self._directory is None:
             return
         try:
             self._directory.drop_owner(worker, info.incarnation)
@@ -445,7 +496,10 @@ class Cluster:
         # Afterwards and one at a time: a comparison beside a running agent would slow both down.
         compared = executor.compare({name: turns[name] for name in pipeline.order})
         return RowReport(
-            agents=tuple(agent_report(turns[name], compared.get(name)) for name in pipeline.order),
+            agents=tuple(
+                agent_report(turns[name], compared.get(name), executor.notes(turns[name]))
+                for name in pipeline.order
+            ),
             wall_s=wall_s,
             inputs_digest=_digest(inputs),
         )
@@ -471,8 +525,11 @@ def _digest(inputs: Mapping[str, str]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def _restarting(error: RayActorError) -> bool:
-    return "unavailable" in str(error).lower() or "restart" in str(error).lower()
+def _kill(handle: Any) -> None:
+    try:
+        ray.kill(handle)
+    except (RayError, ValueError) as error:
+        log.warning("an actor could not be ended: %s", error)
 
 
 def _unwrapped(error: RayError, what: str) -> RelayError:
@@ -480,9 +537,6 @@ def _unwrapped(error: RayError, what: str) -> RelayError:
     if isinstance(error, RayTaskError) and isinstance(error.cause, RelayError):
         return error.cause
     if isinstance(error, RayActorError):
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, RelayError):
-            return cause
         return WorkerLost(f"{what}: the worker process died. {_last_line(error)}")
     if isinstance(error, GetTimeoutError):
         return DeadlineExceeded(f"{what}: no answer within the deadline (worker.request_timeout_s).")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from relay_cluster.pipeline import Agent, Pipeline
@@ -23,7 +23,7 @@ from relay_cluster.report import (
     Stages,
     TransferReport,
 )
-from transport.errors import RelayError, WorkerLost
+from transport.errors import Cancelled, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.messages import Comparison, Reply, Request, SlotTransfer
 from workers.segment import SlotValue
@@ -41,10 +41,15 @@ class Workers(Protocol):
         """A live worker for the agent; waits for a restart if need be. Raises WorkerLost."""
         ...
 
+    def model_for(self, agent: str) -> str:
+        """The model that answers for the agent."""
+        ...
+
     def generate(
-        self, worker: WorkerId, request: Request, on_token: Callable[[int], None]
+        self, worker: WorkerId, request: Request, on_token: Callable[[int], None], stop: threading.Event
     ) -> tuple[Reply, float]:
-        """(reply, seconds from the call to the first token here). Raises WorkerLost when the process died."""
+        """(reply, seconds from the call to the first token here). Raises WorkerLost when the process died and
+        Cancelled soon after `stop` is set."""
         ...
 
     def compare(
@@ -89,6 +94,8 @@ class Executor:
         self._run_id = run_id
         self._on_event = on_event
         self._running: dict[str, WorkerId] = {}
+        self._stop = threading.Event()
+        self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def run(self, inputs: Mapping[str, str]) -> tuple[dict[str, Turn], float]:
@@ -101,26 +108,29 @@ class Executor:
             RelayError: an agent could not be answered; the others are cancelled.
         """
         begin = time.perf_counter()
-        values: dict[str, SlotValue] = {name: SlotValue(text=text) for name, text in inputs.items()}
+        values = {name: SlotValue(text=text) for name, text in inputs.items()}
         waiting = {name: set(up) for name, up in self._pipeline.upstreams.items()}
         turns: dict[str, Turn] = {}
         pending: dict[Future[Turn], str] = {}
-        with ThreadPoolExecutor(max_workers=len(waiting), thread_name_prefix="agent") as pool:
-            try:
-                while waiting or pending:
-                    for name in [n for n, up in waiting.items() if up <= turns.keys()]:
-                        del waiting[name]
-                        pending[pool.submit(self._answer, self._pipeline[name], dict(values))] = name
-                    # Every request has a deadline of its own in the worker; this loop only wakes up for
-                    # Ctrl-C.
-                    done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        name = pending.pop(future)
-                        turns[name] = future.result()
-                        values[name] = turns[name].reply.output
-            except BaseException:
-                self._cancel_running()
-                raise
+        pool = ThreadPoolExecutor(max_workers=len(waiting), thread_name_prefix="agent")
+        try:
+            while waiting or pending:
+                for name in [n for n, up in waiting.items() if up <= turns.keys()]:
+                    del waiting[name]
+                    agent = self._pipeline[name]
+                    pending[pool.submit(self._answer, agent, self._values(agent, values, turns))] = name
+                # Every request has a deadline of its own; this loop only wakes up for Ctrl-C.
+                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    name = pending.pop(future)
+                    turns[name] = future.result()
+        except BaseException:
+            self._stop.set()
+            self._cancel_running()
+            raise
+        finally:
+            # Not waited for: a thread may hang on a frozen worker until its deadline.
+            pool.shutdown(wait=False, cancel_futures=True)
         return turns, time.perf_counter() - begin
 
     def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:
@@ -131,24 +141,51 @@ class Executor:
         reports: dict[str, CompareReport] = {}
         for name, turn in turns.items():
             self._on_event("compare", name, f"{base} on the same prompt")
-            found = self._workers.compare(
-                turn.reply.worker, turn.request, turn.reply, base, self._options.repeats
-            )
+            try:
+                found = self._workers.compare(
+                    turn.reply.worker, turn.request, turn.reply, base, self._options.repeats
+                )
+            except RelayError as error:
+                # The run itself succeeded: its report must not be lost with the comparison.
+                log.warning("%s could not be compared with %s: %s", name, base, error)
+                self._notes[name] = f"not compared with {base}: {error}"
+                continue
+            self._notes[name] = "; ".join(found.notes)
             reports[name] = compare_report(turn.reply, found)
             self._on_event("agent_done", name)
         return reports
 
+    def notes(self, turn: Turn) -> tuple[str, ...]:
+        """What did not go as it should with an agent, in plain words."""
+        return (*turn.reply.notes, *filter(None, [self._notes.get(turn.agent.name, "")]))
+
+    def _values(
+        self, agent: Agent, inputs: Mapping[str, SlotValue], turns: Mapping[str, Turn]
+    ) -> dict[str, SlotValue]:
+        """What fills the agent's slots. Token ids mean nothing to another model: there the text is passed
+        on."""
+        model = self._workers.model_for(agent.name)
+        values = dict(inputs)
+        for name, turn in turns.items():
+            same = turn.reply.model == model
+            values[name] = turn.reply.output if same else SlotValue(text=turn.reply.text)
+        return values
+
     def _answer(self, agent: Agent, values: Mapping[str, SlotValue]) -> Turn:
         """One agent's turn; again on another worker when its worker dies."""
-        request = self._request(agent, values)
+        first = self._request(agent, values)
         for attempt in range(self._options.max_retries + 1):
+            # A new id for each try: the old one may still run on a worker that was only unreachable.
+            request = replace(first, id=f"{first.id}-{attempt}") if attempt else first
+            self._check_running()
             worker = self._workers.worker_for(agent.name)
+            self._check_running()
             self._on_event("agent_started", agent.name, worker)
             with self._lock:
                 self._running[request.id] = worker
             try:
                 reply, ttft_s = self._workers.generate(
-                    worker, request, lambda n: self._on_event("token", agent.name, n)
+                    worker, request, lambda n: self._on_event("token", agent.name, n), self._stop
                 )
             except WorkerLost as error:
                 log.warning("worker %s died under request %s: %s", worker, request.id, error)
@@ -182,6 +219,10 @@ class Executor:
             ),
         )
 
+    def _check_running(self) -> None:
+        if self._stop.is_set():
+            raise Cancelled("the run has ended.")
+
     def _cancel_running(self) -> None:
         with self._lock:
             running = dict(self._running)
@@ -192,7 +233,9 @@ class Executor:
                 log.warning("could not cancel %s on %s: %s", request_id, worker, error)
 
 
-def agent_report(turn: Turn, compare: CompareReport | None) -> AgentReport:
+def agent_report(
+    turn: Turn, compare: CompareReport | None = None, notes: tuple[str, ...] = ()
+) -> AgentReport:
     """The public report of one turn."""
     reply = turn.reply
     stages: dict[str, float] = {k: getattr(reply.stages, k) for k in reply.stages.__slots__}
@@ -226,6 +269,7 @@ def agent_report(turn: Turn, compare: CompareReport | None) -> AgentReport:
         text=reply.text,
         tokens=reply.token_ids,
         retries=turn.retries,
+        notes=notes,
         compare=compare,
     )
 

@@ -133,7 +133,8 @@ class AgentReport:
         recomputed_entries: (token, layer) entries of relayed spans that were recomputed, of total_entries.
         ttft_s: measured by the executor, the Ray call included.
         finish_reason: "stop" or "length".
-        retries: times the request was started again after its worker died.
+        retries: times the request was started again after its worker died; ttft_s is that of the last try.
+        notes: plain sentences about what did not go as it should ("the answer was not published").
     """
 
     agent: str
@@ -159,6 +160,7 @@ class AgentReport:
     text: str = ""
     tokens: tuple[int, ...] = ()
     retries: int = 0
+    notes: tuple[str, ...] = ()
     compare: CompareReport | None = None
 
     @property

@@ -8,10 +8,9 @@ blocks belong to the caller; after a timeout they are quarantined in the arena, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from transport.arena import Arena
 from transport.types import (
     BlockId,
     Lease,
@@ -22,6 +21,26 @@ from transport.types import (
     Transfer,
     WorkerId,
 )
+
+if TYPE_CHECKING:  # the directory's clients and shards start without torch
+    from transport.arena import Arena
+
+T = TypeVar("T")
+
+
+class Answers(dict[SegmentKey, T]):
+    """What the directory says, by key. A key that is neither here nor in `unanswered` is not held by anyone.
+
+    Attributes:
+        unanswered: keys that could not be asked for: their shard did not answer, or is left alone for a
+            moment because it did not answer before.
+    """
+
+    def __init__(
+        self, found: Mapping[SegmentKey, T] | None = None, unanswered: Iterable[SegmentKey] = ()
+    ) -> None:
+        super().__init__(found or {})
+        self.unanswered = frozenset(unanswered)
 
 
 class Transport(Protocol):
@@ -61,7 +80,8 @@ class Transport(Protocol):
 class KVDirectory(Protocol):
     """Finds and pins segments. All operations are batched and have a deadline
     (`DirectorySettings.call_timeout_s`); a shard that does not answer costs hits, never correctness:
-    lookups omit its keys; writes raise DirectoryUnavailable."""
+    lookups and leases omit its keys and name them in `Answers.unanswered`; writes raise
+    DirectoryUnavailable."""
 
     def announce(self, owner: Owner) -> None:
         """Heartbeat of an owner; a newer incarnation fences the older one and drops its segments."""
@@ -71,14 +91,18 @@ class KVDirectory(Protocol):
         """Enter segments whose blocks are all sealed."""
         ...
 
-    def lookup(
-        self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None
-    ) -> dict[SegmentKey, Located]:
+    def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:
+        """Take back segments whose blocks `owner` is about to free, leased or not: for a publish that failed
+        after the directory may have accepted it. Other blocks entered under the same key stay. Best effort,
+        without waiting and without raising DirectoryUnavailable: what stays behind reads as stale."""
+        ...
+
+    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> Answers[Located]:
         """Find segments; prefers a copy held by `near`, then its node, then any. Never extends a lease,
         and does not count as a use for LRU."""
         ...
 
-    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
+    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:
         """Pin segments for `holder`; absent keys are omitted. Counts as a use for LRU."""
         ...
 

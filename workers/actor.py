@@ -17,12 +17,16 @@ from typing import Any
 
 import ray
 
+from transport.errors import DeadlineExceeded, RelayError
 from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, WorkerId
 from workers.messages import Comparison, Reply, Request
 from workers.settings import DEFAULT_MODEL, WorkerSettings
 
 log = logging.getLogger(__name__)
+
+CONTROL = "control"
+"""Concurrency group of calls that must get through however many requests are waiting."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +78,13 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         # On a thread of its own that ends: loading runs parallel operators, and the OpenMP team of a thread
         # that stays would slow down every later step (see `workers/scheduler.py`).
+        self._fault: RelayError | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
-            loader.submit(self._start, spec).result()
+            try:
+                loader.submit(self._start, spec).result()
+            except RelayError as error:
+                # Told by `info`: an exception in an actor's constructor reaches the caller as text only.
+                self._fault = error
 
     def _start(self, spec: WorkerSpec) -> None:
         begin = time.perf_counter()
@@ -123,8 +132,11 @@ class Worker:
             load_s=time.perf_counter() - begin,
         )
 
+    @ray.method(concurrency_group=CONTROL)
     def info(self) -> WorkerInfo:
-        """Who this is; answers once the worker is ready."""
+        """Who this is; answers once the worker is ready, or raises what kept it from coming up."""
+        if self._fault is not None:
+            raise self._fault
         return self._info
 
     def prepare(self, system: str | None, prompt: str) -> int:
@@ -144,23 +156,31 @@ class Worker:
                 items.put(("error", error))
 
         threading.Thread(target=answer, name=f"request-{request.id}", daemon=True).start()
-        while True:
-            # The request has its own deadline; this one only catches a dead thread.
-            kind, item = items.get(timeout=2 * self._spec.settings.request_timeout_s + 60)
-            if kind == "error":
-                raise item
-            yield kind, item
-            if kind == "reply":
-                return
+        kind = ""
+        try:
+            while kind != "reply":
+                # The request has its own deadline; this one only catches a dead thread.
+                kind, item = items.get(timeout=self._spec.settings.request_timeout_s + 120)
+                if kind == "error":
+                    raise item
+                yield kind, item
+        except queue.Empty:
+            raise DeadlineExceeded(f"request {request.id}: silent since its deadline.") from None
+        finally:
+            if kind not in ("reply", "error"):
+                # Nobody takes the answer any more.
+                self._agent.cancel(request.id)
 
     def compare(self, request: Request, reply: Reply, base_method: str, repeats: int) -> Comparison:
         """See AgentWorker.compare."""
         return self._agent.compare(request, reply, base_method, repeats=repeats)
 
+    @ray.method(concurrency_group=CONTROL)
     def cancel(self, request_id: str) -> bool:
         """See AgentWorker.cancel."""
         return self._agent.cancel(request_id)
 
+    @ray.method(concurrency_group=CONTROL)
     def stats(self) -> dict[str, Any]:
         """Counters of the engine, the arena and the transport."""
         return {
@@ -169,6 +189,7 @@ class Worker:
             "transport": self._transport.stats(),
         }
 
+    @ray.method(concurrency_group=CONTROL)
     def close(self) -> None:
         """Stop threads and sockets."""
         self._agent.close()
@@ -207,8 +228,7 @@ def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: flo
         "num_cpus": num_cpus,
         "num_gpus": num_gpus,
         "max_restarts": max_restarts,
-        # Requests block their thread while the step loop works; info, cancel and stats must still get
-        # through.
         "max_concurrency": 2 * spec.settings.max_sequences + 4,
     }
-    return ray.remote(Worker).options(**options).remote(spec)
+    remote: Any = ray.remote  # its stubs do not know concurrency groups
+    return remote(concurrency_groups={CONTROL: 4})(Worker).options(**options).remote(spec)

@@ -1,97 +1,68 @@
 """The life of one request on a worker:
 
     prompt to spans -> admission -> lookup, lease, pull -> plan -> rotate + scatter -> prefill rows in shared
-    steps -> first token -> publish shared inputs -> decode -> publish the answer -> release leases, on every
-    path
+    steps -> first token -> publish shared inputs -> decode -> publish the answer -> release, on every path
 
 Decisions live elsewhere: spans in `segment.py`, plans in `methods/`, rows in `prefill.py`, batching in
-`scheduler.py`, bytes in `store.py`. This module only puts them in order, and keeps the clock. It knows
-nothing of Ray.
+`scheduler.py`, bytes in `store.py`. This module only puts them in order. It knows nothing of Ray.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
-from transport.errors import (
-    ArenaFull,
-    CacheFull,
-    DeadlineExceeded,
-    DirectoryUnavailable,
-    RelayError,
-    WorkerLost,
-)
-from transport.types import NodeId, Outcome, SegmentKey, WorkerId
+from transport.errors import CacheFull, Cancelled, DeadlineExceeded, RelayError
+from transport.types import NodeId, SegmentKey, WorkerId
 from workers.attention import MassSpan
+from workers.compare import compare_methods
 from workers.engine import Engine
-from workers.kv_cache import CachePool, SequenceCache, copy_out
-from workers.messages import (
-    Comparison,
-    Fallback,
-    Published,
-    Reply,
-    Request,
-    SlotTransfer,
-    StageTimes,
-)
+from workers.kv_cache import CachePool, copy_out
+from workers.messages import Comparison, Published, Reply, Request
 from workers.methods import parse_method
 from workers.methods.base import ModelProfile, RectifyPlan, Span
 from workers.model import LoadedModel, inverse_frequencies
 from workers.prefill import Prefill, PrefillModel
 from workers.prefix_cache import PrefixCache
 from workers.sampling import Sampler
-from workers.scheduler import FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent
+from workers.scheduler import Event, FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent
 from workers.segment import (
     Prompt,
     PromptBuilder,
     PromptTemplate,
+    SlotValue,
     digest_tokens,
     special_token_ids,
     splice,
     stop_token_ids,
 )
 from workers.settings import WorkerSettings
-from workers.store import Acquired, SegmentStore
+from workers.store import SegmentStore
 from workers.tokens import TokenStream
+from workers.turn import Clock, Turn, build_reply, fallbacks
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OnToken = Callable[[int, str], None]
 
 
-@dataclass(slots=True)
-class _Clock:
-    """Stage times of one request; `total` is what they must add up to."""
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """ttft_s: seconds to the first logits. logits: [1 + continuation, vocab] float32."""
 
-    arrived: float = field(default_factory=time.perf_counter)
-    queue_s: float = 0.0
-    rotate_s: float = 0.0
-    submitted: float = 0.0
-    first_token: float = 0.0
-    last_token: float = 0.0
-
-
-@dataclass(slots=True)
-class _Turn:
-    """All that one request holds while it runs."""
-
-    request: Request
-    prompt: Prompt
-    cancelled: threading.Event
-    clock: _Clock
-    cache: SequenceCache
-    acquired: Acquired = field(default_factory=Acquired)
-    prefill: Prefill | None = None
-    sequence: Sequence | None = None
-    published: list[Published] = field(default_factory=list[Published])
-    notes: list[str] = field(default_factory=list[str])
+    ttft_s: float
+    logits: torch.Tensor
+    relayed_tokens: int
 
 
 class AgentWorker:
@@ -127,11 +98,17 @@ class AgentWorker:
         self._stop_ids = stop_token_ids(loaded.tokenizer, getattr(loaded.model, "generation_config", None))
         self._special_ids = special_token_ids(loaded.tokenizer)
         self._shape = PrefillModel(
-            loaded.num_layers, profile.checkpoint_layer, _inverse_frequencies(loaded).to(loaded.device)
+            loaded.num_layers,
+            profile.checkpoint_layer,
+            _inverse_frequencies(loaded).to(loaded.device),
+            _scaling(loaded),
         )
         self._templates: dict[tuple[str | None, str], PromptTemplate] = {}
         self._slots = threading.BoundedSemaphore(settings.max_sequences)
         self._running: dict[str, threading.Event] = {}
+        # Cancelled before they arrived: a cancel may overtake its request.
+        self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._fallbacks: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     # -- calls ---------------------------------------------------------------------------------------------
@@ -147,23 +124,28 @@ class AgentWorker:
             ConfigError: template, values, method or length do not fit.
             DeadlineExceeded, CacheFull: out of time or memory. Cancelled: `cancel` was called.
         """
-        turn = self._begin(request)
+        turn = self._begin(request, request.sampling.max_new_tokens)
         try:
             self._prefill(turn)
             sequence = self._submit(turn, Sampler(request.sampling), request.sampling.max_new_tokens)
             text, reason = self._decode(turn, sequence, on_token)
             output = self._publish_output(turn, sequence, reason)
-            return self._reply(turn, sequence, text, reason, output)
+            return build_reply(
+                turn,
+                worker=self.worker,
+                node=self.node,
+                model=self.loaded.name,
+                text=text,
+                reason=reason,
+                output=output,
+            )
         finally:
             self._end(turn)
 
-    def score(self, request: Request, continuation: tuple[int, ...]) -> tuple[float, torch.Tensor]:
-        """Teacher-force `continuation` after the prompt.
-
-        Returns:
-            (seconds to the first logits, logits [1 + len(continuation), vocab] float32).
-        """
-        turn = self._begin(request, extra_tokens=len(continuation))
+    def score(self, request: Request, continuation: tuple[int, ...]) -> Scored:
+        """Teacher-force `continuation` after the prompt: the distribution before each of its tokens, and
+        after."""
+        turn = self._begin(request, len(continuation))
         try:
             self._prefill(turn)
             sequence = self._submit(turn, None, 0, forced=continuation)
@@ -171,47 +153,18 @@ class AgentWorker:
                 if isinstance(event, FinishedEvent):
                     break
             assert sequence.scored is not None  # a finished scoring sequence has its logits
-            return sequence.first_logits_at - turn.clock.arrived, sequence.scored
+            relayed = sum(len(s.span) for s in sequence.prefill.plan.spans if s.source)
+            return Scored(sequence.first_logits_at - turn.clock.arrived, sequence.scored, relayed)
         finally:
             self._end(turn)
 
     def compare(self, request: Request, reply: Reply, base_method: str, *, repeats: int = 2) -> Comparison:
-        """Run the prompt of `reply` again under both methods, interleaved, and compare them.
+        """See `workers.compare.compare_methods`."""
+        return compare_methods(self, request, reply, base_method, repeats=repeats)
 
-        Args:
-            request: the request that gave `reply`.
-            base_method: the reference, usually "full_prefill".
-            repeats: samples of each TTFT (the first is the run itself and one full run of the base).
-        """
-        again = replace(
-            request,
-            publish=False,
-            only_keys=frozenset(t.key for t in reply.transfers if t.transfer.outcome is Outcome.PULLED),
-            prefix_limit=reply.prefix_tokens,
-        )
-        other = replace(
-            request, id=f"{request.id}-base", method=base_method, publish=False, prefix_limit=None
-        )
-        base = self.generate(other)
-        samples = [(reply.ttft_s, base.ttft_s)]
-        forced = base.token_ids[:31]
-        forced = forced if len(base.token_ids) > 31 else base.token_ids[:-1]
-        ours = theirs = torch.empty(0)
-        for i in range(max(1, repeats - 1)):
-            ours_s, ours = self.score(replace(again, id=f"{request.id}-again{i}"), forced)
-            base_s, theirs = self.score(replace(other, id=f"{request.id}-base{i}"), forced)
-            samples.append((ours_s, base_s))
-        kl = self._loop.call(lambda: kl_divergence(theirs, ours))
-        return Comparison(
-            method=base_method,
-            samples=tuple(samples),
-            top1=float((theirs.argmax(-1) == ours.argmax(-1)).float().mean()),
-            kl_first=float(kl[0]),
-            kl_mean=float(kl.mean()),
-            kl_p90=float(kl.quantile(0.9)),
-            positions=int(kl.shape[0]),
-            base=base,
-        )
+    def on_engine(self, job: Callable[[], T]) -> T:
+        """Run tensor work on the engine's thread; see `StepLoop.call`."""
+        return self._loop.call(job, timeout_s=self.settings.request_timeout_s)
 
     def render(self, request: Request) -> Prompt:
         """The request's token ids and spans."""
@@ -227,27 +180,29 @@ class AgentWorker:
         ids = self._template(system, prompt).leading_ids
         if not ids:
             return 0
-        cache = self.pool.allocate(len(ids), timeout_s=self.settings.request_timeout_s)
+        spans = (Span(0, len(ids)),)
+        request = Request(
+            id=f"prepare-{uuid.uuid4().hex[:8]}", agent="", prompt=prompt, method="full_prefill"
+        )
+        turn = self._admit(request, Prompt(ids, spans), 0)
         try:
-            plan = RectifyPlan(parse_method("full_prefill").plan([Span(0, len(ids))], {}, self.profile).spans)
-            prefill = Prefill(plan, ids, cache, self._shape)
-            self._loop.call(lambda: prefill.load({}))
-            sequence = Sequence(
-                prefill, None, 0, self._stop_ids, time.monotonic() + self.settings.request_timeout_s
-            )
-            self._loop.submit(sequence)
-            event = sequence.events.get(timeout=self.settings.request_timeout_s)
-            if isinstance(event, FailedEvent):
-                raise event.error
-            self._loop.call(lambda: self.prefixes.store(ids, cache))
+            self._prefill(turn)
+            for event in self._events(turn, self._submit(turn, None, 0)):
+                if isinstance(event, FinishedEvent):
+                    break
+            self.on_engine(lambda: self.prefixes.store(ids, turn.cache))
             return len(ids)
         finally:
-            self.pool.free(cache)
+            self._end(turn)
 
     def cancel(self, request_id: str) -> bool:
-        """End a running request at its next step. Returns whether it was running."""
+        """End a request at its next step, or as soon as it arrives. Returns whether it was running."""
         with self._lock:
             event = self._running.get(request_id)
+            if event is None:
+                self._cancelled[request_id] = None
+                while len(self._cancelled) > 256:
+                    self._cancelled.popitem(last=False)
         if event is not None:
             event.set()
         return event is not None
@@ -255,6 +210,8 @@ class AgentWorker:
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of this worker."""
         c = self.engine.counters
+        with self._lock:
+            running, reasons = len(self._running), dict(self._fallbacks)
         return {
             "weight_passes": c.weight_passes,
             "rows": c.rows,
@@ -262,63 +219,89 @@ class AgentWorker:
             "free_cache_blocks": self.pool.free_blocks,
             "cache_blocks": self.pool.num_blocks,
             "prefix_cache_bytes": self.prefixes.nbytes,
-            "running": len(self._running),
+            "running": running,
             "segments_held": len(self.store.segments()),
+            "fallbacks": reasons,
         }
 
     def close(self) -> None:
         """Stop the step loop. Idempotent."""
         self._loop.stop()
 
-    # -- stages --------------------------------------------------------------------------------------------
+    # -- admission -----------------------------------------------------------------------------------------
 
-    def _begin(self, request: Request, extra_tokens: int = 0) -> _Turn:
+    def _begin(self, request: Request, answer_tokens: int) -> Turn:
         """Render the prompt and wait for room."""
         parse_method(request.method)
-        clock = _Clock()
-        answer = extra_tokens or request.sampling.max_new_tokens
         template = self._template(request.system, request.prompt)
-        prompt = self._builder.build(template, request.values, max_new_tokens=answer)
+        prompt = self._builder.build(template, request.values, max_new_tokens=answer_tokens)
+        return self._admit(request, prompt, answer_tokens)
+
+    def _admit(self, request: Request, prompt: Prompt, answer_tokens: int) -> Turn:
+        clock = Clock()
         cancelled = threading.Event()
         deadline = time.monotonic() + self.settings.request_timeout_s
         with self._lock:
             self._running[request.id] = cancelled
-        if not self._slots.acquire(timeout=self.settings.request_timeout_s):
+            if request.id in self._cancelled:
+                cancelled.set()
+        try:
+            self._take_slot(cancelled, deadline)
+        except BaseException:
             self._forget(request)
-            raise CacheFull(
-                f"{self.settings.max_sequences} requests are running and none ended within "
-                f"{self.settings.request_timeout_s:.0f} s. Raise worker.max_sequences or add workers."
-            )
+            raise
         try:
             cache = self.pool.allocate(
-                len(prompt.token_ids) + answer, timeout_s=deadline - time.monotonic(), cancelled=cancelled
+                len(prompt.token_ids) + answer_tokens,
+                timeout_s=deadline - time.monotonic(),
+                cancelled=cancelled,
             )
         except BaseException:
             self._slots.release()
             self._forget(request)
             raise
         clock.queue_s = time.perf_counter() - clock.arrived
-        return _Turn(request, prompt, cancelled, clock, cache)
+        return Turn(request, prompt, deadline, cancelled, clock, cache)
 
-    def _end(self, turn: _Turn) -> None:
+    def _take_slot(self, cancelled: threading.Event, deadline: float) -> None:
+        while not self._slots.acquire(timeout=0.2):
+            if cancelled.is_set():
+                raise Cancelled("the request was cancelled while it waited for its turn.")
+            if time.monotonic() > deadline:
+                raise CacheFull(
+                    f"{self.settings.max_sequences} requests are running and none ended within "
+                    f"{self.settings.request_timeout_s:.0f} s. Raise worker.max_sequences or add workers."
+                )
+
+    def _end(self, turn: Turn) -> None:
         """Give everything back, whatever happened."""
-        if turn.sequence is not None and not turn.sequence.finished:
-            # The loop may still be writing into the cache: let it see the cancellation first.
-            turn.cancelled.set()
-            self._await_exit(turn.sequence)
-        self.store.release(turn.acquired)
-        self.pool.free(turn.cache)
-        self._slots.release()
-        self._forget(turn.request)
+        try:
+            self.store.release(turn.acquired)
+            if self._settled(turn):
+                self.pool.free(turn.cache)
+            else:
+                # Better to lose the extent than to hand memory out that the engine still writes to.
+                log.error("request %s does not leave the engine: its cache is not freed", turn.request.id)
+        finally:
+            self._slots.release()
+            self._forget(turn.request)
 
-    def _await_exit(self, sequence: Sequence, timeout_s: float = 60.0) -> None:
+    def _settled(self, turn: Turn, timeout_s: float = 60.0) -> bool:
+        """Whether the engine is done with the sequence; cancels it if need be and waits for the running
+        step."""
+        if turn.sequence is None:
+            return True
+        if not turn.sequence.finished:
+            turn.cancelled.set()
         deadline = time.monotonic() + timeout_s
-        while not sequence.finished and time.monotonic() < deadline:
+        while not turn.sequence.finished and time.monotonic() < deadline:
             time.sleep(0.005)
+        return turn.sequence.finished
 
     def _forget(self, request: Request) -> None:
         with self._lock:
             self._running.pop(request.id, None)
+            self._cancelled.pop(request.id, None)
 
     def _template(self, system: str | None, prompt: str) -> PromptTemplate:
         key = (system, prompt)
@@ -326,27 +309,30 @@ class AgentWorker:
             self._templates[key] = self._builder.template(system, prompt)
         return self._templates[key]
 
-    def _prefill(self, turn: _Turn) -> None:
-        """Pull, plan, scatter; afterwards leases and landing blocks are free again."""
+    # -- prefill -------------------------------------------------------------------------------------------
+
+    def _prefill(self, turn: Turn) -> None:
+        """Pull, plan, scatter; afterwards landing blocks are free again."""
         request, prompt = turn.request, turn.prompt
         method = parse_method(request.method)
         wanted: dict[SegmentKey, int] = {}
         if method.uses_segments:
             for span in prompt.spans:
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
-                    wanted[span.key] = len(span)
+                    wanted[span.key] = max(len(span), wanted.get(span.key, 0))
         turn.acquired = self.store.acquire(wanted)
+        self._count_fallbacks(turn)
         plan = method.plan(prompt.spans, turn.acquired.hits, self.profile)
         begin = time.perf_counter()
-        turn.prefill = self._loop.call(
-            lambda: self._load(turn, plan), timeout_s=self.settings.request_timeout_s
-        )
-        turn.clock.rotate_s = time.perf_counter() - begin
-        self.store.release(turn.acquired)
+        turn.prefill = self._loop.call(lambda: self._load(turn, plan), timeout_s=turn.remaining_s)
+        # The rest of the time was waiting for a step of other requests to end.
+        turn.clock.queue_s += time.perf_counter() - begin - turn.clock.rotate_s
+        self.store.release_bytes(turn.acquired)
 
     @torch.inference_mode()
-    def _load(self, turn: _Turn, plan: RectifyPlan) -> Prefill:
+    def _load(self, turn: Turn, plan: RectifyPlan) -> Prefill:
         """Put everything that is reused into the sequence's cache; runs on the engine's thread."""
+        begin = time.perf_counter()
         pulled = turn.acquired.pulled
         prefill = Prefill(
             plan,
@@ -359,9 +345,10 @@ class AgentWorker:
         prefill.load(
             {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None}
         )
+        turn.clock.rotate_s = time.perf_counter() - begin
         return prefill
 
-    def _load_prefix(self, turn: _Turn, plan: RectifyPlan) -> int:
+    def _load_prefix(self, turn: Turn, plan: RectifyPlan) -> int:
         if not plan.use_prefix_cache:
             return 0
         leading = next((s.span.start for s in plan.spans if s.source), len(turn.prompt.token_ids))
@@ -370,7 +357,7 @@ class AgentWorker:
             limit = min(limit, turn.request.prefix_limit)
         return self.prefixes.load(turn.prompt.token_ids, turn.cache, limit=max(0, limit))
 
-    def _masses(self, turn: _Turn, plan: RectifyPlan) -> tuple[MassSpan, ...]:
+    def _masses(self, turn: Turn, plan: RectifyPlan) -> tuple[MassSpan, ...]:
         if not turn.request.publish:
             return ()
         return tuple(
@@ -379,8 +366,23 @@ class AgentWorker:
             if s.source is None and s.span.key is not None
         )
 
+    def _count_fallbacks(self, turn: Turn) -> None:
+        for fallback in fallbacks(turn):
+            with self._lock:
+                self._fallbacks[fallback.reason] += 1
+            log.warning(
+                "%d tokens of slot %s are computed here: %s (%s)",
+                fallback.tokens,
+                fallback.slot,
+                fallback.reason,
+                fallback.detail,
+                extra={"request": turn.request.id, "worker": self.worker},
+            )
+
+    # -- decode --------------------------------------------------------------------------------------------
+
     def _submit(
-        self, turn: _Turn, sampler: Sampler | None, max_new_tokens: int, forced: tuple[int, ...] = ()
+        self, turn: Turn, sampler: Sampler | None, max_new_tokens: int, forced: tuple[int, ...] = ()
     ) -> Sequence:
         assert turn.prefill is not None  # _prefill ran before
         sequence = Sequence(
@@ -388,34 +390,38 @@ class AgentWorker:
             sampler,
             max_new_tokens,
             self._stop_ids,
-            deadline=time.monotonic() + self.settings.request_timeout_s,
+            deadline=turn.deadline,
             forced=forced,
             capture_mass=turn.request.publish,
             cancelled=turn.cancelled,
         )
         turn.clock.submitted = time.perf_counter()
-        turn.sequence = sequence
         self._loop.submit(sequence)
+        turn.sequence = sequence
+        # The engine computes meanwhile; the leases are a call to the directory away.
+        self.store.release(turn.acquired)
         return sequence
 
-    def _events(self, turn: _Turn, sequence: Sequence) -> Any:
+    def _events(self, turn: Turn, sequence: Sequence) -> Iterator[Event]:
         """The sequence's events; a failure is raised here, in the caller's thread."""
         while True:
             try:
-                event = sequence.events.get(timeout=self.settings.request_timeout_s + 60)
-            except Exception as error:
-                raise DeadlineExceeded(f"request {turn.request.id}: the step loop went silent.") from error
+                # The loop ends the sequence at its deadline, after the step that runs then.
+                event = sequence.events.get(timeout=turn.remaining_s + 60)
+            except queue.Empty:
+                raise DeadlineExceeded(
+                    f"request {turn.request.id}: the engine has been silent since its deadline."
+                ) from None
             if isinstance(event, FailedEvent):
                 if isinstance(event.error, RelayError):
                     raise event.error
-                raise RelayError(
-                    f"request {turn.request.id} failed in a step: {event.error!r}"
-                ) from event.error
+                what = f"request {turn.request.id} failed in a step: {event.error!r}"
+                raise RelayError(what) from event.error
             yield event
             if isinstance(event, FinishedEvent):
                 return
 
-    def _decode(self, turn: _Turn, sequence: Sequence, on_token: OnToken | None) -> tuple[str, str]:
+    def _decode(self, turn: Turn, sequence: Sequence, on_token: OnToken | None) -> tuple[str, str]:
         stream = TokenStream(self.loaded.tokenizer)
         pieces: list[str] = []
         reason = ""
@@ -424,14 +430,13 @@ class AgentWorker:
                 reason = event.reason
                 break
             assert isinstance(event, TokenEvent)  # failures are raised in _events
-            now = time.perf_counter()
             piece = "" if event.token in self._stop_ids else stream.push(event.token)
             pieces.append(piece)
             if on_token is not None:
                 on_token(event.token, piece)
-            turn.clock.last_token = now
+            turn.clock.last_token = event.at
             if event.first:
-                turn.clock.first_token = now
+                turn.clock.first_token = event.at
                 if turn.request.publish:
                     self._remember_prompt(turn)
         pieces.append(stream.finish())
@@ -439,12 +444,15 @@ class AgentWorker:
 
     # -- publishing ----------------------------------------------------------------------------------------
 
-    def _remember_prompt(self, turn: _Turn) -> None:
+    def _remember_prompt(self, turn: Turn) -> None:
         """Publish shared inputs that were computed here and keep the exact prefix: after the first token."""
         assert turn.prefill is not None
         relayed = [s.span.start for s in turn.prefill.plan.spans if s.source]
         exact = min(relayed, default=len(turn.prompt.token_ids))
-        self._loop.call(lambda: self.prefixes.store(turn.prompt.token_ids[:exact], turn.cache))
+        try:
+            self.on_engine(lambda: self.prefixes.store(turn.prompt.token_ids[:exact], turn.cache))
+        except RelayError as error:
+            turn.notes.append(f"the exact prefix was not kept: {error}")
         for plan in turn.prefill.plan.spans:
             span = plan.span
             # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole
@@ -453,7 +461,7 @@ class AgentWorker:
             if plan.source is None and span.key and whole and span.start >= turn.prefill.prefix_tokens:
                 self._publish(turn, span.key, span.start, len(span), span.slot)
 
-    def _publish_output(self, turn: _Turn, sequence: Sequence, reason: str) -> Any:
+    def _publish_output(self, turn: Turn, sequence: Sequence, reason: str) -> SlotValue:
         output = splice(
             tuple(sequence.tokens),
             stop_ids=self._stop_ids,
@@ -467,120 +475,33 @@ class AgentWorker:
             self._publish(turn, key, len(turn.prompt.token_ids), output.kv_tokens, None)
         return output
 
-    def _publish(self, turn: _Turn, key: SegmentKey, start: int, tokens: int, slot: str | None) -> None:
-        producer = f"{turn.request.agent}@{self.worker}"
-        variant = digest_tokens(turn.prompt.token_ids[:start]).hex()
+    def _publish(self, turn: Turn, key: SegmentKey, start: int, tokens: int, slot: str | None) -> None:
         try:
             segment = self.store.publish(
                 key,
-                lambda blocks: self._loop.call(lambda: copy_out(turn.cache, start, tokens, blocks)),
+                lambda blocks: self.on_engine(lambda: copy_out(turn.cache, start, tokens, blocks)),
                 start=start,
                 num_tokens=tokens,
-                producer=producer,
-                variant=variant,
+                producer=f"{turn.request.agent}@{self.worker}",
+                variant=_variant(turn, start),
             )
-        except (ArenaFull, DirectoryUnavailable, WorkerLost) as error:
+        except RelayError as error:
             # The answer is still right; downstream agents will compute this text themselves.
             what = f"slot {slot}" if slot else "the answer"
-            log.warning("request %s: %s not published: %s", turn.request.id, what, error)
+            log.warning("%s not published: %s", what, error, extra={"request": turn.request.id})
             turn.notes.append(f"{what} was not published ({type(error).__name__}): {error}")
             return
         turn.published.append(Published(slot, key, tokens, len(segment.blocks), segment.nbytes))
 
-    # -- reporting -----------------------------------------------------------------------------------------
 
-    def _reply(self, turn: _Turn, sequence: Sequence, text: str, reason: str, output: Any) -> Reply:
-        assert turn.prefill is not None
-        counts = turn.prefill.counts
-        relayed = sum(len(s.span) for s in turn.prefill.plan.spans if s.source)
-        prompt_tokens = len(turn.prompt.token_ids)
-        return Reply(
-            request_id=turn.request.id,
-            agent=turn.request.agent,
-            worker=self.worker,
-            node=self.node,
-            model=self.loaded.name,
-            method=turn.request.method,
-            prompt_tokens=prompt_tokens,
-            fresh_tokens=prompt_tokens - relayed,
-            relayed_tokens=relayed,
-            prefix_tokens=turn.prefill.prefix_tokens,
-            fresh_entries=counts.fresh,
-            recomputed_entries=counts.rectified,
-            relayed_entries=counts.relayed,
-            ttft_s=turn.clock.first_token - turn.clock.arrived,
-            decode_s=turn.clock.last_token - turn.clock.first_token,
-            stages=_stages(turn, sequence),
-            transfers=self._transfers(turn),
-            fallbacks=self._fallbacks(turn),
-            published=tuple(turn.published),
-            token_ids=tuple(sequence.tokens),
-            text=text,
-            finish_reason=reason,
-            output=output,
-            notes=tuple(turn.notes),
-        )
-
-    def _transfers(self, turn: _Turn) -> tuple[SlotTransfer, ...]:
-        slots = {s.key: s.slot or "" for s in turn.prompt.spans if s.key is not None}
-        return tuple(
-            SlotTransfer(slots[located.segment.key], located.segment.key, located.owner.node, transfer)
-            for located, transfer in turn.acquired.transfers
-        )
-
-    def _fallbacks(self, turn: _Turn) -> tuple[Fallback, ...]:
-        """Spans computed although their KV should exist. A shared input that nobody has computed yet is no
-        fallback: somebody has to be first."""
-        out: list[Fallback] = []
-        for span in turn.prompt.spans:
-            miss = turn.acquired.misses.get(span.key) if span.key is not None else None
-            if miss is None or span.slot is None:
-                continue
-            if miss.reason == "not_found" and _is_text(turn.request.values, span.slot):
-                continue
-            out.append(Fallback(span.slot, str(miss.reason), miss.detail, len(span)))
-            log.warning(
-                "request %s computes %d tokens of slot %s itself: %s",
-                turn.request.id,
-                len(span),
-                span.slot,
-                miss.reason,
-            )
-        return tuple(out)
-
-
-def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(reference) || softmax(other)) in nats per row; logits [rows, vocab] -> [rows] float32."""
-    p = torch.log_softmax(reference.double(), -1)
-    q = torch.log_softmax(other.double(), -1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0).float()
-
-
-def _stages(turn: _Turn, sequence: Sequence) -> StageTimes:
-    """Share the time between submission and first logits out by (row, layer) entries."""
-    clock, acquired = turn.clock, turn.acquired
-    fresh, rectified = sequence.prefill_entries
-    compute = max(0.0, sequence.first_logits_at - clock.submitted)
-    # What was not spent in a step of this request was waiting for steps of others.
-    waited = max(0.0, compute - sequence.prefill_seconds)
-    busy = compute - waited
-    share = rectified / max(1, fresh + rectified)
-    total = clock.first_token - clock.arrived
-    known = clock.queue_s + acquired.lookup_s + acquired.lease_s + acquired.pull_s + clock.rotate_s + compute
-    return StageTimes(
-        queue_s=clock.queue_s + waited,
-        lookup_s=acquired.lookup_s,
-        lease_s=acquired.lease_s,
-        pull_s=acquired.pull_s,
-        rotate_s=clock.rotate_s,
-        rectify_s=busy * share,
-        prefill_s=busy * (1 - share),
-        first_token_s=max(0.0, total - known),
+def _variant(turn: Turn, start: int) -> str:
+    """Names the context under which a segment was made; marked where that context was itself only
+    rectified."""
+    assert turn.prefill is not None  # only prefilled requests publish
+    rectified = any(s.source and s.span.start < start for s in turn.prefill.plan.spans)
+    return digest_tokens(turn.prompt.token_ids[:start]).hex() + (
+        f"~{turn.request.method}" if rectified else ""
     )
-
-
-def _is_text(values: Mapping[str, Any], slot: str) -> bool:
-    return values[slot].token_ids is None
 
 
 def _inverse_frequencies(loaded: LoadedModel) -> torch.Tensor:
@@ -589,4 +510,6 @@ def _inverse_frequencies(loaded: LoadedModel) -> torch.Tensor:
     return rows[:1] if bool((rows == rows[:1]).all()) else rows
 
 
-__all__ = ["AgentWorker", "kl_divergence"]
+def _scaling(loaded: LoadedModel) -> float | None:
+    """Factor of attention scores where the model has one of its own (Gemma's query_pre_attn_scalar)."""
+    return getattr(loaded.model.model.layers[0].self_attn, "scaling", None)

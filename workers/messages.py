@@ -155,3 +155,4 @@ class Comparison:
     kl_p90: float
     positions: int
     base: Reply
+    notes: tuple[str, ...] = ()

@@ -53,11 +53,13 @@ class PrefillModel:
         num_layers: L.
         checkpoint_layer: layer at which segment tokens may join without starting at layer 0.
         inv_freq: [L or 1, rotary_dim / 2] float32.
+        scaling: factor of attention scores; None = head_dim ** -0.5.
     """
 
     num_layers: int
     checkpoint_layer: int
     inv_freq: torch.Tensor
+    scaling: float | None = None
 
 
 @dataclass(slots=True)
@@ -322,9 +324,8 @@ class Prefill:
         positions = torch.arange(self.num_tokens - rows, self.num_tokens, device=query.device)
         mask = kernels.position_mask(positions, 0, self.num_tokens, None, query.dtype)
         keys = self.cache.keys(detect.layer)[:, : self.num_tokens]
-        _, probabilities = kernels.attend_explicit(
-            query, keys, keys, scaling=query.shape[-1] ** -0.5, mask=mask
-        )
+        scaling = query.shape[-1] ** -0.5 if self._model.scaling is None else self._model.scaling
+        _, probabilities = kernels.attend_explicit(query, keys, keys, scaling=scaling, mask=mask)
         return probabilities.sum(dim=(0, 1)).cpu()
 
     def _in_relayed(self, positions: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,10 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
+        with self._lock:
+            return self._nbytes()
+
+    def _nbytes(self) -> int:
         return sum(t.nbytes for t in self._entries.values())
 
     def load(self, token_ids: Sequence[int], cache: SequenceCache, *, limit: int) -> int:
@@ -61,10 +65,8 @@ class PrefixCache:
                 if known.startswith(key):
                     self._entries.move_to_end(known)
                     return
-                if key.startswith(known):
-                    del self._entries[known]
             self._entries[key] = cache.kv[:, :, :, :count].clone()
-            while self.nbytes > self._max_bytes:
+            while self._nbytes() > self._max_bytes:
                 self._entries.popitem(last=False)
 
 

@@ -17,10 +17,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -39,10 +40,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """A sampled token; `first` ends the time to first token."""
+    """A sampled token; `first` ends the time to first token. at: time.perf_counter() instant."""
 
     token: int
     first: bool
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,9 @@ class StepLoop:
         try:
             return future.result(timeout=timeout_s)
         except FutureTimeout:
-            future.cancel()
+            if not future.cancel():
+                # It is running: whatever memory it writes to must not be freed before it ends.
+                return future.result()
             raise DeadlineExceeded(
                 f"the worker's engine did not get to a job within {timeout_s:.0f} s."
             ) from None
@@ -204,25 +208,33 @@ class StepLoop:
         return sequence.finished
 
     def _step(self, batch: list[Sequence]) -> None:
-        chosen = choose(batch, self._max_rows)
         begin = time.perf_counter()
-        parts: list[Part] = []
-        try:
-            parts = [self._part(sequence, rows) for sequence, rows in chosen]
-            results = self._engine.step(parts)
-        except Exception as error:
-            log.exception("a step of %d sequences failed", len(chosen))
-            for sequence, _ in chosen:
-                _fail(sequence, error)
-            return
+        work: list[tuple[Sequence, Part]] = []
+        for sequence, rows in choose(batch, self._max_rows):
+            with _failing(sequence):
+                work.append((sequence, self._part(sequence, rows)))
+        results = self._compute(work)
         seconds = time.perf_counter() - begin
-        for (sequence, _), part, result in zip(chosen, parts, results, strict=True):
+        for (sequence, part), result in zip(work, results, strict=True):
             sequence.steps += 1
-            try:
-                self._advance(sequence, part, result, seconds)
-            except Exception as error:
-                log.exception("a sequence failed after its step")
-                _fail(sequence, error)
+            if result is not None:
+                with _failing(sequence):
+                    self._advance(sequence, part, result, seconds)
+
+    def _compute(self, work: list[tuple[Sequence, Part]]) -> list[PartResult | None]:
+        """Results of all parts; None for a sequence that failed. When a step breaks, its parts are run one by
+        one (they only write to their own rows), so that one bad request does not end the others."""
+        if not work:
+            return []
+        try:
+            return list(self._engine.step([part for _, part in work]))
+        except Exception as error:
+            if len(work) == 1:
+                _fail(work[0][0], error)
+                log.exception("a step failed")
+                return [None]
+            log.warning("a step of %d parts failed (%r); running them one by one", len(work), error)
+        return [self._compute([one])[0] for one in work]
 
     def _part(self, sequence: Sequence, rows: int) -> Part:
         if not sequence.decoding:
@@ -270,11 +282,21 @@ class StepLoop:
         assert sequence.sampler is not None  # scoring sequences never get here
         token = sequence.sampler.sample(logits)
         sequence.tokens.append(token)
-        sequence.events.put(TokenEvent(token, first=len(sequence.tokens) == 1))
+        sequence.events.put(TokenEvent(token, len(sequence.tokens) == 1, time.perf_counter()))
         if token in sequence.stop_ids:
             _finish(sequence, "stop")
         elif len(sequence.tokens) >= sequence.max_new_tokens:
             _finish(sequence, "length")
+
+
+@contextmanager
+def _failing(sequence: Sequence) -> Iterator[None]:
+    """Whatever goes wrong inside ends this sequence and no other."""
+    try:
+        yield
+    except Exception as error:
+        log.exception("a sequence failed")
+        _fail(sequence, error)
 
 
 def _do(job: Callable[[], object], future: Future[Any]) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import re
 import string
 import struct
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,9 @@ _DIGEST_BYTES = 16
 _FIRST_SENTINEL = 0xF0000  # plane 15, private use: no script, no whitespace, not in any tokenizer's rules
 _SLOT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _GUARD = "\n"
+_ENCODING = threading.Lock()
+"""transformers keeps `split_special_tokens` as state of the shared tokenizer and releases the GIL while it
+encodes: without the lock, two threads turn control tokens into text and text into control tokens."""
 _JOIN = "\n\n"
 """Stands between system text and prompt where the model has no system role."""
 
@@ -189,13 +193,18 @@ class TextEncoder:
     def encode_trusted(self, text: str, *, first: bool) -> tuple[int, ...]:
         """Token ids of a piece of the chat template: control tokens are parsed, none is added."""
         if self._needs_guard and not first:
-            ids = self._tokenizer.encode(_GUARD + text, add_special_tokens=False)
+            ids = self._trusted(_GUARD + text)
             if ids[: len(self._guard)] == self._guard:
                 return tuple(ids[len(self._guard) :])
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._trusted(text))
 
     def _plain(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        with _ENCODING:
+            return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def _trusted(self, text: str) -> list[int]:
+        with _ENCODING:
+            return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _middle(self, text: str) -> list[int]:
         if not self._needs_guard:
@@ -414,7 +423,9 @@ class PromptBuilder:
 
     def _bos(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
         bos: int | None = self._tokenizer.bos_token_id
-        if bos is None or list(self._tokenizer.encode(""))[:1] != [bos]:
+        with _ENCODING:
+            added = list(self._tokenizer.encode(""))[:1]
+        if bos is None or added != [bos]:
             return ()
         first = next((p for p in pieces if p.slot is not None or p.token_ids), None)
         written = first is not None and first.token_ids[:1] == (bos,)

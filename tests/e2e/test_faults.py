@@ -70,7 +70,7 @@ def test_the_owner_is_killed_in_the_middle_of_a_pull(backend: str, variables: di
         took = time.monotonic() - began
     assert reply.token_ids == expected.token_ids
     assert reply.relayed_tokens == 0
-    report = agent_report(Turn(PIPELINE["critic"], asked, reply, ttft_s, 0), None)
+    report = agent_report(Turn(PIPELINE["critic"], asked, reply, ttft_s, 0))
     assert {f.slot for f in report.fallbacks} == {"question", "solver"}
     assert {f.reason for f in report.fallbacks} <= {"peer_gone", "timed_out", "lease_expired"}
     assert all(f.detail for f in report.fallbacks)

@@ -140,6 +140,48 @@ def test_a_dead_shard_costs_hits_only(rig: Rig) -> None:
         c.drop_owner(W1, 1)
 
 
+def test_answers_name_the_keys_that_could_not_be_asked(rig: Rig) -> None:
+    c = rig.client
+    c.publish(ME, ALL[:20])
+    in_b = {k for k in KEYS if c._ring.shard(k) == "b"}
+    assert c.lookup(KEYS).unanswered == frozenset()
+    rig.calls.dead = {"b"}
+    for _ in range(2):  # the shard times out; then it is left alone
+        found = c.lookup(KEYS)
+        assert found.unanswered == in_b
+        assert found.keys() == set(KEYS[:20]) - in_b
+    leases = c.lease(KEYS, holder=W1, ttl_s=5)
+    assert leases.unanswered == in_b
+    assert leases.keys() == found.keys()
+    assert c.lookup([]).unanswered == frozenset()
+
+
+def test_what_may_have_been_published_is_retracted(rig: Rig) -> None:
+    c = rig.client
+    c.start_owner(ME, lambda: tuple(ALL))  # an owner that never updates its list
+    lease = c.lease(KEYS[:1], holder=W1, ttl_s=5)[KEYS[0]]
+    rig.calls.lossy = {c._ring.shard(KEYS[0])}
+    with pytest.raises(DirectoryUnavailable):
+        c.publish(ME, ALL[:1])
+    c.retract(ME, ALL[:1])  # reaches the shard although it is down
+    rig.calls.lossy = set()
+    assert c.renew([lease], ttl_s=5) == {lease.id: False}, "a lease does not keep it"
+    rig.restart(c._ring.shard(KEYS[0]))
+    wait_for(lambda: len(c.lookup(KEYS)) == 39, "the rest is published again")
+    assert KEYS[0] not in c.lookup(KEYS)
+    c.publish(ME, ALL[:1])
+    assert KEYS[0] in c.lookup(KEYS)
+
+
+def test_retract_does_not_raise(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(*_: Any) -> Any:
+        raise ShardFailed("gone")
+
+    monkeypatch.setattr(rig.calls, "send", send)
+    rig.client.retract(ME, ALL)
+    assert rig.client.lookup(KEYS).unanswered == set(KEYS)
+
+
 def test_a_dead_shard_is_left_alone_for_a_moment(rig: Rig) -> None:
     rig.client.publish(ME, ALL)
     rig.calls.dead = {"b"}
@@ -214,6 +256,9 @@ def test_local_directory_is_the_same_contract() -> None:
     now[0] = 1e6
     assert d.lookup(KEYS[:1]), "nobody is dropped for silence in one process"
     d.release([lease])
+    d.retract(ME, ALL[:1])
+    assert d.lookup(KEYS[:1]) == {}
+    assert d.lookup(KEYS[:1]).unanswered == d.lease(KEYS[:1], holder=W1, ttl_s=1).unanswered == frozenset()
     d.drop_owner(W0, 1)
     with pytest.raises(WorkerLost):
         d.announce(ME)

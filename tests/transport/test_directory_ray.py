@@ -54,6 +54,19 @@ def test_operations_over_ray(shards: dict[str, Any]) -> None:
     client.close()
 
 
+def test_retract_over_ray_comes_in_order(shards: dict[str, Any]) -> None:
+    client = DirectoryClient(shards, SETTINGS)
+    client.publish(ME, ALL)
+    client.retract(ME, ALL[:10])  # not waited for
+    found = client.lookup(KEYS)
+    assert found.keys() == set(KEYS[10:])
+    assert found.unanswered == frozenset()
+    client.publish(ME, ALL[:10])
+    assert client.lookup(KEYS).keys() == set(KEYS)
+    client.evict(ME, nbytes=10**9)
+    client.close()
+
+
 def test_a_killed_shard_returns_and_owners_announce_again(shards: dict[str, Any]) -> None:
     client = DirectoryClient(shards, SETTINGS)
     client.start_owner(ME, lambda: ALL)

@@ -102,6 +102,21 @@ def test_evict_covers_the_bytes_asked_for() -> None:
     assert t.evict(owner(W1), 100, 0) == ()
 
 
+def test_retract_takes_these_very_copies_leased_or_not() -> None:
+    t = Table(owner_timeout_s=TIMEOUT)
+    old, new = segment(0, block=1), segment(0, block=2)
+    t.publish(owner(W0), [new, segment(1)], 0)
+    t.publish(owner(W1), [new], 0)
+    lease = t.lease([key(0)], 0, holder=W0, ttl_s=5)[key(0)]
+    t.retract(owner(W0), [old, segment(2)], 1)
+    assert t.renew([lease.id], 1, ttl_s=5) == {lease.id: True}, "published after what is retracted"
+    t.retract(owner(W0, incarnation=2), [new], 1)
+    t.retract(owner(W0), [new], 1)
+    assert t.renew([lease.id], 1, ttl_s=5) == {lease.id: False}
+    assert t.lookup([key(0), key(1)], 1)[key(0)].owner.worker == W1
+    assert t.stats(1)["segments"] == 2
+
+
 def test_evict_of_named_copies_checks_leases_again() -> None:
     t = table()
     t.publish(owner(W0), [segment(1), segment(2)], 0)

@@ -1,9 +1,9 @@
 """Routes directory calls to shards: a ring, one batch per shard, one deadline per call.
 
-A shard that does not answer costs hits, never correctness: lookups and leases omit its keys, and it is left
-alone for a moment, so that not every request pays the deadline again. A background thread announces the owner
-of this process and publishes again to shards that have restarted. This module does not know how a shard
-decides, nor what segments contain.
+A shard that does not answer costs hits, never correctness: lookups and leases omit its keys (and say which),
+and it is left alone for a moment, so that not every request pays the deadline again. A background thread
+announces the owner of this process and publishes again to shards that have restarted. This module does not
+know how a shard decides, nor what segments contain.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import ray
 import ray.exceptions
 
+from transport.base import Answers
 from transport.directory.local import refuse_fenced
 from transport.directory.ring import Ring
 from transport.directory.shard import ShardReply
@@ -27,6 +28,7 @@ from transport.settings import DirectorySettings
 from transport.types import Lease, LeaseId, Located, Owner, Segment, SegmentKey, WorkerId
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _JOIN_TIMEOUT_S: Final = 5.0
 _EVICTED_MEMORY: Final = 65_536
@@ -108,22 +110,15 @@ class DirectoryClient:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def lookup(
-        self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None
-    ) -> dict[SegmentKey, Located]:
+    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> Answers[Located]:
         """See KVDirectory."""
-        out: dict[SegmentKey, Located] = {}
-        for found in self._ask({s: (k, near) for s, k in self._ring.split(keys).items()}, "lookup").values():
-            out.update(found)
-        return out
+        parts = self._ring.split(keys)
+        return _merge(parts, self._ask({s: (k, near) for s, k in parts.items()}, "lookup"))
 
-    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
+    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:
         """See KVDirectory."""
-        out: dict[SegmentKey, Lease] = {}
-        parts = {s: (k, holder, ttl_s) for s, k in self._ring.split(keys).items()}
-        for granted in self._ask(parts, "lease").values():
-            out.update(granted)
-        return out
+        parts = self._ring.split(keys)
+        return _merge(parts, self._ask({s: (k, holder, ttl_s) for s, k in parts.items()}, "lease"))
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:
         """See KVDirectory. Leases of a shard that does not answer count as lost."""
@@ -194,11 +189,19 @@ class DirectoryClient:
                 out.extend(removed)
                 # A candidate may have been leased meanwhile: go on with the next ones.
                 covered += sum(s.nbytes for s in removed)
-            for segment in out:
-                self._evicted[(segment.key, segment.variant)] = None
-            while len(self._evicted) > _EVICTED_MEMORY:
-                self._evicted.popitem(last=False)
+            self._remember_evicted(out)
             return tuple(out)
+
+    def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:
+        """See KVDirectory. Sent even to a shard that is down, since it may only be slow, and not waited for:
+        it comes behind the publish that it takes back, whose deadline has been paid already."""
+        with self._owner_lock:
+            self._remember_evicted(segments)
+            for name, part in self._segments_by_shard(segments).items():
+                try:
+                    self._calls.send(self._shards[name], "retract", (owner, part))
+                except ShardFailed as fault:
+                    self._mark_down(name, "retract", fault)
 
     def drop_owner(self, worker: WorkerId, incarnation: int) -> None:
         """See KVDirectory.
@@ -295,9 +298,7 @@ class DirectoryClient:
     # -- calls -----------------------------------------------------------------------------------------
 
     def _publish(self, owner: Owner, segments: Sequence[Segment]) -> set[str]:
-        parts: dict[str, list[Segment]] = {}
-        for segment in segments:
-            parts.setdefault(self._ring.shard(segment.key), []).append(segment)
+        parts = self._segments_by_shard(segments)
         replies = self._ask({s: (owner, part) for s, part in parts.items()}, "publish", even_down=True)
         for name, reply in replies.items():
             refuse_fenced(owner, reply.verdict)
@@ -311,6 +312,18 @@ class DirectoryClient:
             # It may have evicted without our hearing of it: publish again, so that it knows what we hold.
             self._epochs.pop(name, None)
         return [segment for removed in replies.values() for segment in removed]
+
+    def _remember_evicted(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            self._evicted[(segment.key, segment.variant)] = None
+        while len(self._evicted) > _EVICTED_MEMORY:
+            self._evicted.popitem(last=False)
+
+    def _segments_by_shard(self, segments: Sequence[Segment]) -> dict[str, list[Segment]]:
+        out: dict[str, list[Segment]] = {}
+        for segment in segments:
+            out.setdefault(self._ring.shard(segment.key), []).append(segment)
+        return out
 
     def _by_shard(self, leases: Sequence[Lease]) -> dict[str, list[LeaseId]]:
         out: dict[str, list[LeaseId]] = {}
@@ -362,6 +375,16 @@ class DirectoryClient:
             f"{method}: no answer from directory shard(s) {', '.join(sorted(shards))} within "
             f"{self._settings.call_timeout_s:g} s. Requests go on without hits; see `relay doctor`."
         )
+
+
+def _merge(
+    parts: Mapping[str, Sequence[SegmentKey]], replies: Mapping[str, Mapping[SegmentKey, T]]
+) -> Answers[T]:
+    """One answer from those of the shards; the keys of a shard without a reply are `unanswered`."""
+    out = Answers[T](unanswered=(k for s, keys in parts.items() if s not in replies for k in keys))
+    for found in replies.values():
+        out.update(found)
+    return out
 
 
 def _take(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from transport.base import Answers
 from transport.directory.table import Announced, Table
 from transport.errors import WorkerLost
 from transport.settings import DirectorySettings
@@ -63,17 +64,20 @@ class LocalDirectory:
             reply = self._table.publish(owner, segments, self._clock())
         refuse_fenced(owner, reply)
 
-    def lookup(
-        self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None
-    ) -> dict[SegmentKey, Located]:
+    def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:
         """See KVDirectory."""
         with self._lock:
-            return self._table.lookup(keys, self._clock(), near=near)
+            self._table.retract(owner, segments, self._clock())
 
-    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
+    def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> Answers[Located]:
         """See KVDirectory."""
         with self._lock:
-            return self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s)
+            return Answers(self._table.lookup(keys, self._clock(), near=near))
+
+    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:
+        """See KVDirectory."""
+        with self._lock:
+            return Answers(self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s))
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:
         """See KVDirectory."""

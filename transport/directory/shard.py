@@ -66,6 +66,10 @@ class Shard:
         """See Table.evict_copies."""
         return self._table.evict_copies(owner, copies, time.monotonic())
 
+    def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:
+        """See Table.retract."""
+        self._table.retract(owner, segments, time.monotonic())
+
     def drop_owner(self, worker: WorkerId, incarnation: int) -> None:
         """See Table.drop_owner."""
         self._table.drop_owner(worker, incarnation, time.monotonic())

@@ -4,7 +4,7 @@ A pure, single-threaded state machine: time is an argument (seconds of any monot
 I/O. It does not know of Ray, of torch, of shards, or of the bytes it describes.
 
     owner:    unknown --announce/publish--> live --silent, dropped or fenced--> unknown
-    copy:     published --(leased <-> idle)--> evicted by its owner | dropped with its owner
+    copy:     published --(leased <-> idle)--> evicted or retracted by its owner | dropped with its owner
     lease:    granted --renew*--> released | expired | dropped with its copy or its holder
 """
 
@@ -207,6 +207,16 @@ class Table:
                 self._remove(copy)
                 out.append(copy.segment)
         return tuple(out)
+
+    def retract(self, owner: Owner, segments: Iterable[Segment], now: float) -> None:
+        """Remove these very copies, leased or not: their owner frees the blocks. A copy of other blocks under
+        the same name stays, so that a late call cannot take back what was published after it."""
+        self.tick(now)
+        held = self._live_copies(owner)
+        for segment in segments:
+            copy = held.get((segment.key, segment.variant))
+            if copy is not None and copy.segment.blocks == segment.blocks:
+                self._remove(copy)
 
     def evict(self, owner: Owner, nbytes: int, now: float) -> tuple[Segment, ...]:
         """Remove the least recently used unleased copies until `nbytes` are covered or none is left."""

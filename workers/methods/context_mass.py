@@ -39,6 +39,10 @@ class ContextMass:
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 <= self.ratio <= 1:
             raise ConfigError(f"context_mass: ratio={self.ratio} is not between 0 and 1.")
+        for name in ("first", "start", "end"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"context_mass: {name}={value} must not be negative.")
 
     def plan(
         self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile

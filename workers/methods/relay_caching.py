@@ -41,6 +41,10 @@ class RelayCaching:
     def __post_init__(self) -> None:
         if self.suffix < 1:
             raise ConfigError(f"relay_caching: suffix={self.suffix} must be at least 1.")
+        for name in ("start", "det", "end"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"relay_caching: {name}={value} must not be negative.")
 
     def plan(
         self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile
