@@ -294,6 +294,7 @@ def fallback_lines(row: RowReport) -> Sequence[str]:
         if agent.retries:
             times = "once" if agent.retries == 1 else f"{agent.retries} times"
             lines.append(f'"{agent.agent}" was started again {times} because its worker died')
+        lines.extend(f'"{agent.agent}": {note}' for note in agent.notes)
     return lines or [_NO_FALLBACKS]
 
 

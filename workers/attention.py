@@ -186,34 +186,26 @@ def _attend_group(
     keys, values = part.cache.keys(layer), part.cache.values(layer)
     masses = [m for m in part.masses if m.start > m.sinks and group.first < m.stop and group.stop > m.start]
     single = query.shape[1] == 1
-    if single or softcap is not None:
-        mask, lo = (
-            (None, max(0, group.first - window + 1) if window else 0)
-            if single
-            else group.mask(window, query.dtype)
-        )
-        out, probabilities = kernels.attend_explicit(
-            query,
-            keys[:, lo : group.stop],
-            values[:, lo : group.stop],
-            scaling=scale,
-            mask=mask,
-            softcap=softcap,
-        )
+    lo = 0 if window is None else max(0, group.first - window + 1)
+    seen = keys[:, lo : group.stop], values[:, lo : group.stop]
+    # One row on a CPU: two matrix-vector products are the fastest, and the probabilities come for free.
+    if softcap is not None or (single and not query.is_cuda):
+        mask = None if single else group.mask(window, query.dtype)[0]
+        out, probabilities = kernels.attend_explicit(query, *seen, scaling=scale, mask=mask, softcap=softcap)
         for span in masses:
             _add_mass_from_probabilities(part, group, span, probabilities, lo, num_layers)
         return out
     if masses:
         return _attend_with_mass(part, group, layer, query, scale, window, masses, num_layers)
     if group.dense:
-        lo = 0 if window is None else max(0, group.first - window + 1)
         return kernels.attend_causal(
-            query, keys[:, lo : group.stop], values[:, lo : group.stop], scaling=scale, window=window
+            query,
+            *seen,
+            scaling=scale,
+            window=window,
+            mask=lambda: group.mask(window, query.dtype)[0],
         )
-    mask, lo = group.mask(window, query.dtype)
-    return kernels.attend(
-        query, keys[:, lo : group.stop], values[:, lo : group.stop], scaling=scale, mask=mask
-    )
+    return kernels.attend(query, *seen, scaling=scale, mask=group.mask(window, query.dtype)[0])
 
 
 def _add_mass_from_probabilities(
@@ -245,16 +237,19 @@ def _attend_with_mass(
     """Attention of prefill rows, and m = exp(lse_before - lse_all), mean over heads, added to the cache's
     mass."""
     keys, values = part.cache.keys(layer), part.cache.values(layer)
-    whole_causal = group.dense and window is None and group.first == 0
-    mask, lo = (None, 0) if whole_causal else group.mask(window, query.dtype)
-    out, lse = kernels.attend_with_lse(
-        query,
-        keys[:, lo : group.stop],
-        values[:, lo : group.stop],
-        scaling=scale,
-        mask=mask,
-        causal=whole_causal,
-    )
+    lo = 0 if window is None else max(0, group.first - window + 1)
+    seen = keys[:, lo : group.stop], values[:, lo : group.stop]
+    if group.dense:
+        out, lse = kernels.attend_causal_with_lse(
+            query,
+            *seen,
+            scaling=scale,
+            window=window,
+            mask=lambda: group.mask(window, query.dtype)[0],
+        )
+    else:
+        mask = group.mask(window, query.dtype)[0]
+        out, lse = kernels.attend_with_lse(query, *seen, scaling=scale, mask=mask)
     for span in masses:
         first, stop = max(lo, span.sinks), span.start
         if first >= stop:
@@ -264,7 +259,9 @@ def _attend_with_mass(
             query[:, inside],
             keys[:, first:stop],
             scaling=scale,
-            mask=None if mask is None or window is None else mask[inside, first - lo : stop - lo],
+            mask=None
+            if window is None
+            else group.mask(window, query.dtype)[0][inside, first - lo : stop - lo],
         )
         mass = (before - lse[:, inside]).exp().mean(0).div_(num_layers)
         part.cache.mass.index_add_(0, group.positions[inside], mass)

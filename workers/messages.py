@@ -67,8 +67,8 @@ class SlotTransfer:
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """A slot that was computed although its KV should have been reusable. reason: an Outcome, "not_found" or
-    "arena_full"."""
+    """A slot that was computed although its KV should have been reusable. reason: an Outcome, "not_found",
+    "arena_full", "directory_down" or "transport_error"."""
 
     slot: str
     reason: str

@@ -1,0 +1,158 @@
+"""The order of requests, what is handed on, and what a death does; workers are played by a recorder.
+
+(Real workers are in tests/e2e; here the executor's own decisions are checked without seconds of model time.)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from relay_cluster.executor import Executor, RunOptions, agent_report
+from relay_cluster.pipeline import Agent, Pipeline
+from transport.errors import Cancelled, PromptTooLong, WorkerLost
+from transport.types import NodeId, WorkerId
+from workers.messages import Comparison, Reply, Request, StageTimes
+from workers.segment import SlotValue
+
+DIAMOND = Pipeline(
+    [
+        Agent("plan", prompt="Plan: {q}"),
+        Agent("left", prompt="{plan} left"),
+        Agent("right", prompt="{plan} right", model="other"),
+        Agent("join", prompt="{left} and {right}: {q}"),
+    ]
+)
+
+
+class Recorder:
+    """A cluster that answers at once and writes down what it was asked."""
+
+    def __init__(self, deaths: int = 0, fault: Exception | None = None) -> None:
+        self.asked: list[Request] = []
+        self.cancelled: list[str] = []
+        self._deaths = deaths
+        self._fault = fault
+        self._lock = threading.Lock()
+
+    def worker_for(self, agent: str) -> WorkerId:
+        return WorkerId(f"w-{agent}")
+
+    def model_for(self, agent: str) -> str:
+        return "other" if agent == "right" else "default"
+
+    def generate(
+        self, worker: WorkerId, request: Request, on_token: Callable[[int], None], stop: threading.Event
+    ) -> tuple[Reply, float]:
+        with self._lock:
+            self.asked.append(request)
+            if request.agent == "left" and self._deaths:
+                self._deaths -= 1
+                raise WorkerLost("killed")
+        if request.agent == "left" and self._fault is not None:
+            raise self._fault
+        if request.agent == "right" and self._fault is not None:
+            assert stop.wait(10), "the other agent's failure must end this one"
+            raise Cancelled("stopped")
+        return _reply(worker, request, self.model_for(request.agent)), 0.5
+
+    def compare(
+        self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int
+    ) -> Comparison:
+        raise WorkerLost("died while comparing")
+
+    def cancel(self, worker: WorkerId, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+
+def _reply(worker: WorkerId, request: Request, model: str) -> Reply:
+    return Reply(
+        request_id=request.id,
+        agent=request.agent,
+        worker=worker,
+        node=NodeId("n"),
+        model=model,
+        method=request.method,
+        prompt_tokens=3,
+        fresh_tokens=3,
+        relayed_tokens=0,
+        prefix_tokens=0,
+        fresh_entries=9,
+        recomputed_entries=0,
+        relayed_entries=0,
+        ttft_s=0.4,
+        decode_s=0.1,
+        stages=StageTimes(),
+        transfers=(),
+        fallbacks=(),
+        published=(),
+        token_ids=(1, 2),
+        text=f"text of {request.agent}",
+        finish_reason="stop",
+        output=SlotValue(token_ids=(1, 2), kv_tokens=2),
+        notes=("a note",),
+    )
+
+
+def _executor(workers: Recorder, **options: Any) -> Executor:
+    values: dict[str, Any] = {
+        "method": "auto",
+        "compare": None,
+        "repeats": 2,
+        "max_new_tokens": 8,
+        "seed": 1,
+        "max_retries": 2,
+    }
+    return Executor(DIAMOND, workers, RunOptions(**{**values, **options}), "run", lambda *_: None)
+
+
+def test_agents_run_after_those_they_wait_for_and_get_their_ids() -> None:
+    workers = Recorder()
+    turns, _ = _executor(workers).run({"q": "why?"})
+    order = [r.agent for r in workers.asked]
+    assert order[0] == "plan"
+    assert set(order[1:3]) == {"left", "right"}
+    assert order[3] == "join"
+    join = turns["join"].request
+    assert join.values["q"] == SlotValue(text="why?")
+    assert join.values["left"] == SlotValue(token_ids=(1, 2), kv_tokens=2)
+
+
+def test_token_ids_are_not_handed_to_another_model() -> None:
+    turns, _ = _executor(Recorder()).run({"q": "why?"})
+    assert turns["right"].request.values["plan"] == SlotValue(text="text of plan")
+    assert turns["join"].request.values["right"] == SlotValue(text="text of right")
+
+
+def test_a_request_whose_worker_died_is_asked_again_under_another_id() -> None:
+    workers = Recorder(deaths=2)
+    turns, _ = _executor(workers).run({"q": "why?"})
+    assert turns["left"].retries == 2
+    ids = [r.id for r in workers.asked if r.agent == "left"]
+    assert len(set(ids)) == 3
+
+
+def test_too_many_deaths_end_in_an_error_with_advice() -> None:
+    with pytest.raises(WorkerLost, match=r'agent "left".*3 times.*max_retries'):
+        _executor(Recorder(deaths=3)).run({"q": "why?"})
+
+
+def test_one_failure_stops_the_others_at_once() -> None:
+    workers = Recorder(fault=PromptTooLong("too long"))
+    with pytest.raises(PromptTooLong):
+        _executor(workers).run({"q": "why?"})
+    assert [i.rpartition("-")[2] for i in workers.cancelled] in ([], ["right"])
+    assert "join" not in [r.agent for r in workers.asked]
+
+
+def test_a_failed_comparison_does_not_cost_the_report() -> None:
+    executor = _executor(Recorder(), compare="full_prefill")
+    turns, _ = executor.run({"q": "why?"})
+    assert executor.compare(turns) == {}
+    report = agent_report(turns["left"], None, executor.notes(turns["left"]))
+    assert report.text == "text of left"
+    assert report.notes[0] == "a note"
+    assert "not compared with full_prefill" in report.notes[1]
