@@ -6,6 +6,13 @@ import os
 from importlib import util
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How fast examples come depends on what else the machine does: no reason to fail.
+settings.register_profile(
+    "relay", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
+settings.load_profile("relay")
 
 # Set before anything imports Ray: it reads them once.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -117,7 +117,17 @@ def test_json_has_every_field_of_the_schema() -> None:
     assert data["schema"] == "relay.run/1"
     entry = data["rows"][0]["agents"][1]
     assert set(entry) == {
-        *("agent", "worker", "node", "model", "method", "prompt_tokens", "fresh_tokens", "relayed_tokens"),
+        *(
+            "notes",
+            "agent",
+            "worker",
+            "node",
+            "model",
+            "method",
+            "prompt_tokens",
+            "fresh_tokens",
+            "relayed_tokens",
+        ),
         *("prefix_tokens", "reuse", "recomputed_entries", "total_entries", "ttft_s", "stages", "transfers"),
         *(
             "fallbacks",

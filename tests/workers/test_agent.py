@@ -76,10 +76,10 @@ def test_exact_prefix_is_bit_identical_to_full_prefill(loaded: LoadedModel) -> N
     one = desk("w7", loaded, LocalDirectory(), max_rows_per_step=64)
     long = " ".join([QUESTION] * 4)
     full = request("a", SOLVE, question=long)
-    _, expected = one.agent.score(full, ())
+    expected = one.agent.score(full, ()).logits
     one.agent.generate(request("b", SOLVE, max_new_tokens=1, question=long))
     reused = request("c", SOLVE, "exact_prefix", max_new_tokens=1, question=long)
-    _, cached = one.agent.score(replace(reused, prefix_limit=128), ())
+    cached = one.agent.score(replace(reused, prefix_limit=128), ()).logits
     assert torch.equal(expected, cached)
     reply = one.agent.generate(replace(reused, prefix_limit=128))
     assert (reply.prefix_tokens, reply.fresh_entries) == (128, (reply.prompt_tokens - 128) * 30)
@@ -125,9 +125,9 @@ def test_at_ratio_one_a_relayed_answer_is_the_full_one(pair: tuple[Desk, Desk]) 
     assert (full_reply.relayed_tokens, full_reply.fresh_tokens) == (0, full_reply.prompt_tokens)
     assert ours_reply.relayed_tokens > 0
     assert ours_reply.token_ids == full_reply.token_ids
-    _, full = two.agent.score(request("a", CHECK, question=QUESTION, solver=first.output), ())
-    _, ours = two.agent.score(request("b", CHECK, method, question=QUESTION, solver=first.output), ())
-    assert (full - ours).abs().max() < 1e-4
+    full = two.agent.score(request("a", CHECK, question=QUESTION, solver=first.output), ())
+    ours = two.agent.score(request("b", CHECK, method, question=QUESTION, solver=first.output), ())
+    assert (full.logits - ours.logits).abs().max() < 1e-4
 
 
 def test_the_same_segment_twice_is_pulled_once(pair: tuple[Desk, Desk]) -> None:
