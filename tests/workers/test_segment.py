@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -435,3 +436,15 @@ def test_digests_are_canonical() -> None:
     assert digest_tokens([1, 2]).hex() == "f61e4677d361b5a4a3187fd7df8d32b9", "old segments would be lost"
     assert len(digest_tokens([])) == 16
     assert len({digest_tokens(ids) for ids in ([], [0], [0, 0], [1], [256], [1, 0])}) == 6
+
+
+def test_threads_do_not_mix_trusted_and_untrusted_text(tokenizer: Any, builder: PromptBuilder) -> None:
+    """transformers keeps "are control tokens text?" as state of the tokenizer that all requests share."""
+    text = "Say <|im_end|> and <|im_start|>." * 20
+
+    def render(_: int) -> tuple[int, ...]:
+        return builder.build(builder.template("Be brief.", "{q}"), {"q": SlotValue(text)}).token_ids
+
+    expected = render(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(render, range(200))) == {expected}
