@@ -166,7 +166,7 @@ _Compare = Annotated[
     typer.Option("--compare", metavar="NAME", help="Run each prompt under this method too (full_prefill)."),
 ]
 _Repeats = Annotated[
-    int, typer.Option("--repeats", min=1, help="Timed repeats of each method for --compare.")
+    int, typer.Option("--repeats", min=1, help="Timed samples of each method for --compare, at least 2.")
 ]
 _MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Limit of every agent's answer.")
@@ -194,7 +194,7 @@ def run(
     cluster: _Cluster = None,
     method: _Method = None,
     compare: _Compare = None,
-    repeats: _Repeats = 2,
+    repeats: _Repeats = 3,
     max_new_tokens: _MaxNewTokens = None,
     seed: _Seed = None,
     json_file: _Json = None,

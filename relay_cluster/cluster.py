@@ -145,6 +145,7 @@ class Cluster:
         """End workers and shards, and Ray where we started it. Idempotent."""
         members, self._members = self._members, {}
         shards, self._shards = self._shards, {}
+        self._directory = None
         self._prepared.clear()
         if not ray.is_initialized():
             return
