@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -51,8 +52,8 @@ class PlainCalls:
 
 
 class NamedShard(Shard):
-    def __init__(self, name: str) -> None:
-        super().__init__(name, owner_timeout_s=10.0)
+    def __init__(self, name: str, clock: Callable[[], float]) -> None:
+        super().__init__(name, owner_timeout_s=10.0, clock=clock)
         self.name = name
 
 
@@ -63,11 +64,15 @@ def segment(i: int, nbytes: int = 100) -> Segment:
 class Rig:
     def __init__(self) -> None:
         self.calls = PlainCalls()
-        self.shards: dict[str, Any] = {n: NamedShard(n) for n in ("a", "b", "c")}
+        self.passed_s = 0.0  # time that a test lets pass without waiting for it
+        self.shards: dict[str, Any] = {n: NamedShard(n, self.clock) for n in ("a", "b", "c")}
         self.client = DirectoryClient(self.shards, SETTINGS, calls=self.calls)
 
+    def clock(self) -> float:
+        return time.monotonic() + self.passed_s
+
     def restart(self, name: str) -> None:
-        fresh = NamedShard(name)
+        fresh = NamedShard(name, self.clock)
         self.client._shards[name] = fresh
 
 
@@ -112,6 +117,7 @@ def test_one_call_per_shard(rig: Rig) -> None:
 def test_evict_takes_the_oldest_over_all_shards(rig: Rig) -> None:
     for s in ALL[:12]:
         rig.client.publish(ME, [s])
+        rig.passed_s += 0.5  # shards are asked one after the other: ages must differ by more than that takes
     rig.client.release(list(rig.client.lease(KEYS[:3], holder=W1, ttl_s=5).values()))
     gone = rig.client.evict(ME, nbytes=450)
     assert {s.key for s in gone} == set(KEYS[3:8])

@@ -7,7 +7,7 @@ again what they hold. Tensors never pass through here. It does not know which ke
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,55 +28,58 @@ class ShardReply:
 
 class Shard:
     """One table behind method calls, on this process's monotonic clock. Run as a Ray actor by
-    `create_shards`; usable as a plain object in tests."""
+    `create_shards`; usable as a plain object in tests, which may bring a clock of their own."""
 
-    def __init__(self, name: str, owner_timeout_s: float) -> None:
+    def __init__(
+        self, name: str, owner_timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.incarnation = time.time_ns()
+        self._clock = clock
         self._table = Table(owner_timeout_s=owner_timeout_s, lease_prefix=f"{name}:{self.incarnation}:")
 
     def announce(self, owner: Owner) -> ShardReply:
         """See Table.announce."""
-        return ShardReply(self.incarnation, self._table.announce(owner, time.monotonic()))
+        return ShardReply(self.incarnation, self._table.announce(owner, self._clock()))
 
     def publish(self, owner: Owner, segments: Sequence[Segment]) -> ShardReply:
         """See Table.publish."""
-        return ShardReply(self.incarnation, self._table.publish(owner, segments, time.monotonic()))
+        return ShardReply(self.incarnation, self._table.publish(owner, segments, self._clock()))
 
     def lookup(self, keys: Sequence[SegmentKey], near: WorkerId | None) -> dict[SegmentKey, Located]:
         """See Table.lookup."""
-        return self._table.lookup(keys, time.monotonic(), near=near)
+        return self._table.lookup(keys, self._clock(), near=near)
 
     def lease(self, keys: Sequence[SegmentKey], holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
         """See Table.lease."""
-        return self._table.lease(keys, time.monotonic(), holder=holder, ttl_s=ttl_s)
+        return self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s)
 
     def renew(self, leases: Sequence[LeaseId], ttl_s: float) -> dict[LeaseId, bool]:
         """See Table.renew."""
-        return self._table.renew(leases, time.monotonic(), ttl_s=ttl_s)
+        return self._table.renew(leases, self._clock(), ttl_s=ttl_s)
 
     def release(self, leases: Sequence[LeaseId]) -> None:
         """See Table.release."""
-        self._table.release(leases, time.monotonic())
+        self._table.release(leases, self._clock())
 
     def candidates(self, owner: Owner, nbytes: int) -> list[Candidate]:
         """See Table.candidates."""
-        return self._table.candidates(owner, nbytes, time.monotonic())
+        return self._table.candidates(owner, nbytes, self._clock())
 
     def evict_copies(self, owner: Owner, copies: Sequence[CopyId]) -> tuple[Segment, ...]:
         """See Table.evict_copies."""
-        return self._table.evict_copies(owner, copies, time.monotonic())
+        return self._table.evict_copies(owner, copies, self._clock())
 
     def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:
         """See Table.retract."""
-        self._table.retract(owner, segments, time.monotonic())
+        self._table.retract(owner, segments, self._clock())
 
     def drop_owner(self, worker: WorkerId, incarnation: int) -> None:
         """See Table.drop_owner."""
-        self._table.drop_owner(worker, incarnation, time.monotonic())
+        self._table.drop_owner(worker, incarnation, self._clock())
 
     def stats(self) -> dict[str, float]:
         """See Table.stats."""
-        return self._table.stats(time.monotonic())
+        return self._table.stats(self._clock())
 
 
 def create_shards(
