@@ -5,9 +5,9 @@ steps.
     StepLoop   one thread: choose -> Engine.step -> hand every sequence its result -> again
 
 Sequences join and leave between steps. All other tensor work of a worker (scatter, publish copies) is
-`call`ed onto
-the same thread: each thread that runs a parallel operator gets an OpenMP team of its own, and with more team
-threads than cores libgomp stops spinning at barriers, which made every step about 1.4 times slower here.
+`call`ed onto the same thread, because decoding slowed down as soon as a second thread had run parallel
+operators (12.6 to 9-10 tokens/s in one process; on the cluster 7.7 became 9.3 with one thread). We take the
+cause to be libgomp: a team per thread, and less spinning at barriers once team threads outnumber the cores.
 The loop knows nothing of prompts, segments or transport.
 """
 
