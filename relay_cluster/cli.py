@@ -159,7 +159,12 @@ _Cluster = Annotated[
 ]
 _Method = Annotated[
     str | None,
-    typer.Option("--method", metavar="NAME", help="Reuse method; default: the pipeline's, or auto."),
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help="Reuse method: auto, auto:fast, auto:strict, NAME or NAME:key=value+key=value; "
+        "default: the pipeline's, or auto.",
+    ),
 ]
 _Compare = Annotated[
     str | None,

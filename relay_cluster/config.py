@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from relay_cluster.pipeline import Agent, Pipeline, did_you_mean, find_problems
 from transport.errors import ConfigError
 from transport.settings import DirectorySettings, TransportSettings
-from workers.methods import parse_method
+from workers.methods import check_presets, parse_method
 from workers.methods.base import ModelProfile
 from workers.settings import DEFAULT_MODEL, SamplingSettings, WorkerSettings
 
@@ -163,7 +163,8 @@ class PipelineConfig(BaseModel):
 
     Attributes:
         name: for reports; the file's name where it is not given.
-        method: reuse method of agents that name none.
+        method: reuse method of agents that name none: "auto", "auto:fast", "auto:strict", a name, or
+            "name:key=value+key=value"; any of them may end in "+heal=off|idle|always".
         model: of agents that name none; null leaves it to the cluster.
         inputs: names of the inputs; where given, every other slot must name an agent.
         agents: name -> agent.
@@ -539,3 +540,7 @@ def _check_profile(file: _File, profile: ModelProfile) -> Iterator[str]:
         yield file.fault(("ratio",), f"must lie between 0 and 1, got {profile.ratio}")
     if profile.first_tokens < 0:
         yield file.fault(("first_tokens",), f"must be at least 0, got {profile.first_tokens}")
+    try:
+        check_presets(profile.presets)
+    except ConfigError as error:
+        yield file.fault(("presets",), str(error))

@@ -184,6 +184,8 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
             f"[bold]{escape(report.pipeline)}[/], method {escape(report.method)}{part}, {row.wall_s:.1f} s"
         )
         console.print(row_table(row, wide=console.width >= 112))
+        for line in method_lines(row):
+            console.print(Text(line, style="dim"), soft_wrap=True)
         console.print(stage_table(row))
         for line in fallback_lines(row):
             console.print(Text(line, style="yellow" if line != _NO_FALLBACKS else "dim"), soft_wrap=True)
@@ -194,6 +196,15 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
     console.print(Text(_setting(report), style="dim"), soft_wrap=True)
     for note in report.cluster.notes:
         console.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def method_lines(row: RowReport) -> list[str]:
+    """What each method that was asked for came to on the workers, where the two texts differ."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for agent in row.agents:
+        if agent.resolved_method not in ("", agent.method):
+            found.setdefault((agent.method, agent.resolved_method), []).append(agent.agent)
+    return [f"{asked} = {text} ({', '.join(names)})" for (asked, text), names in found.items()]
 
 
 def _setting(report: RunReport) -> str:

@@ -245,6 +245,7 @@ def agent_report(
         node=reply.node,
         model=reply.model,
         method=reply.method,
+        resolved_method=reply.resolved_method,
         prompt_tokens=reply.prompt_tokens,
         fresh_tokens=reply.fresh_tokens,
         relayed_tokens=reply.relayed_tokens,

@@ -126,6 +126,8 @@ class AgentReport:
     """One agent's request.
 
     Attributes:
+        method: as it was asked for ("auto"); resolved_method: what that came to on the worker, every
+            parameter included.
         prompt_tokens: fresh_tokens + relayed_tokens.
         prefix_tokens: the part of fresh_tokens that came from the exact local prefix cache.
         reuse: share of the (token, layer) entries of relayed spans that were not recomputed; None without
@@ -162,6 +164,7 @@ class AgentReport:
     retries: int = 0
     notes: tuple[str, ...] = ()
     compare: CompareReport | None = None
+    resolved_method: str = ""
 
     @property
     def pulled_bytes(self) -> int:

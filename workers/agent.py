@@ -15,21 +15,22 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from transport.errors import CacheFull, Cancelled, DeadlineExceeded, RelayError
+from transport.errors import CacheFull, CacheTooSmall, Cancelled, DeadlineExceeded, RelayError
 from transport.types import NodeId, SegmentKey, WorkerId
 from workers.attention import MassSpan
 from workers.compare import compare_methods
 from workers.engine import Engine
 from workers.kv_cache import CachePool, copy_out
 from workers.messages import Comparison, Published, Reply, Request
-from workers.methods import parse_method
-from workers.methods.base import ModelProfile, RectifyPlan, Span
+from workers.methods import parse_reuse
+from workers.methods.base import ModelProfile, RectifyPlan, Reuse, Span
 from workers.model import LoadedModel, inverse_frequencies
 from workers.prefill import Prefill, PrefillModel
 from workers.prefix_cache import PrefixCache
@@ -127,18 +128,51 @@ class AgentWorker:
         turn = self._begin(request, request.sampling.max_new_tokens)
         try:
             self._prefill(turn)
-            sequence = self._submit(turn, Sampler(request.sampling), request.sampling.max_new_tokens)
-            text, reason = self._decode(turn, sequence, on_token)
-            output = self._publish_output(turn, sequence, reason)
-            return build_reply(
-                turn,
-                worker=self.worker,
-                node=self.node,
-                model=self.loaded.name,
-                text=text,
-                reason=reason,
-                output=output,
-            )
+            return self._answer(turn, self._start(turn), on_token)
+        finally:
+            self._end(turn)
+
+    def generate_all(self, requests: Iterable[Request]) -> list[Reply]:
+        """Answer several requests in steps that they share from the first one on.
+
+        Which rows meet in a step does not depend on how threads run, so the same requests give the same bits.
+        All are held at once; times to first token include the wait for the others.
+
+        Raises:
+            CacheTooSmall: together they are more than the cache or `max_sequences` holds. Else as `generate`.
+        """
+        chosen = list(requests)
+        self._check_room(chosen)
+        with ExitStack() as held:
+            turns: list[Turn] = []
+            with self._loop.held():
+                for request in chosen:
+                    turn = self._begin(request, request.sampling.max_new_tokens)
+                    held.callback(self._end, turn)
+                    turns.append(turn)
+                    self._prefill(turn)
+                sequences = [self._start(turn) for turn in turns]
+            return [self._answer(t, s, None) for t, s in zip(turns, sequences, strict=True)]
+
+    def replay(self, request: Request, answer: tuple[int, ...]) -> Reply:
+        """Take `answer` as what the model has drawn, and publish what `generate` would have published.
+
+        Prompt and answer are computed in two passes instead of token by token, so old conversations come back
+        at the speed of a prefill. The KV is that of decoding, up to rounding.
+        """
+        turn = self._begin(request, len(answer))
+        try:
+            self._prefill(turn)
+            sequence = self._submit(turn, None, 0, forced=answer)
+            self._wait(turn, sequence)
+            turn.clock.first_token = turn.clock.last_token = sequence.first_logits_at
+            if request.publish:
+                self._remember_prompt(turn)
+            sequence.tokens = list(answer)
+            stream = TokenStream(self.loaded.tokenizer)
+            text = "".join(stream.push(i) for i in answer if i not in self._stop_ids) + stream.finish()
+            reason = "stop" if answer[-1] in self._stop_ids else "length"
+            return self._reply(turn, sequence, text, reason)
         finally:
             self._end(turn)
 
@@ -149,9 +183,7 @@ class AgentWorker:
         try:
             self._prefill(turn)
             sequence = self._submit(turn, None, 0, forced=continuation)
-            for event in self._events(turn, sequence):
-                if isinstance(event, FinishedEvent):
-                    break
+            self._wait(turn, sequence)
             assert sequence.scored is not None  # a finished scoring sequence has its logits
             relayed = sum(len(s.span) for s in sequence.prefill.plan.spans if s.source)
             return Scored(sequence.first_logits_at - turn.clock.arrived, sequence.scored, relayed)
@@ -184,7 +216,7 @@ class AgentWorker:
         request = Request(
             id=f"prepare-{uuid.uuid4().hex[:8]}", agent="", prompt=prompt, method="full_prefill"
         )
-        turn = self._admit(request, Prompt(ids, spans), 0)
+        turn = self._admit(request, parse_reuse(request.method), Prompt(ids, spans), 0)
         try:
             self._prefill(turn)
             for event in self._events(turn, self._submit(turn, None, 0)):
@@ -232,12 +264,23 @@ class AgentWorker:
 
     def _begin(self, request: Request, answer_tokens: int) -> Turn:
         """Render the prompt and wait for room."""
-        parse_method(request.method)
+        reuse = parse_reuse(request.method, self.profile)
         template = self._template(request.system, request.prompt)
         prompt = self._builder.build(template, request.values, max_new_tokens=answer_tokens)
-        return self._admit(request, prompt, answer_tokens)
+        return self._admit(request, reuse, prompt, answer_tokens)
 
-    def _admit(self, request: Request, prompt: Prompt, answer_tokens: int) -> Turn:
+    def _check_room(self, requests: list[Request]) -> None:
+        """Refuse what would wait for itself."""
+        tokens = [len(self.render(r)) + r.sampling.max_new_tokens for r in requests]
+        blocks = sum(self.loaded.layout.blocks_for(n) for n in tokens)
+        if blocks > self.pool.num_blocks or len(requests) > self.settings.max_sequences:
+            raise CacheTooSmall(
+                f"{len(requests)} requests of {sum(tokens)} tokens do not fit together: the worker has "
+                f"{self.pool.num_blocks} cache blocks (worker.cache_tokens; {blocks} needed) for at most "
+                f"{self.settings.max_sequences} requests (worker.max_sequences). Ask for fewer at a time."
+            )
+
+    def _admit(self, request: Request, reuse: Reuse, prompt: Prompt, answer_tokens: int) -> Turn:
         clock = Clock()
         cancelled = threading.Event()
         deadline = time.monotonic() + self.settings.request_timeout_s
@@ -261,7 +304,7 @@ class AgentWorker:
             self._forget(request)
             raise
         clock.queue_s = time.perf_counter() - clock.arrived
-        return Turn(request, prompt, deadline, cancelled, clock, cache)
+        return Turn(request, reuse, prompt, deadline, cancelled, clock, cache)
 
     def _take_slot(self, cancelled: threading.Event, deadline: float) -> None:
         while not self._slots.acquire(timeout=0.2):
@@ -314,7 +357,7 @@ class AgentWorker:
     def _prefill(self, turn: Turn) -> None:
         """Pull, plan, scatter; afterwards landing blocks are free again."""
         request, prompt = turn.request, turn.prompt
-        method = parse_method(request.method)
+        method = turn.reuse.method
         wanted: dict[SegmentKey, int] = {}
         if method.uses_segments:
             for span in prompt.spans:
@@ -421,6 +464,34 @@ class AgentWorker:
             if isinstance(event, FinishedEvent):
                 return
 
+    def _start(self, turn: Turn) -> Sequence:
+        """Submit a turn that decodes."""
+        sampling = turn.request.sampling
+        sampler = Sampler(sampling, withheld=self._stop_ids | self._special_ids)
+        return self._submit(turn, sampler, sampling.max_new_tokens)
+
+    def _answer(self, turn: Turn, sequence: Sequence, on_token: OnToken | None) -> Reply:
+        text, reason = self._decode(turn, sequence, on_token)
+        return self._reply(turn, sequence, text, reason)
+
+    def _reply(self, turn: Turn, sequence: Sequence, text: str, reason: str) -> Reply:
+        output = self._publish_output(turn, sequence, reason)
+        return build_reply(
+            turn,
+            worker=self.worker,
+            node=self.node,
+            model=self.loaded.name,
+            text=text,
+            reason=reason,
+            output=output,
+        )
+
+    def _wait(self, turn: Turn, sequence: Sequence) -> None:
+        """Until the sequence has ended."""
+        for event in self._events(turn, sequence):
+            if isinstance(event, FinishedEvent):
+                return
+
     def _decode(self, turn: Turn, sequence: Sequence, on_token: OnToken | None) -> tuple[str, str]:
         stream = TokenStream(self.loaded.tokenizer)
         pieces: list[str] = []
@@ -500,7 +571,7 @@ def _variant(turn: Turn, start: int) -> str:
     assert turn.prefill is not None  # only prefilled requests publish
     rectified = any(s.source and s.span.start < start for s in turn.prefill.plan.spans)
     return digest_tokens(turn.prompt.token_ids[:start]).hex() + (
-        f"~{turn.request.method}" if rectified else ""
+        f"~{turn.reuse.text}" if rectified else ""
     )
 
 

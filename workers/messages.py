@@ -92,6 +92,8 @@ class Reply:
     """The facts of one request.
 
     Attributes:
+        method: as the request had it ("auto"); resolved_method: what that came to on this worker, every
+            parameter included.
         ttft_s: from the request's arrival at the worker to its first token.
         decode_s: from the first token to the last.
         fresh_tokens + relayed_tokens = prompt_tokens; prefix_tokens is the part of fresh_tokens that came
@@ -127,11 +129,32 @@ class Reply:
     finish_reason: str
     output: SlotValue
     notes: tuple[str, ...] = ()
+    resolved_method: str = ""
 
     @property
     def reuse(self) -> float | None:
         """Share of the relayed spans' (token, layer) entries that were not recomputed."""
         return None if not self.relayed_entries else 1 - self.recomputed_entries / self.relayed_entries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowCheck:
+    """How far an answer's beginning was from full prefill's, teacher-forced on the answer itself.
+
+    Attributes:
+        method: that was judged.
+        tokens: answer tokens compared.
+        kl_first, kl_mean: KL(full prefill || method) in nats, at the first token and on average.
+        top1: share of tokens whose most likely token is the same.
+        value_errors: (layer, mean 1 - cos of the relayed tokens' values) pairs.
+    """
+
+    method: str
+    tokens: int
+    kl_first: float
+    kl_mean: float
+    top1: float
+    value_errors: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

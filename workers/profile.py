@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from transport.errors import ConfigError
+from workers.methods import check_presets
 from workers.methods.base import ModelProfile
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,10 @@ def load_profile(model: str, num_layers: int) -> ModelProfile:
         profile = ModelProfile(**{k: v for k, v in data.items() if k in known})
     except TypeError as error:
         raise ConfigError(f"configs/profiles/{name}.yaml: {error}. Run `relay check` on it.") from None
+    try:
+        check_presets(profile.presets)
+    except ConfigError as error:
+        raise ConfigError(f"configs/profiles/{name}.yaml presets: {error}") from None
     if profile.num_layers != num_layers:
         raise ConfigError(
             f"configs/profiles/{name}.yaml is for {profile.num_layers} layers, the model has {num_layers}."

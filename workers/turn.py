@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from transport.types import NodeId, WorkerId
 from workers.kv_cache import SequenceCache
 from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, StageTimes
+from workers.methods.base import Reuse
 from workers.prefill import Prefill
 from workers.scheduler import Sequence
 from workers.segment import Prompt, SlotValue
@@ -35,10 +36,12 @@ class Turn:
     """All that one request holds.
 
     Attributes:
+        reuse: the request's method, resolved with this worker's profile.
         deadline: time.monotonic() instant at which everything about it must be over.
     """
 
     request: Request
+    reuse: Reuse
     prompt: Prompt
     deadline: float
     cancelled: threading.Event
@@ -72,6 +75,7 @@ def build_reply(
         node=node,
         model=model,
         method=turn.request.method,
+        resolved_method=turn.reuse.text,
         prompt_tokens=prompt_tokens,
         fresh_tokens=prompt_tokens - relayed,
         relayed_tokens=relayed,

@@ -138,7 +138,7 @@ def test_json_has_every_field_of_the_schema() -> None:
             "text",
             "tokens",
         ),
-        *("retries", "compare"),
+        *("retries", "compare", "resolved_method"),
     }
     assert set(entry["stages"]) == {
         f"{stage}_s"

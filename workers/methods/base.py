@@ -8,7 +8,8 @@ layers a .. b-1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import ClassVar, Protocol
 
 from transport.types import Located, SegmentKey
@@ -32,6 +33,10 @@ class Span:
         return self.stop - self.start
 
 
+SAFE_PRESETS: Mapping[str, str] = {"fast": "context_mass", "balanced": "context_mass"}
+"""What the presets mean for a model whose profile does not say: the profile's own band, ratio and first."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelProfile:
     """Layer bands and ratios that suit one model (`configs/profiles/*.yaml`).
@@ -45,6 +50,7 @@ class ModelProfile:
         ratio: share of a span's tokens that `auto` recomputes.
         first_tokens: the first tokens of a span that `auto` always counts among those.
         measured: False for the generic profile of a model that nobody has profiled.
+        presets: "fast", "balanced" (and perhaps "strict") -> the method text that `auto:<preset>` stands for.
     """
 
     model: str
@@ -55,6 +61,7 @@ class ModelProfile:
     ratio: float
     first_tokens: int
     measured: bool = True
+    presets: Mapping[str, str] = field(default_factory=lambda: dict(SAFE_PRESETS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +105,15 @@ class SpanPlan:
         band: layers [start, stop) in which the selected tokens are recomputed. Rows join at band[0] from the
             segment's checkpoint, or at layer 0 from their embedding.
         select: which tokens of the span.
+        correction: name of the method whose correction is added to the reused KV; the executor gets it with
+            the bytes (`workers.prefill.Correction`). None = used as it is.
     """
 
     span: Span
     source: Located | None = None
     band: tuple[int, int] = (0, 0)
     select: Select = Positions(())
+    correction: str | None = None
 
     @property
     def shift(self) -> int:
@@ -131,11 +141,16 @@ class ReuseMethod(Protocol):
         name: how users call it.
         exact: whether its output is full prefill's by construction.
         uses_segments: whether it wants directory look-ups at all.
+        from_profile: parameter -> `ModelProfile` field that fills it where the user left it out (None).
+        exhaustive: method text of the setting that recomputes everything, which must equal full prefill on
+            any model; None where a method repairs nothing by design.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool]
     uses_segments: ClassVar[bool]
+    from_profile: ClassVar[Mapping[str, str]]
+    exhaustive: ClassVar[str | None]
 
     def plan(
         self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile
@@ -143,6 +158,31 @@ class ReuseMethod(Protocol):
         """Make a plan. `spans` tile the prompt; `hits` are leased segments. The last prompt token is never
         inside a span with a key (the prompt builder sees to that), so it is always computed."""
         ...
+
+
+class HealMode(StrEnum):
+    """When entries that a plan skipped are recomputed after the first token (`workers/heal.py`)."""
+
+    OFF = "off"
+    IDLE = "idle"
+    ALWAYS = "always"
+
+
+@dataclass(frozen=True, slots=True)
+class Reuse:
+    """A method text, understood: how a prompt's KV is reused and whether it is healed afterwards.
+
+    Attributes:
+        method: makes the plan.
+        heal: whether the cache becomes exact after the first token.
+        heal_rows: rows that one healing chunk recomputes.
+        text: the whole setting in words, every known parameter included; parses to the same again.
+    """
+
+    method: ReuseMethod
+    heal: HealMode
+    heal_rows: int
+    text: str
 
 
 def fresh(span: Span) -> SpanPlan:

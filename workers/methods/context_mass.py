@@ -30,6 +30,13 @@ class ContextMass:
     name: ClassVar[str] = "context_mass"
     exact: ClassVar[bool] = False
     uses_segments: ClassVar[bool] = True
+    from_profile: ClassVar[Mapping[str, str]] = {
+        "ratio": "ratio",
+        "first": "first_tokens",
+        "start": "checkpoint_layer",
+        "end": "end_layer",
+    }
+    exhaustive: ClassVar[str | None] = "context_mass:ratio=1+start=0+end=1000000"
 
     ratio: float | None = None
     first: int | None = None

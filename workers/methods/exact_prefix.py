@@ -17,6 +17,8 @@ class ExactPrefix:
     name: ClassVar[str] = "exact_prefix"
     exact: ClassVar[bool] = True
     uses_segments: ClassVar[bool] = False
+    from_profile: ClassVar[Mapping[str, str]] = {}
+    exhaustive: ClassVar[str | None] = "exact_prefix"
 
     def plan(
         self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile

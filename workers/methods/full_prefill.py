@@ -17,6 +17,8 @@ class FullPrefill:
     name: ClassVar[str] = "full_prefill"
     exact: ClassVar[bool] = True
     uses_segments: ClassVar[bool] = False
+    from_profile: ClassVar[Mapping[str, str]] = {}
+    exhaustive: ClassVar[str | None] = "full_prefill"
 
     def plan(
         self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile

@@ -17,6 +17,8 @@ class Naive:
     name: ClassVar[str] = "naive"
     exact: ClassVar[bool] = False
     uses_segments: ClassVar[bool] = True
+    from_profile: ClassVar[Mapping[str, str]] = {}
+    exhaustive: ClassVar[str | None] = None
 
     def plan(
         self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], profile: ModelProfile

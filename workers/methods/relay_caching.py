@@ -30,6 +30,12 @@ class RelayCaching:
     name: ClassVar[str] = "relay_caching"
     exact: ClassVar[bool] = False
     uses_segments: ClassVar[bool] = True
+    from_profile: ClassVar[Mapping[str, str]] = {
+        "start": "checkpoint_layer",
+        "det": "detection_layer",
+        "end": "end_layer",
+    }
+    exhaustive: ClassVar[str | None] = "relay_caching:tau_diff=-1+start=0+det=1+end=1000000"
 
     tau_diff: float = 1.5
     tau_down: float = 1.45
