@@ -1,10 +1,12 @@
 """Draws the next token of one request from its logits.
 
 Every request has its own generator on the CPU, so what it draws does not depend on its batch mates or on the
-device. This module does not know about stop tokens or sequences.
+device. This module does not know which tokens stop an answer, or about sequences.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 
@@ -13,10 +15,17 @@ from workers.settings import SamplingSettings
 
 
 class Sampler:
-    """Greedy at temperature 0, else temperature and top-p with the request's own seed."""
+    """Greedy at temperature 0, else temperature and top-p with the request's own seed.
 
-    def __init__(self, settings: SamplingSettings) -> None:
+    Args:
+        settings: how to draw.
+        withheld: ids that are not drawn before `min_new_tokens` tokens are there.
+    """
+
+    def __init__(self, settings: SamplingSettings, withheld: Collection[int] = ()) -> None:
         self._settings = settings
+        self._withheld = sorted(withheld) if settings.min_new_tokens else []
+        self._drawn = 0
         self._generator = torch.Generator(device="cpu").manual_seed(settings.seed)
 
     def sample(self, logits: torch.Tensor) -> int:
@@ -32,6 +41,10 @@ class Sampler:
             raise RelayError(
                 f"logits of shape {tuple(logits.shape)} cannot be sampled: one vector [vocab] is needed"
             )
+        if self._withheld and self._drawn < self._settings.min_new_tokens:
+            logits = logits.clone()
+            logits[self._withheld] = -torch.inf
+        self._drawn += 1
         best, index = logits.max(dim=0)  # NaN wins a maximum, so one number tells the health of all
         if not bool(torch.isfinite(best)):
             raise RelayError(

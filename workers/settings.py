@@ -51,12 +51,15 @@ class SamplingSettings:
 
     Attributes:
         max_new_tokens: answer length limit.
+        min_new_tokens: until so many tokens are drawn, none is that ends or structures an answer (stop and
+            special tokens); for answers of a given length.
         temperature: 0 for greedy, else the softmax temperature.
         top_p: nucleus mass kept when sampling.
         seed: of the request's own generator; the same seed gives the same tokens.
     """
 
     max_new_tokens: Annotated[int, Ge(1)] = 256
+    min_new_tokens: Annotated[int, Ge(0)] = 0
     temperature: Annotated[float, Ge(0)] = 0.0
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     seed: Annotated[int, Ge(0)] = 0

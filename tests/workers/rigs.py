@@ -4,36 +4,22 @@ network."""
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
-from transport.arena import Arena
-from transport.auto import make_transport
 from transport.directory.local import LocalDirectory
-from transport.settings import TransportSettings
-from transport.types import Incarnation, NodeId, Owner, WorkerId
-from workers.agent import AgentWorker
+from workers.desk import Desk, open_desk
 from workers.messages import Request
 from workers.model import LoadedModel, load_model
 from workers.profile import load_profile
 from workers.segment import SlotValue
 from workers.settings import DEFAULT_MODEL, SamplingSettings, WorkerSettings
-from workers.store import SegmentStore
+
+__all__ = ["QUESTION", "Desk", "desk", "load", "request"]
 
 QUESTION = (
     "A farmer has 17 sheep and buys 5 more every week. After six weeks he sells half of his flock to a "
     "neighbour, who already has 40 sheep. How many sheep does the neighbour have now? Explain every step."
 )
-
-
-@dataclass
-class Desk:
-    """One worker and the parts that tests look into."""
-
-    agent: AgentWorker
-    arena: Arena
-    directory: LocalDirectory
-    owner: Owner
 
 
 def load() -> LoadedModel:
@@ -51,25 +37,14 @@ def desk(
     **settings: Any,
 ) -> Desk:
     """A worker named `name`; the model may be shared by several, since every step is one call."""
-    incarnation = Incarnation(time.time_ns())
-    nbytes = loaded.layout.block_nbytes
-    arena = Arena(arena_blocks * (nbytes + 256), nbytes, incarnation=incarnation)
-    transport = make_transport(TransportSettings(backend="inprocess"), worker=name)
-    transport.register(arena)
-    owner = Owner(WorkerId(name), incarnation, NodeId("node"), transport.addresses())
-    directory.announce(owner)
-    store = SegmentStore(
-        owner, loaded.layout, arena, transport, directory, lease_ttl_s=10.0, pull_timeout_s=5.0
-    )
-    agent = AgentWorker(
-        WorkerId(name),
-        NodeId("node"),
+    return open_desk(
+        name,
         loaded,
         load_profile(DEFAULT_MODEL, 30),
-        WorkerSettings(**{"cache_tokens": 4096, **settings}),
-        store,
+        arena_blocks=arena_blocks,
+        settings=WorkerSettings(**{"cache_tokens": 4096, **settings}),
+        directory=directory,
     )
-    return Desk(agent, arena, directory, owner)
 
 
 def request(
