@@ -1,7 +1,8 @@
 """Continuous batching on one worker: which rows go into the next ragged step, and the thread that runs the
 steps.
 
-    choose()   pure: decode rows first, then prefill rows by age, within the cap of rows per step
+    choose()   pure: decode rows first, then healing chunks, then prefill rows by age, within the cap of rows
+               per step
     StepLoop   one thread: choose -> Engine.step -> hand every sequence its result -> again
 
 Sequences join and leave between steps. All other tensor work of a worker (scatter, publish copies) is
@@ -23,15 +24,18 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from transport.errors import Cancelled, DeadlineExceeded, RelayError
 from workers.attention import MassSpan
 from workers.engine import Engine, Part, PartResult
+from workers.heal import Heal
+from workers.methods.base import HealMode
 from workers.prefill import Prefill
 from workers.sampling import Sampler
+from workers.shadow import Evidence
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +77,10 @@ class Sequence:
         forced: continuation to score; logits of all its positions go to `scored`.
         capture_mass: record the context mass of decoded tokens.
         deadline: time.monotonic() instant.
+        heal: recomputes stale entries between decode steps; None where nothing is to be healed.
+        evidence: what is kept for a shadow check; None when this request is not sampled.
+        background: gets rows only in steps in which nobody else wants any.
+        ending: why the answer ended, while its last stale entries are still being healed; else "".
     """
 
     prefill: Prefill
@@ -82,11 +90,15 @@ class Sequence:
     deadline: float
     forced: tuple[int, ...] = ()
     capture_mass: bool = True
+    heal: Heal | None = None
+    evidence: Evidence | None = None
+    background: bool = False
     events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     tokens: list[int] = field(default_factory=list[int])
     fed: int = 0
-    scored: torch.Tensor | None = None
+    logits: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    ending: str = ""
     finished: bool = False
     prefill_entries: tuple[int, int] = (0, 0)
     prefill_seconds: float = 0.0
@@ -97,22 +109,76 @@ class Sequence:
     def decoding(self) -> bool:
         return self.prefill.finished
 
+    @property
+    def scored(self) -> torch.Tensor:
+        """[1 + continuation fed so far, vocab] of a scoring sequence."""
+        return torch.cat(self.logits)
 
-def choose(sequences: Seq[Sequence], max_rows: int) -> list[tuple[Sequence, int]]:
-    """Rows of the next step: one for every decoding sequence, then prefill rows in order of arrival.
+    @property
+    def stale(self) -> int:
+        """Cache entries that healing still has to recompute; 0 without healing."""
+        return 0 if self.heal is None else self.heal.stale(self.fed)
 
-    Decode rows are never held back; prefill fills what is left of `max_rows` and gets at least 16 rows, so
-    that it goes on even when many sequences decode.
+    @property
+    def following(self) -> tuple[int, ...]:
+        """Tokens to feed next. A forced continuation goes in one step, unless healing runs between its
+        tokens as it would between decoded ones."""
+        if self.ending:
+            return ()
+        if not self.forced:
+            return (self.tokens[-1],)
+        return self.forced[self.fed : self.fed + 1] if self.stale else self.forced[self.fed :]
+
+    @property
+    def fed_ids(self) -> tuple[int, ...]:
+        return self.forced[: self.fed] if self.forced else tuple(self.tokens[: self.fed])
+
+
+class Share(NamedTuple):
+    """A sequence's rows of the next step: prefill or decode rows, and stale entries to heal."""
+
+    sequence: Sequence
+    rows: int
+    heal_rows: int = 0
+
+
+def choose(sequences: Seq[Sequence], max_rows: int) -> list[Share]:
+    """Rows of the next step: one for every decoding sequence, then healing chunks, then prefill rows in order
+    of arrival.
+
+    Decode rows are never held back. Healing takes at most half of what is left while somebody waits for a
+    first token. Prefill fills the rest and gets at least 16 rows, so that it goes on even when many sequences
+    decode. Background sequences get rows only when there are no others.
     """
-    decoding = [s for s in sequences if s.decoding]
-    chosen = [(s, max(1, len(s.forced))) for s in decoding]
-    room = max(16, max_rows - sum(n for _, n in chosen))
-    for sequence in sequences:
-        if not sequence.decoding and room > 0:
+    active = [s for s in sequences if not s.background] or sequences
+    decoding = [s for s in active if s.decoding]
+    prefilling = [s for s in active if not s.decoding]
+    rows = [len(s.following) for s in decoding]
+    room = max_rows - sum(rows)
+    healing = _healing_rows(decoding, room // 2 if prefilling else room, quiet=not prefilling)
+    chosen = [Share(s, n, h) for s, n, h in zip(decoding, rows, healing, strict=True) if n or h]
+    room = max(16, room - sum(healing))
+    for sequence in prefilling:
+        if room > 0:
             part_rows = min(room, sequence.prefill.rows_left)
-            chosen.append((sequence, part_rows))
+            chosen.append(Share(sequence, part_rows))
             room -= part_rows
     return chosen
+
+
+def _healing_rows(decoding: Seq[Sequence], room: int, *, quiet: bool) -> list[int]:
+    """Stale entries to heal of each sequence, the oldest first. quiet: nobody waits for a first token."""
+    out: list[int] = []
+    alone = len(decoding) == 1
+    for sequence in decoding:
+        heal, rows = sequence.heal, 0
+        if heal is not None and (quiet or heal.mode is HealMode.ALWAYS):
+            # Nobody's token is held up by the last chunks of an answer that is out.
+            wanted = room if sequence.ending and alone else heal.rows
+            rows = max(0, min(wanted, sequence.stale, room))
+            room -= rows
+        out.append(rows)
+    return out
 
 
 class StepLoop:
@@ -122,10 +188,13 @@ class StepLoop:
         self._engine = engine
         self._max_rows = max_rows
         self._checkpoint_layer = checkpoint_layer
+        self.healed_entries = 0
+        self.healing_steps = 0
         self._sequences: list[Sequence] = []
         self._jobs: list[tuple[Callable[[], object], Future[Any]]] = []
         self._changed = threading.Condition()
         self._stopping = False
+        self._holds = 0
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
 
@@ -140,6 +209,18 @@ class StepLoop:
                 raise RelayError("the worker is shutting down and takes no new requests.")
             self._sequences.append(sequence)
             self._changed.notify()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep sequences waiting, jobs not, so that all that are submitted meanwhile begin in one step."""
+        with self._changed:
+            self._holds += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._holds -= 1
+                self._changed.notify()
 
     def call(self, job: Callable[[], T], *, timeout_s: float = 60.0) -> T:
         """Run `job` on the engine's thread between two steps, and return what it returns or raise what it
@@ -176,13 +257,13 @@ class StepLoop:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._sequences or self._jobs or self._stopping):
+                while not (self._jobs or self._stopping or (self._sequences and not self._holds)):
                     self._changed.wait(1.0)
                 jobs, self._jobs = self._jobs, []
                 if self._stopping:
                     leftovers, self._sequences = self._sequences, []
                     break
-                batch = [s for s in self._sequences if not self._gave_up(s)]
+                batch = [] if self._holds else [s for s in self._sequences if not self._gave_up(s)]
             for job, future in jobs:
                 _do(job, future)
             if batch:
@@ -198,6 +279,9 @@ class StepLoop:
         if sequence.cancelled.is_set():
             _fail(sequence, Cancelled("the request was cancelled."))
         elif time.monotonic() > sequence.deadline:
+            if sequence.ending:  # the answer is whole; only its KV stays unhealed
+                _finish(sequence, sequence.ending)
+                return True
             _fail(
                 sequence,
                 DeadlineExceeded(
@@ -210,14 +294,13 @@ class StepLoop:
     def _step(self, batch: list[Sequence]) -> None:
         begin = time.perf_counter()
         work: list[tuple[Sequence, Part]] = []
-        for sequence, rows in choose(batch, self._max_rows):
-            with _failing(sequence):
-                work.append((sequence, self._part(sequence, rows)))
+        for share in choose(batch, self._max_rows):
+            with _failing(share.sequence):
+                work += [(share.sequence, part) for part in self._parts(share)]
         results = self._compute(work)
         seconds = time.perf_counter() - begin
         for (sequence, part), result in zip(work, results, strict=True):
-            sequence.steps += 1
-            if result is not None:
+            if result is not None and not sequence.finished:
                 with _failing(sequence):
                     self._advance(sequence, part, result, seconds)
 
@@ -236,47 +319,72 @@ class StepLoop:
             log.warning("a step of %d parts failed (%r); running them one by one", len(work), error)
         return [self._compute([one])[0] for one in work]
 
-    def _part(self, sequence: Sequence, rows: int) -> Part:
+    def _parts(self, share: Share) -> list[Part]:
+        """A healing chunk goes before the decode row, so that the row already sees what it healed."""
+        sequence = share.sequence
         if not sequence.decoding:
-            return sequence.prefill.next_part(rows)
+            return [sequence.prefill.next_part(share.rows)]
+        if not share.heal_rows:
+            return [self._decode_part(sequence)]
+        assert sequence.heal is not None  # only then are there rows to heal
+        chunk = sequence.heal.next_part(share.heal_rows, sequence.fed_ids, sequence.following)
+        if chunk.logits_rows or sequence.ending:
+            return [chunk]
+        return [chunk, self._decode_part(sequence)]
+
+    def _decode_part(self, sequence: Sequence) -> Part:
         start = sequence.prefill.num_tokens + sequence.fed
-        ids = sequence.forced or (sequence.tokens[-1],)
-        prompt_end = sequence.prefill.num_tokens
+        ids = sequence.following
         return Part(
             cache=sequence.prefill.cache,
             positions=torch.arange(start, start + len(ids)),
             token_ids=torch.tensor(ids),
             logits_rows=tuple(range(len(ids))),
             checkpoint_layer=self._checkpoint_layer,
-            masses=(MassSpan(prompt_end, 1 << 60),) if sequence.capture_mass else (),
+            masses=(decoded_mass(sequence.prefill),) if sequence.capture_mass else (),
         )
 
     def _advance(self, sequence: Sequence, part: Part, result: PartResult, seconds: float) -> None:
-        if sequence.decoding:
-            sequence.fed += part.rows
-            if sequence.forced:
-                assert sequence.scored is not None  # set when the prefill ended
-                sequence.scored = torch.cat([sequence.scored, result.logits])
-                _finish(sequence, "scored")
-                return
-        else:
-            fresh, rectified = sequence.prefill.done(part, result)
-            sequence.prefill_entries = (
-                sequence.prefill_entries[0] + fresh,
-                sequence.prefill_entries[1] + rectified,
-            )
-            sequence.prefill_seconds += seconds
-            if not sequence.prefill.finished:
-                return
-            sequence.first_logits_at = time.perf_counter()
-            assert sequence.prefill.logits is not None  # that is what finished means
-            sequence.scored = sequence.prefill.logits[None]
-            if sequence.sampler is None:
-                if not sequence.forced:
-                    _finish(sequence, "scored")
-                return
-        logits = result.logits[-1]
-        self._sample(sequence, logits)
+        if not sequence.decoding:
+            self._advance_prefill(sequence, part, result, seconds)
+            return
+        heal = sequence.heal
+        if heal is not None and int(part.positions[0]) < sequence.prefill.num_tokens + sequence.fed:
+            self.healed_entries += heal.done(part, sequence.fed)
+            self.healing_steps += 1
+        if part.logits_rows:
+            sequence.steps += 1
+            sequence.fed += len(part.logits_rows)
+            self._take_logits(sequence, result.logits)
+        elif sequence.ending and not sequence.stale:
+            _finish(sequence, sequence.ending)
+
+    def _advance_prefill(self, sequence: Sequence, part: Part, result: PartResult, seconds: float) -> None:
+        sequence.steps += 1
+        fresh, rectified = sequence.prefill.done(part, result)
+        sequence.prefill_entries = (
+            sequence.prefill_entries[0] + fresh,
+            sequence.prefill_entries[1] + rectified,
+        )
+        sequence.prefill_seconds += seconds
+        if not sequence.prefill.finished:
+            return
+        sequence.first_logits_at = time.perf_counter()
+        assert sequence.prefill.logits is not None  # that is what finished means
+        if sequence.evidence is not None:
+            sequence.evidence.take_values(sequence.prefill.cache)
+        self._take_logits(sequence, sequence.prefill.logits[None])
+
+    def _take_logits(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """logits: [rows, vocab] after the tokens fed last."""
+        if sequence.evidence is not None:
+            sequence.evidence.take_logits(logits)
+        if sequence.sampler is not None:
+            self._sample(sequence, logits[-1])
+            return
+        sequence.logits.append(logits)
+        if sequence.fed == len(sequence.forced):
+            self._end(sequence, "scored")
 
     def _sample(self, sequence: Sequence, logits: torch.Tensor) -> None:
         assert sequence.sampler is not None  # scoring sequences never get here
@@ -284,9 +392,21 @@ class StepLoop:
         sequence.tokens.append(token)
         sequence.events.put(TokenEvent(token, len(sequence.tokens) == 1, time.perf_counter()))
         if token in sequence.stop_ids:
-            _finish(sequence, "stop")
+            self._end(sequence, "stop")
         elif len(sequence.tokens) >= sequence.max_new_tokens:
-            _finish(sequence, "length")
+            self._end(sequence, "length")
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        """The answer is whole: finish, or first heal what little is left."""
+        if sequence.heal is not None and 0 < sequence.stale <= sequence.heal.finish_rows:
+            sequence.ending = reason
+        else:
+            _finish(sequence, reason)
+
+
+def decoded_mass(prefill: Prefill) -> MassSpan:
+    """The mass span of whatever is decoded after a prompt."""
+    return MassSpan(prefill.num_tokens, 1 << 60)
 
 
 @contextmanager

@@ -61,11 +61,11 @@ def _events(sequence: Sequence) -> list[Any]:
 def test_decode_rows_come_first_and_prefill_fills_the_rest_in_order(rig: tiny.Rig) -> None:
     first, second = _sequence(rig, tiny.tokens(50)), _sequence(rig, tiny.tokens(50, 1))
     decoding = _sequence(rig, tiny.tokens(4))
-    decoding.prefill.logits = torch.zeros(tiny.VOCAB)
-    assert choose([first, second, decoding], 60) == [(decoding, 1), (first, 50), (second, 9)]
-    assert choose([first, second, decoding], 20) == [(decoding, 1), (first, 19)]
+    decoding.prefill.logits, decoding.tokens = torch.zeros(tiny.VOCAB), [5]
+    assert choose([first, second, decoding], 60) == [(decoding, 1, 0), (first, 50, 0), (second, 9, 0)]
+    assert choose([first, second, decoding], 20) == [(decoding, 1, 0), (first, 19, 0)]
     # However many sequences decode, prefill goes on.
-    assert choose([first, decoding], 1) == [(decoding, 1), (first, 16)]
+    assert choose([first, decoding], 1) == [(decoding, 1, 0), (first, 16, 0)]
 
 
 def test_a_sequence_ends_at_its_limit_or_at_a_stop_token(rig: tiny.Rig, loop: StepLoop) -> None:
