@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -43,6 +44,15 @@ class PulledSegment:
     def gather(self, part: str) -> torch.Tensor:
         """The per-token field "mass" or "checkpoint" of all tokens: [num_tokens, ...]."""
         return torch.cat([getattr(b, part) for b in self.blocks])[: self.num_tokens]
+
+
+class Correction(Protocol):
+    """What a method adds to the reused KV of a span (`SpanPlan.correction`)."""
+
+    def apply(self, kv: torch.Tensor, start: int) -> None:
+        """Change `kv`, [layers, 2, kv_heads, tokens, head_dim], in place: the span's entries, keys rotated at
+        positions start .. start + tokens - 1."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +150,21 @@ class Prefill:
         detect = [s.select for s in plan.spans if s.source and isinstance(s.select, TopDeviation)]
         self._detect = max(detect, key=lambda s: s.layer) if detect else None
 
-    def load(self, pulled: Mapping[int, PulledSegment]) -> None:
+    def load(
+        self, pulled: Mapping[int, PulledSegment], corrections: Mapping[int, Correction] | None = None
+    ) -> None:
         """Scatter the relayed spans into the cache and lay out the rows.
 
         Args:
             pulled: index of the span in the plan -> its bytes; they may be freed when this returns.
+            corrections: index of every span whose plan names a correction -> that correction.
         """
         for i, span_plan in enumerate(self.plan.spans):
             if span_plan.source is not None:
                 self._relayed.append(self._scatter(span_plan, pulled[i]))
+            if span_plan.correction is not None:
+                span = span_plan.span
+                (corrections or {})[i].apply(self.cache.kv[:, :, :, span.start : span.stop], span.start)
         first = self._first_stage()
         self._stages.append(first)
         self.counts.relayed = self._model.num_layers * sum(len(r.span) for r in self._relayed)

@@ -30,6 +30,7 @@ class WorkerSettings:
             hold up the decode of other requests.
         max_sequences: requests computed at once; more of them wait in the queue.
         prefix_cache_bytes: budget of the exact local prefix cache.
+        anchor_bytes: budget of the anchors of `kvcomm`; 0 turns them off, and it then computes every span.
         min_segment_tokens: a slot shorter than this is neither published nor looked up.
         request_timeout_s: deadline of one request, queueing included.
     """
@@ -41,6 +42,7 @@ class WorkerSettings:
     max_rows_per_step: Annotated[int, Ge(16)] = 1024
     max_sequences: Annotated[int, Ge(1)] = 16
     prefix_cache_bytes: Annotated[int, Ge(0)] = 256 * MIB
+    anchor_bytes: Annotated[int, Ge(0)] = 512 * MIB
     min_segment_tokens: Annotated[int, Ge(1)] = 16
     request_timeout_s: Annotated[float, Gt(0)] = 600.0
 

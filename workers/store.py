@@ -140,6 +140,15 @@ class SegmentStore:
             raise
         return got
 
+    def find(self, keys: Sequence[SegmentKey]) -> Answers[Located]:
+        """Which of `keys` are held by anyone, and where; nothing is leased. Never raises for a fault of the
+        cluster: what could not be asked for is in `unanswered`."""
+        try:
+            return self._directory.lookup(list(keys), near=self.owner.worker)
+        except RelayError as error:
+            log.warning("%d keys were not looked up: %s", len(keys), error)
+            return Answers(unanswered=keys)
+
     def release_bytes(self, got: Acquired) -> None:
         """Give back landing blocks and pins: the bytes in `got.pulled` must not be used after it. Local and
         cheap. Idempotent; never raises."""
@@ -358,6 +367,15 @@ class SegmentStore:
             self._directory.retract(self.owner, [segment])
         except Exception as error:  # noqa: BLE001 - best effort: a copy that stays behind reads as stale
             log.warning("%s may stay in the directory without its blocks: %r", segment.key, error)
+
+    def withdraw(self, key: SegmentKey) -> None:
+        """Take back what this worker has published under `key`, if anything; readers that hold a lease find
+        it stale. Never raises."""
+        with self._lock:
+            held = self._held.get(key)
+        if held is not None:
+            self._retract(held)
+            self._forget(held)
 
     def segments(self) -> list[Segment]:
         """All that this worker holds: what a restarted directory shard must hear again."""
