@@ -24,6 +24,8 @@ import torch
 
 from transport.errors import CacheFull, CacheTooSmall, Cancelled, DeadlineExceeded, RelayError
 from transport.types import NodeId, SegmentKey, WorkerId
+from workers.anchoring import Anchoring, template_contexts
+from workers.anchors import Match
 from workers.attention import MassSpan
 from workers.compare import compare_methods
 from workers.engine import Engine
@@ -31,6 +33,7 @@ from workers.kv_cache import CachePool, copy_out
 from workers.messages import Comparison, Published, Reply, Request
 from workers.methods import parse_reuse
 from workers.methods.base import ModelProfile, RectifyPlan, Reuse, Span
+from workers.methods.kvcomm import KVComm
 from workers.model import LoadedModel, inverse_frequencies
 from workers.prefill import Prefill, PrefillModel
 from workers.prefix_cache import PrefixCache
@@ -103,6 +106,15 @@ class AgentWorker:
             profile.checkpoint_layer,
             _inverse_frequencies(loaded).to(loaded.device),
             _scaling(loaded),
+        )
+        self.anchors = Anchoring(
+            store,
+            loaded.layout,
+            loaded.space,
+            self._shape.inv_freq,
+            settings.anchor_bytes,
+            self.on_engine,
+            producer=str(worker),
         )
         self._templates: dict[tuple[str | None, str], PromptTemplate] = {}
         self._slots = threading.BoundedSemaphore(settings.max_sequences)
@@ -185,6 +197,8 @@ class AgentWorker:
             sequence = self._submit(turn, None, 0, forced=continuation)
             self._wait(turn, sequence)
             assert sequence.scored is not None  # a finished scoring sequence has its logits
+            if request.publish:
+                self._learn_anchors(turn)
             relayed = sum(len(s.span) for s in sequence.prefill.plan.spans if s.source)
             return Scored(sequence.first_logits_at - turn.clock.arrived, sequence.scored, relayed)
         finally:
@@ -209,7 +223,9 @@ class AgentWorker:
         Returns:
             Number of tokens prepared.
         """
-        ids = self._template(system, prompt).leading_ids
+        template = self._template(system, prompt)
+        self.anchors.sync(KVComm(), template_contexts(template), ())
+        ids = template.leading_ids
         if not ids:
             return 0
         spans = (Span(0, len(ids)),)
@@ -254,6 +270,7 @@ class AgentWorker:
             "running": running,
             "segments_held": len(self.store.segments()),
             "fallbacks": reasons,
+            **self.anchors.pool.stats(),
         }
 
     def close(self) -> None:
@@ -365,12 +382,28 @@ class AgentWorker:
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
         turn.acquired = self.store.acquire(wanted)
         self._count_fallbacks(turn)
-        plan = method.plan(prompt.spans, turn.acquired.hits, self.profile)
         begin = time.perf_counter()
+        plan = self._plan(turn)
         turn.prefill = self._loop.call(lambda: self._load(turn, plan), timeout_s=turn.remaining_s)
         # The rest of the time was waiting for a step of other requests to end.
         turn.clock.queue_s += time.perf_counter() - begin - turn.clock.rotate_s
         self.store.release_bytes(turn.acquired)
+
+    def _plan(self, turn: Turn) -> RectifyPlan:
+        method, spans, hits = turn.reuse.method, turn.prompt.spans, turn.acquired.hits
+        if not isinstance(method, KVComm):
+            return method.plan(spans, hits, self.profile)
+        template = self._template(turn.request.system, turn.request.prompt)
+
+        def match() -> dict[Span, Match]:
+            begin = time.perf_counter()
+            matches = self.anchors.match(method, template, spans, turn.acquired)
+            turn.clock.rotate_s += time.perf_counter() - begin
+            return matches
+
+        turn.matches = self._loop.call(match, timeout_s=turn.remaining_s)
+        candidates = {span: m.candidates for span, m in turn.matches.items()}
+        return method.plan(spans, hits, self.profile, candidates)
 
     @torch.inference_mode()
     def _load(self, turn: Turn, plan: RectifyPlan) -> Prefill:
@@ -386,9 +419,10 @@ class AgentWorker:
             masses=self._masses(turn, plan),
         )
         prefill.load(
-            {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None}
+            {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None},
+            {i: turn.matches[s.span] for i, s in enumerate(plan.spans) if s.correction is not None},
         )
-        turn.clock.rotate_s = time.perf_counter() - begin
+        turn.clock.rotate_s += time.perf_counter() - begin
         return prefill
 
     def _load_prefix(self, turn: Turn, plan: RectifyPlan) -> int:
@@ -524,13 +558,33 @@ class AgentWorker:
             self.on_engine(lambda: self.prefixes.store(turn.prompt.token_ids[:exact], turn.cache))
         except RelayError as error:
             turn.notes.append(f"the exact prefix was not kept: {error}")
+        self._learn_anchors(turn)
         for plan in turn.prefill.plan.spans:
             span = plan.span
             # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole
             # qualify. (Nor does a slot that ends the prompt, whose key covers one token more than its span.)
             whole = span.key is not None and span.key.digest == digest_tokens(turn.prompt.tokens_of(span))
+            # A span that was computed although it is there (a stranger to its anchors) stays as it is: two
+            # variants of one base would not be near each other.
+            whole = whole and span.key not in turn.acquired.hits
             if plan.source is None and span.key and whole and span.start >= turn.prefill.prefix_tokens:
                 self._publish(turn, span.key, span.start, len(span), span.slot)
+
+    def _learn_anchors(self, turn: Turn) -> None:
+        """Let `kvcomm` keep what computed spans showed, and exchange anchors with other workers: after the
+        first token."""
+        method, matches = turn.reuse.method, turn.matches
+        assert turn.prefill is not None
+        if not isinstance(method, KVComm) or not matches:
+            return
+        plan = turn.prefill.plan
+        try:
+            learned = self.on_engine(lambda: self.anchors.learn(method, plan, matches, turn.cache))
+        except RelayError as error:
+            turn.notes.append(f"no anchor was learned: {error}")
+            return
+        turn.matches = {}
+        self.anchors.sync(method, {m.context for m in matches.values()}, learned)
 
     def _publish_output(self, turn: Turn, sequence: Sequence, reason: str) -> SlotValue:
         output = splice(

@@ -81,11 +81,14 @@ class Anchoring:
         self._refused: set[tuple[Context, str]] = set()
         self._syncing = threading.Lock()
 
+    @torch.inference_mode()
     def match(
         self, method: KVComm, template: PromptTemplate, spans: Sequence[Span], acquired: Acquired
     ) -> dict[Span, Match]:
         """Measure every span that is a hit. Tensor work: call it on the engine's thread."""
         matches: dict[Span, Match] = {}
+        if self.pool.max_bytes == 0:
+            return matches
         for span, context in slot_contexts(template_digest(template), spans).items():
             located = acquired.hits.get(span.key) if span.key is not None else None
             if located is not None and span.key is not None:
@@ -95,6 +98,7 @@ class Anchoring:
                 matches[span] = match
         return matches
 
+    @torch.inference_mode()
     def learn(
         self, method: KVComm, plan: RectifyPlan, matches: Mapping[Span, Match], cache: SequenceCache
     ) -> list[Anchor]:

@@ -1,4 +1,4 @@
-"""Anchors of `kvcomm` (arXiv 2510.12872): KV of segments that were once prefilled in full, and how it changed.
+"""Anchors of `kvcomm` (arXiv 2510.12872): KV of segments once prefilled in full, and how it changed there.
 
 Everything lives in a position-0 frame: keys are rotated as if the span's first token stood at position 0, so
 an anchor learned at one position serves at any other (the published code keeps them where they were, and
@@ -276,9 +276,7 @@ class AnchorPool:
         """anchors, anchor_bytes, and since the start: learned, pulled, evicted, corrected, strangers."""
         with self._lock:
             held = [h.anchor for h in self._held.values()]
-            counts = {
-                k: self._counts[k] for k in ("learned", "pulled", "evicted", "corrected", "strangers")
-            }
+            counts = {k: self._counts[k] for k in ("learned", "pulled", "evicted", "corrected", "strangers")}
         return {"anchors": len(held), "anchor_bytes": self._nbytes(held), **counts}
 
     def match(self, context: Context, source: str, frame: Frame, temperature: float = 1.0) -> Match:
@@ -293,9 +291,7 @@ class AnchorPool:
             candidates.append(AnchorCandidate(anchor.source, distance, distance / max(norm, 1e-30)))
             gaps.append(difference.abs_().mean(dim=(0, 1, 3)))
         stacked = torch.stack(gaps) if gaps else frame.values.new_zeros((0, frame.tokens))
-        return Match(
-            context, source, frame, anchors, tuple(candidates), stacked, temperature, self._inv_freq
-        )
+        return Match(context, source, frame, anchors, tuple(candidates), stacked, temperature, self._inv_freq)
 
     # -- writing -------------------------------------------------------------------------------------------
 

@@ -8,9 +8,10 @@ import time
 from dataclasses import dataclass, field
 
 from transport.types import NodeId, WorkerId
+from workers.anchors import Match
 from workers.kv_cache import SequenceCache
 from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, StageTimes
-from workers.methods.base import Reuse
+from workers.methods.base import Reuse, Span
 from workers.prefill import Prefill
 from workers.scheduler import Sequence
 from workers.segment import Prompt, SlotValue
@@ -38,6 +39,7 @@ class Turn:
     Attributes:
         reuse: the request's method, resolved with this worker's profile.
         deadline: time.monotonic() instant at which everything about it must be over.
+        matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
     """
 
     request: Request
@@ -49,6 +51,7 @@ class Turn:
     cache: SequenceCache
     acquired: Acquired = field(default_factory=Acquired)
     prefill: Prefill | None = None
+    matches: dict[Span, Match] = field(default_factory=dict[Span, Match])
     sequence: Sequence | None = None
     published: list[Published] = field(default_factory=list[Published])
     notes: list[str] = field(default_factory=list[str])
