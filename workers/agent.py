@@ -28,6 +28,7 @@ from workers.anchoring import Anchoring, template_contexts
 from workers.anchors import Match
 from workers.attention import MassSpan
 from workers.compare import compare_methods
+from workers.costs import model_costs
 from workers.engine import Engine
 from workers.kv_cache import CachePool, copy_out
 from workers.messages import Comparison, Published, Reply, Request
@@ -105,6 +106,7 @@ class AgentWorker:
             loaded.num_layers,
             profile.checkpoint_layer,
             _inverse_frequencies(loaded).to(loaded.device),
+            model_costs(loaded.model),
             _scaling(loaded),
         )
         self.anchors = Anchoring(

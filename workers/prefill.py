@@ -4,15 +4,13 @@
     next_part()  rows to compute next, in ascending positions, at most `max_rows` of them
     done()       takes a part's result; after the last part the first logits are there
 
-A run-time selection (`TopDeviation`) makes two stages: all rows up to the detection layer, then the chosen
-ones.
-Chunks may be cut anywhere: a row only sees earlier positions. Knows nothing of transport, time or other
-requests.
+A selection that only the run can make (`workers/selection.py`) cuts the prefill in two stages: all rows up to
+the detection layer, then the chosen ones and the fresh ones. Chunks may be cut anywhere: a row only sees
+earlier positions. Knows nothing of transport, time or other requests.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,10 +20,12 @@ import torch
 from transport.errors import ConfigError
 from workers import kernels
 from workers.attention import MassSpan, Probe
+from workers.costs import ModelCosts, detection_cut, plan_flops, rows_flops
 from workers.engine import Part, PartResult
 from workers.kv_cache import SequenceCache
 from workers.layout import BlockViews
-from workers.methods.base import Positions, RectifyPlan, Span, SpanPlan, TopDeviation, TopMass
+from workers.methods.base import Choice, Positions, RectifyPlan, Span, SpanPlan, TopMass
+from workers.selection import Detected, choose, probed_tokens, resolve_select
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +63,52 @@ class PrefillModel:
         num_layers: L.
         checkpoint_layer: layer at which segment tokens may join without starting at layer 0.
         inv_freq: [L or 1, rotary_dim / 2] float32.
+        costs: its sizes, for counting FLOPs.
         scaling: factor of attention scores; None = head_dim ** -0.5.
     """
 
     num_layers: int
     checkpoint_layer: int
     inv_freq: torch.Tensor
+    costs: ModelCosts
     scaling: float | None = None
 
 
 @dataclass(slots=True)
+class _Rows:
+    """All rows that a prefill may compute, by ascending position.
+
+    Attributes:
+        positions, enter, end: [rows] int64; a row is computed in the layers [enter, end).
+        relayed: [rows] bool; whether it lies in a relayed span.
+        pending: [rows] bool; whether the run has yet to choose if it goes on behind the detection layer.
+        hidden: [rows, hidden_size] input of layer `enter` where that is above 0, else undefined; None when
+            all rows start from their embeddings.
+    """
+
+    positions: torch.Tensor
+    enter: torch.Tensor
+    end: torch.Tensor
+    relayed: torch.Tensor
+    pending: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+@dataclass(slots=True)
 class _Stage:
-    """Rows of one stage, sorted by position; `cursor` rows are already handed out."""
+    """Rows that go through layers together; `cursor` of them are already handed out.
+
+    Attributes:
+        index: [rows] int64 into `_Rows`; None = all of them.
+        keep_hidden: whether a stage follows; `kept` then collects the states with which rows leave.
+    """
 
     positions: torch.Tensor
     enter: torch.Tensor
     exit: torch.Tensor
+    relayed: torch.Tensor
     hidden: torch.Tensor | None
+    index: torch.Tensor | None = None
     keep_hidden: bool = False
     cursor: int = 0
     kept: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
@@ -87,12 +116,18 @@ class _Stage:
 
 @dataclass(slots=True)
 class _Relayed:
-    """A relayed span and what is needed of its segment after its blocks are gone."""
+    """A relayed span, and what is needed of its segment after its blocks are gone.
+
+    Attributes:
+        selected: [selected] int64 offsets of the tokens that are recomputed (may be, where the run chooses).
+        checkpoint: [selected, hidden_size] their states at band[0]; None where that is layer 0.
+        values: [kv_heads, tokens, head_dim] reused values at the detection layer, where the run chooses.
+    """
 
     plan: SpanPlan
     selected: torch.Tensor
     checkpoint: torch.Tensor | None
-    values_before: torch.Tensor | None = None
+    values: torch.Tensor | None = None
 
     @property
     def span(self) -> Span:
@@ -122,7 +157,13 @@ class PrefillCounts:
 
 
 class Prefill:
-    """The prefill of one prompt under one plan."""
+    """The prefill of one prompt under one plan.
+
+    Attributes:
+        counts: entries computed so far.
+        predicted_flops: of the whole prefill, from the plan alone; actual_flops: of the parts done so far.
+        logits: [vocab] of the last prompt token, once it is finished.
+    """
 
     def __init__(
         self,
@@ -141,14 +182,17 @@ class Prefill:
         self.prefix_tokens = prefix_tokens
         self.logits: torch.Tensor | None = None
         self.counts = PrefillCounts(cached=prefix_tokens * model.num_layers)
+        self.predicted_flops = plan_flops(model.costs, plan, prefix_tokens)
+        self.actual_flops = 0.0
         self._ids = torch.tensor(token_ids, dtype=torch.long)
         self._model = model
         self._masses = masses
+        self._choice = _run_time_choice(plan)
+        self._cut = None if self._choice is None else detection_cut(self._choice)
         self._relayed: list[_Relayed] = []
-        self._stages: list[_Stage] = []
         self._probes: list[Probe] = []
-        detect = [s.select for s in plan.spans if s.source and isinstance(s.select, TopDeviation)]
-        self._detect = max(detect, key=lambda s: s.layer) if detect else None
+        self._rows: _Rows | None = None
+        self._stage: _Stage | None = None
 
     def load(
         self, pulled: Mapping[int, PulledSegment], corrections: Mapping[int, Correction] | None = None
@@ -159,15 +203,19 @@ class Prefill:
             pulled: index of the span in the plan -> its bytes; they may be freed when this returns.
             corrections: index of every span whose plan names a correction -> that correction.
         """
+        relayed: dict[int, _Relayed] = {}
         for i, span_plan in enumerate(self.plan.spans):
+            span = span_plan.span
             if span_plan.source is not None:
-                self._relayed.append(self._scatter(span_plan, pulled[i]))
+                self._scatter(span_plan, pulled[i])
             if span_plan.correction is not None:
-                span = span_plan.span
                 (corrections or {})[i].apply(self.cache.kv[:, :, :, span.start : span.stop], span.start)
-        first = self._first_stage()
-        self._stages.append(first)
+            if span_plan.source is not None:
+                relayed[i] = self._keep(span_plan, pulled[i])
+        self._relayed = list(relayed.values())
         self.counts.relayed = self._model.num_layers * sum(len(r.span) for r in self._relayed)
+        self._rows = self._lay_out(relayed)
+        self._stage = self._first_stage(self._rows)
 
     @property
     def finished(self) -> bool:
@@ -176,19 +224,19 @@ class Prefill:
     @property
     def rows_left(self) -> int:
         """Rows of the current stage that are not computed yet."""
-        stage = self._stages[-1]
+        stage = self._current
         return stage.positions.shape[0] - stage.cursor
 
     def next_part(self, max_rows: int) -> Part:
         """The next at most `max_rows` rows. Call `done` with its result before asking again."""
-        stage = self._stages[-1]
+        stage = self._current
         a = stage.cursor
         b = min(a + max_rows, stage.positions.shape[0])
         positions = stage.positions[a:b]
         last = int(positions[-1]) == self.num_tokens - 1 and int(stage.exit[b - 1]) == self._model.num_layers
         probe = None
-        if stage.keep_hidden and self._detect is not None:
-            probe = Probe(self._detect.layer, max(0, self.num_tokens - self._detect.suffix))
+        if stage.keep_hidden and self._choice is not None and (wanted := probed_tokens(self._choice)):
+            probe = Probe(self._choice.layer, max(0, self.num_tokens - wanted))
             self._probes.append(probe)
         return Part(
             cache=self.cache,
@@ -210,55 +258,59 @@ class Prefill:
         Returns:
             (fresh, rectified) entries that the part computed, for sharing out its time.
         """
-        stage = self._stages[-1]
-        stage.cursor += part.rows
-        assert part.enter is not None  # next_part always sets both
-        assert part.exit is not None
-        entries = part.exit - part.enter
-        in_span = self._in_relayed(part.positions)
-        rectified = int(entries[in_span].sum())
+        stage = self._current
+        a, b = stage.cursor, stage.cursor + part.rows
+        stage.cursor = b
+        enter, exit_ = stage.enter[a:b], stage.exit[a:b]
+        entries = exit_ - enter
+        rectified = int(entries[stage.relayed[a:b]].sum()) if self._relayed else 0
         fresh = int(entries.sum()) - rectified
         self.counts.fresh += fresh
         self.counts.rectified += rectified
-        if result.hidden is not None:
+        costs = self._model.costs
+        self.actual_flops += rows_flops(costs, part.positions.numpy(), enter.numpy(), exit_.numpy())
+        self.actual_flops += len(part.logits_rows) * costs.head_flops
+        if stage.keep_hidden:
+            assert result.hidden is not None  # the part asked for them
             stage.kept.append(result.hidden)
-        if stage.cursor == stage.positions.shape[0] and stage.keep_hidden:
-            self._stages.append(self._second_stage(stage))
+            if b == stage.positions.shape[0]:
+                self._stage = self._second_stage(stage)
         if part.logits_rows:
             self.logits = result.logits[-1]
         return fresh, rectified
 
-    def _scatter(self, plan: SpanPlan, pulled: PulledSegment) -> _Relayed:
+    @property
+    def _current(self) -> _Stage:
+        assert self._stage is not None  # `load` comes first
+        return self._stage
+
+    # -- reuse ---------------------------------------------------------------------------------------------
+
+    def _scatter(self, plan: SpanPlan, pulled: PulledSegment) -> None:
         span, count = plan.span, len(plan.span)
         if pulled.num_tokens < count:
             raise ConfigError(f"a segment of {pulled.num_tokens} tokens cannot fill a span of {count}.")
-        cos, sin = kernels.rotation(self._model.inv_freq, span.start - pulled.start)
-        shifted = span.start != pulled.start
+        shift = span.start - pulled.start
+        cos, sin = kernels.rotation(self._model.inv_freq, shift) if shift else (None, None)
         at, left = span.start, count
         for block in pulled.blocks:
             n = min(left, block.kv.shape[3])
             if n <= 0:
                 break
-            target = self.cache.kv[:, :, :, at : at + n]
-            target[:, 1] = block.kv[:, 1, :, :n]
-            if shifted:
-                kernels.rotate_keys(block.kv[:, 0, :, :n], cos, sin, target[:, 0])
-            else:
-                target[:, 0] = block.kv[:, 0, :, :n]
+            kernels.relocate(block.kv[:, :, :, :n], cos, sin, self.cache.kv[:, :, :, at : at + n])
             at, left = at + n, left - n
-        return self._keep(plan, pulled, count)
 
-    def _keep(self, plan: SpanPlan, pulled: PulledSegment, count: int) -> _Relayed:
-        """Resolve the selection where it is known now, and clone what later stages need."""
-        start = plan.band[0]
-        select = plan.select
-        if isinstance(select, TopDeviation):
+    def _keep(self, plan: SpanPlan, pulled: PulledSegment) -> _Relayed:
+        """Resolve the selection where it is known now, and copy what later stages need."""
+        count, start, select = len(plan.span), plan.band[0], plan.select
+        values = None
+        if plan.band[1] <= start:
+            selected = torch.empty(0, dtype=torch.long)
+        elif isinstance(select, TopMass | Positions):
+            selected = resolve_select(select, pulled.gather("mass")[:count])
+        else:
             selected = torch.arange(count)
             values = self.cache.values(select.layer)[:, plan.span.start : plan.span.stop].clone()
-        else:
-            selected, values = resolve_select(select, pulled.gather("mass")[:count]), None
-        if plan.band[1] <= start:
-            selected = selected[:0]
         if selected.numel() and start not in (0, self._model.checkpoint_layer):
             raise ConfigError(
                 f"a band cannot start at layer {start}: rows join at layer 0 or at the checkpoint "
@@ -268,122 +320,109 @@ class Prefill:
         checkpoint = pulled.gather("checkpoint")[:count][selected] if needs else None
         return _Relayed(plan, selected, checkpoint, values)
 
-    def _first_stage(self) -> _Stage:
-        layers = self._model.num_layers
-        cut = None if self._detect is None or not self._relayed else self._detect.layer + 1
-        positions, enter, exit_, states = [], [], [], []
-        for plan in self.plan.spans:
-            if plan.source is None:
-                a, b = max(plan.span.start, self.prefix_tokens), plan.span.stop
-                if a < b:
-                    positions.append(torch.arange(a, b))
-                    enter.append(torch.zeros(b - a, dtype=torch.long))
-                    exit_.append(torch.full((b - a,), cut or layers))
-                    states.append(None)
-        for relayed in self._relayed:
-            n = relayed.selected.shape[0]
-            if n:
-                positions.append(relayed.span.start + relayed.selected)
-                enter.append(torch.full((n,), relayed.plan.band[0]))
-                exit_.append(torch.full((n,), cut or relayed.plan.band[1]))
-                states.append(relayed.checkpoint)
-        where = torch.cat(positions)
-        order = torch.argsort(where)
+    # -- rows ----------------------------------------------------------------------------------------------
+
+    def _lay_out(self, relayed: Mapping[int, _Relayed]) -> _Rows:
+        """Rows of all spans in the plan's order, which is that of their positions."""
+        positions, counts, facts = list[torch.Tensor](), list[int](), list[tuple[int, int, bool, bool]]()
+        states: list[tuple[int, torch.Tensor]] = []
+        total = 0
+        for i, plan in enumerate(self.plan.spans):
+            span, found = plan.span, relayed.get(i)
+            if found is None:
+                rows = torch.arange(max(span.start, self.prefix_tokens), max(span.stop, self.prefix_tokens))
+                facts.append((0, self._model.num_layers, False, False))
+            else:
+                rows = span.start + found.selected
+                facts.append((*plan.band, True, found.values is not None))
+                if found.checkpoint is not None:
+                    states.append((total, found.checkpoint))
+            positions.append(rows)
+            counts.append(rows.shape[0])
+            total += rows.shape[0]
+        table = torch.repeat_interleave(torch.tensor(facts), torch.tensor(counts), dim=0).T.contiguous()
+        hidden = None
+        if states:
+            hidden = states[0][1].new_empty((total, states[0][1].shape[1]))
+            for at, state in states:
+                hidden[at : at + state.shape[0]] = state
+        return _Rows(torch.cat(positions), table[0], table[1], table[2].bool(), table[3].bool(), hidden)
+
+    def _first_stage(self, rows: _Rows) -> _Stage:
+        cut = self._cut
+        if cut is None or cut >= self._model.num_layers or not self._relayed:
+            return _Stage(rows.positions, rows.enter, rows.end, rows.relayed, rows.hidden)
+        index = torch.nonzero(rows.enter < cut).flatten()
         return _Stage(
-            where[order],
-            torch.cat(enter)[order],
-            torch.cat(exit_)[order],
-            _stack_states(positions, states, order),
-            keep_hidden=cut is not None,
+            rows.positions[index],
+            rows.enter[index],
+            rows.end[index].clamp_max(cut),
+            rows.relayed[index],
+            None if rows.hidden is None else rows.hidden[index.to(rows.hidden.device)],
+            index,
+            keep_hidden=True,
         )
 
     def _second_stage(self, first: _Stage) -> _Stage:
-        """Rows that go on after the detection layer: all fresh ones and the chosen ones of the spans."""
-        assert self._detect is not None  # only then is there a second stage
-        chosen = self._chosen_positions(self._detect)
-        in_span = self._in_relayed(first.positions)
-        is_chosen = torch.isin(first.positions, chosen)
-        end = torch.full_like(first.exit, self._model.num_layers)
-        for relayed in self._relayed:
-            inside = (first.positions >= relayed.span.start) & (first.positions < relayed.span.stop)
-            end[inside] = relayed.plan.band[1]
-        keep = torch.nonzero((~in_span | is_chosen) & (end > self._detect.layer + 1)).flatten()
-        hidden = torch.cat(first.kept)
+        """Rows that go on behind the detection layer, or start there: all but the ones not chosen."""
+        rows, cut = self._rows, self._cut
+        assert rows is not None  # laid out by `load`
+        assert cut is not None  # only then is there a second stage
+        assert first.index is not None
+        states = torch.cat(first.kept)
         first.kept.clear()
+        hidden = states.new_empty((rows.positions.shape[0], states.shape[1]))
+        if rows.hidden is not None:
+            hidden.copy_(rows.hidden)
+        hidden[first.index.to(states.device)] = states
+        goes_on = rows.end > cut
+        goes_on[rows.pending] &= self._chosen()
+        index = torch.nonzero(goes_on).flatten()
         return _Stage(
-            first.positions[keep],
-            torch.full((keep.shape[0],), self._detect.layer + 1),
-            end[keep],
-            hidden[keep.to(hidden.device)],
+            rows.positions[index],
+            rows.enter[index].clamp_min(cut),
+            rows.end[index],
+            rows.relayed[index],
+            hidden[index.to(states.device)],
+            index,
         )
 
-    def _chosen_positions(self, detect: TopDeviation) -> torch.Tensor:
-        """I = I_dev + I_inf over all relayed spans together (RelayCaching, methods.md section 2)."""
-        positions = torch.cat([torch.arange(r.span.start, r.span.stop) for r in self._relayed])
-        if detect.tau_diff < 0:
-            return positions
-        deviations = []
-        for relayed in self._relayed:
-            assert relayed.values_before is not None  # set for every TopDeviation span
-            now = self.cache.values(detect.layer)[:, relayed.span.start : relayed.span.stop]
-            deviations.append(kernels.value_deviation(relayed.values_before, now))
-        deviation = torch.cat(deviations).cpu()
-        influence = self._influence(detect)[positions]
-        deviates = deviation > detect.tau_diff * deviation.mean()
-        return positions[deviates | (influence > detect.tau_down * influence.mean())]
-
-    def _influence(self, detect: TopDeviation) -> torch.Tensor:
-        """[num_tokens] attention received from the last `suffix` computed prompt tokens, mean over heads."""
-        query = torch.cat([p.query for p in self._probes if p.query is not None], dim=1)
+    def _chosen(self) -> torch.Tensor:
+        """[pending rows] bool, over all spans that left the choice to the run."""
+        choice = self._choice
+        assert choice is not None  # only then is there a second stage
+        spans = [r for r in self._relayed if r.values is not None]
+        now = self.cache.values(choice.layer)
+        found = Detected(
+            torch.cat([r.values for r in spans if r.values is not None], dim=1),
+            torch.cat([now[:, r.span.start : r.span.stop] for r in spans], dim=1),
+            lambda: self._influence(choice.layer)[
+                torch.cat([torch.arange(r.span.start, r.span.stop) for r in spans])
+            ],
+        )
+        chosen = choose(choice, found)
         self._probes.clear()
-        rows = query.shape[1]
-        positions = torch.arange(self.num_tokens - rows, self.num_tokens, device=query.device)
+        return chosen
+
+    def _influence(self, layer: int) -> torch.Tensor:
+        """[num_tokens] attention received from the probed rows, summed over heads and rows."""
+        first = self._current
+        probed = (first.positions >= self._probes[0].start) & (first.enter <= layer)
+        query = torch.cat([p.query for p in self._probes if p.query is not None], dim=1)
+        positions = first.positions[probed].to(query.device)
         mask = kernels.position_mask(positions, 0, self.num_tokens, None, query.dtype)
-        keys = self.cache.keys(detect.layer)[:, : self.num_tokens]
+        keys = self.cache.keys(layer)[:, : self.num_tokens]
         scaling = query.shape[-1] ** -0.5 if self._model.scaling is None else self._model.scaling
         _, probabilities = kernels.attend_explicit(query, keys, keys, scaling=scaling, mask=mask)
         return probabilities.sum(dim=(0, 1)).cpu()
 
-    def _in_relayed(self, positions: torch.Tensor) -> torch.Tensor:
-        inside = torch.zeros(positions.shape[0], dtype=torch.bool)
-        for relayed in self._relayed:
-            inside |= (positions >= relayed.span.start) & (positions < relayed.span.stop)
-        return inside
 
-
-def resolve_select(select: TopMass | Positions, mass: torch.Tensor) -> torch.Tensor:
-    """Offsets within the span that `select` names.
-
-    Args:
-        mass: [tokens] float32 context mass of the span's tokens.
-
-    Returns:
-        [selected] int64, ascending.
-    """
-    tokens = mass.shape[0]
-    if isinstance(select, Positions):
-        return torch.tensor([o for o in select.offsets if o < tokens], dtype=torch.long)
-    budget = min(tokens, math.ceil(select.ratio * tokens))
-    if budget == 0:
-        return torch.empty(0, dtype=torch.long)
-    scores = mass.detach().cpu().clone()
-    # The first tokens count within the budget, so that `ratio` alone bounds the cost.
-    scores[: min(select.first, budget)] = float("inf")
-    return torch.topk(scores, budget).indices.sort().values
-
-
-def _stack_states(
-    positions: list[torch.Tensor], states: list[torch.Tensor | None], order: torch.Tensor
-) -> torch.Tensor | None:
-    """[rows, hidden] in `order`; zeros where a row starts from its embedding; None if all do."""
-    given = next((s for s in states if s is not None), None)
-    if given is None:
-        return None
-    rows = [
-        given.new_zeros((p.shape[0], given.shape[1])) if s is None else s
-        for p, s in zip(positions, states, strict=True)
-    ]
-    return torch.cat(rows)[order.to(given.device)]
+def _run_time_choice(plan: RectifyPlan) -> Choice | None:
+    """The selection that the run makes, if any; it is one for all spans."""
+    choices = {s.select for s in plan.spans if s.source and not isinstance(s.select, TopMass | Positions)}
+    if len(choices) > 1:
+        raise ConfigError(f"spans of one prompt select at run time in different ways: {choices}.")
+    return next(iter(choices), None)
 
 
 def _check_tiling(plan: RectifyPlan, num_tokens: int) -> None:

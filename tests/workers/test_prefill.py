@@ -13,14 +13,9 @@ from tests.workers import tiny
 from workers import kernels
 from workers.methods import METHODS, parse_method
 from workers.methods.base import Positions, SpanPlan, TopMass
-from workers.prefill import resolve_select
+from workers.selection import resolve_select
 
-FULL_RATIO = {
-    "full_prefill": "full_prefill",
-    "exact_prefix": "exact_prefix",
-    "relay_caching": f"relay_caching:tau_diff=-1+start=0+det=1+end={tiny.LAYERS}",
-    "context_mass": f"context_mass:ratio=1+start=0+end={tiny.LAYERS}",
-}
+EXHAUSTIVE = {name: text for name in METHODS if (text := parse_method(name).exhaustive) is not None}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,16 +40,17 @@ def _full(rig: tiny.Rig, pieces: list[tuple[list[int], Any]]) -> torch.Tensor:
     return tiny.reference_logits(rig.model, ids)[-1]
 
 
-def test_every_method_with_a_ratio_is_in_the_suite() -> None:
-    assert set(FULL_RATIO) | {"naive"} == set(METHODS), "naive recomputes nothing; all others must be tested"
+def test_every_method_that_repairs_anything_is_in_the_suite() -> None:
+    assert {name for name in METHODS if name not in EXHAUSTIVE} == {"naive"}
+    assert all(parse_method(text).name == name for name, text in EXHAUSTIVE.items())
 
 
-@pytest.mark.parametrize("name", sorted(FULL_RATIO))
+@pytest.mark.parametrize("name", sorted(EXHAUSTIVE))
 @pytest.mark.parametrize("max_rows", [1 << 20, 19])
-def test_equals_full_prefill_at_ratio_one(family: str, name: str, max_rows: int) -> None:
+def test_equals_full_prefill_when_everything_is_recomputed(family: str, name: str, max_rows: int) -> None:
     rig = tiny.Rig(tiny.build(family))
     pieces = _prompt(rig)
-    logits, prefill = rig.run(parse_method(FULL_RATIO[name]), pieces, max_rows=max_rows)
+    logits, prefill = rig.run(parse_method(EXHAUSTIVE[name]), pieces, max_rows=max_rows)
     assert (logits - _full(rig, pieces)).abs().max() < 1e-4
     counts = prefill.counts
     assert counts.fresh + counts.rectified == prefill.num_tokens * rig.num_layers

@@ -11,6 +11,7 @@ import transformers as tf
 
 from transport.types import Incarnation, Located, NodeId, Owner, Segment, SegmentKey, WorkerId
 from workers.attention import MassSpan
+from workers.costs import model_costs
 from workers.engine import Engine, Part
 from workers.kv_cache import CachePool, SequenceCache
 from workers.layout import KVLayout
@@ -90,7 +91,7 @@ class Rig:
         self.engine = Engine(self.model)
         self.pool = CachePool(self.layout, 4096)
         freqs = torch.stack([inverse_frequencies(self.model, i) for i in range(self.num_layers)])
-        self.shape = PrefillModel(self.num_layers, self.checkpoint_layer, freqs)
+        self.shape = PrefillModel(self.num_layers, self.checkpoint_layer, freqs, model_costs(self.model))
 
     def profile(self, **changes: Any) -> ModelProfile:
         values: dict[str, Any] = {

@@ -25,6 +25,8 @@ METHODS: dict[str, str] = {
     "exact_prefix": "workers.methods.exact_prefix:ExactPrefix",
     "naive": "workers.methods.naive:Naive",
     "kvcomm": "workers.methods.kvcomm:KVComm",
+    "epic": "workers.methods.epic:Epic",
+    "cacheblend": "workers.methods.cacheblend:CacheBlend",
     "relay_caching": "workers.methods.relay_caching:RelayCaching",
     "context_mass": "workers.methods.context_mass:ContextMass",
 }

@@ -86,13 +86,24 @@ class TopDeviation:
 
 
 @dataclass(frozen=True, slots=True)
+class TopValueChange:
+    """Select at run time at `layer` (CacheBlend): the tokens whose value vectors changed most, by the sum of
+    squared differences over heads and channels; `ratio` of the tokens of all spans together, rounded up."""
+
+    layer: int
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
 class Positions:
-    """Select these offsets within the span."""
+    """Select these offsets within the span, ascending."""
 
-    offsets: tuple[int, ...]
+    offsets: Sequence[int]
 
 
-Select = TopMass | TopDeviation | Positions
+Choice = TopDeviation | TopValueChange
+"""Selections that only the run can make: all tokens are computed up to `layer`, the chosen ones go on."""
+Select = TopMass | Positions | Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +115,7 @@ class SpanPlan:
         source: the hit whose KV is reused; None means computed in full (fresh).
         band: layers [start, stop) in which the selected tokens are recomputed. Rows join at band[0] from the
             segment's checkpoint, or at layer 0 from their embedding.
-        select: which tokens of the span.
+        select: which tokens of the span. All spans of a plan that select at run time do it alike.
         correction: name of the method whose correction is added to the reused KV; the executor gets it with
             the bytes (`workers.prefill.Correction`). None = used as it is.
     """
@@ -188,3 +199,17 @@ class Reuse:
 def fresh(span: Span) -> SpanPlan:
     """Compute the span in all layers."""
     return SpanPlan(span)
+
+
+def rectify_hits(
+    spans: Sequence[Span], hits: Mapping[SegmentKey, Located], band: tuple[int, int], select: Select
+) -> RectifyPlan:
+    """Reuse every hit and recompute `select` of it in the layers of `band`; everything else is fresh."""
+    return RectifyPlan(
+        tuple(
+            SpanPlan(s, hits[s.key], band=band, select=select)
+            if s.key is not None and s.key in hits
+            else fresh(s)
+            for s in spans
+        )
+    )

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from transport.errors import ConfigError
 from transport.types import Located, SegmentKey
-from workers.methods.base import ModelProfile, RectifyPlan, Span, SpanPlan, TopMass
+from workers.methods.base import ModelProfile, RectifyPlan, Span, TopMass, rectify_hits
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,4 @@ class ContextMass:
             ratio=profile.ratio if self.ratio is None else self.ratio,
             first=profile.first_tokens if self.first is None else self.first,
         )
-        return RectifyPlan(
-            tuple(
-                SpanPlan(s, hits[s.key], band=(start, end), select=select)
-                if s.key is not None and s.key in hits
-                else SpanPlan(s)
-                for s in spans
-            )
-        )
+        return rectify_hits(spans, hits, (start, end), select)

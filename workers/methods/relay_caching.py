@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from transport.errors import ConfigError
 from transport.types import Located, SegmentKey
-from workers.methods.base import ModelProfile, RectifyPlan, Span, SpanPlan, TopDeviation
+from workers.methods.base import ModelProfile, RectifyPlan, Span, TopDeviation, rectify_hits
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +61,4 @@ class RelayCaching:
         if not start <= det < end:
             raise ConfigError(f"relay_caching: needs start <= det < end, got {start}, {det}, {end}.")
         select = TopDeviation(det, self.tau_diff, self.tau_down, self.suffix)
-        return RectifyPlan(
-            tuple(
-                SpanPlan(s, hits[s.key], band=(start, end), select=select)
-                if s.key is not None and s.key in hits
-                else SpanPlan(s)
-                for s in spans
-            )
-        )
+        return rectify_hits(spans, hits, (start, end), select)
