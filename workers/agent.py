@@ -17,7 +17,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -30,16 +30,25 @@ from workers.attention import MassSpan
 from workers.compare import compare_methods
 from workers.costs import model_costs
 from workers.engine import Engine
+from workers.heal import Heal, first_stale, strict_rows
 from workers.kv_cache import CachePool, copy_out
-from workers.messages import Comparison, Published, Reply, Request
+from workers.messages import Comparison, Published, Reply, Request, ShadowCheck
 from workers.methods import parse_reuse
-from workers.methods.base import ModelProfile, RectifyPlan, Reuse, Span
+from workers.methods.base import HealMode, ModelProfile, RectifyPlan, Reuse, Span
 from workers.methods.kvcomm import KVComm
 from workers.model import LoadedModel, inverse_frequencies
 from workers.prefill import Prefill, PrefillModel
 from workers.prefix_cache import PrefixCache
 from workers.sampling import Sampler
-from workers.scheduler import Event, FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent
+from workers.scheduler import (
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    Sequence,
+    StepLoop,
+    TokenEvent,
+    decoded_mass,
+)
 from workers.segment import (
     Prompt,
     PromptBuilder,
@@ -51,6 +60,7 @@ from workers.segment import (
     stop_token_ids,
 )
 from workers.settings import WorkerSettings
+from workers.shadow import Evidence, EvidenceBox, judge, relayed_positions
 from workers.store import SegmentStore
 from workers.tokens import TokenStream
 from workers.turn import Clock, Turn, build_reply, fallbacks
@@ -60,14 +70,31 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 OnToken = Callable[[int, str], None]
 
+_MOST_EVIDENCE = 16
+"""Answered requests that can wait for a shadow check."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """ttft_s: seconds to the first logits. logits: [1 + continuation, vocab] float32."""
+    """A prompt and a continuation, teacher-forced.
+
+    Attributes:
+        ttft_s: seconds to the first logits.
+        logits: [1 + continuation, vocab] float32.
+        relayed_tokens: tokens taken from segments; prefix_tokens: from the exact local prefix cache.
+        reuse: share of the relayed (token, layer) entries that were not recomputed; None when there are none.
+        resolved_method: the request's method with every parameter.
+        healed_at_token: index of the first row of logits that came from an exact cache; None where healing
+            was off or did not get so far.
+    """
 
     ttft_s: float
     logits: torch.Tensor
     relayed_tokens: int
+    prefix_tokens: int = 0
+    reuse: float | None = None
+    resolved_method: str = ""
+    healed_at_token: int | None = None
 
 
 class AgentWorker:
@@ -124,6 +151,7 @@ class AgentWorker:
         # Cancelled before they arrived: a cancel may overtake its request.
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._fallbacks: Counter[str] = Counter()
+        self._evidence = EvidenceBox(_MOST_EVIDENCE, settings.shadow_bytes)
         self._lock = threading.Lock()
 
     # -- calls ---------------------------------------------------------------------------------------------
@@ -168,6 +196,55 @@ class AgentWorker:
                 sequences = [self._start(turn) for turn in turns]
             return [self._answer(t, s, None) for t, s in zip(turns, sequences, strict=True)]
 
+    def shadow(
+        self, request: Request, answer: tuple[int, ...], *, timeout_s: float, probe: str | None = None
+    ) -> ShadowCheck:
+        """Judge an answered request, in steps in which this worker has nothing else to do.
+
+        Its prompt is run again and teacher-forced on its answer; the logits are compared with those that it
+        kept (`Request.shadow_tokens`). Full prefill is the reference: it is either what runs now or, where
+        the request itself was computed in full, what was kept.
+
+        Args:
+            request: as it was answered, its id included.
+            answer: the token ids of its reply.
+            timeout_s: give up after so many seconds.
+            probe: method to judge instead of the request's own, which must then be an exact one.
+
+        Raises:
+            RelayError: nothing was kept, there is no room, or time ran out: there is no verdict.
+        """
+        kept = self._evidence.take(request.id, now=time.monotonic())
+        if kept is None or not kept.logits.shape[0]:
+            raise RelayError(f"nothing is kept of request {request.id} that could be judged.")
+        count = kept.logits.shape[0]
+        again = replace(
+            request,
+            id=f"{request.id}-shadow",
+            method=probe or "exact_prefix",
+            publish=False,
+            prefix_limit=None,
+            shadow_tokens=0,
+        )
+        turn = self._begin(again, count - 1, background_s=timeout_s)
+        try:
+            self._prefill(turn)
+            sequence = self._submit(turn, None, 0, forced=answer[: count - 1], background=True)
+            self._wait(turn, sequence)
+            if probe is not None:
+                return self.on_engine(lambda: judge(sequence.scored, kept.logits, (), (), probe))
+            return self.on_engine(
+                lambda: judge(
+                    kept.logits,
+                    sequence.scored,
+                    kept.layers,
+                    kept.value_errors(turn.cache),
+                    request.method,
+                )
+            )
+        finally:
+            self._end(turn)
+
     def replay(self, request: Request, answer: tuple[int, ...]) -> Reply:
         """Take `answer` as what the model has drawn, and publish what `generate` would have published.
 
@@ -198,11 +275,18 @@ class AgentWorker:
             self._prefill(turn)
             sequence = self._submit(turn, None, 0, forced=continuation)
             self._wait(turn, sequence)
-            assert sequence.scored is not None  # a finished scoring sequence has its logits
             if request.publish:
                 self._learn_anchors(turn)
             relayed = sum(len(s.span) for s in sequence.prefill.plan.spans if s.source)
-            return Scored(sequence.first_logits_at - turn.clock.arrived, sequence.scored, relayed)
+            return Scored(
+                sequence.first_logits_at - turn.clock.arrived,
+                sequence.scored,
+                relayed,
+                prefix_tokens=sequence.prefill.prefix_tokens,
+                reuse=sequence.prefill.counts.reuse,
+                resolved_method=turn.reuse.text,
+                healed_at_token=turn.heal.finished_at if turn.heal else None,
+            )
         finally:
             self._end(turn)
 
@@ -272,6 +356,9 @@ class AgentWorker:
             "running": running,
             "segments_held": len(self.store.segments()),
             "fallbacks": reasons,
+            "healed_entries": self._loop.healed_entries,
+            "healing_steps": self._loop.healing_steps,
+            "evidence_bytes": self._evidence.nbytes,
             **self.anchors.pool.stats(),
         }
 
@@ -281,12 +368,13 @@ class AgentWorker:
 
     # -- admission -----------------------------------------------------------------------------------------
 
-    def _begin(self, request: Request, answer_tokens: int) -> Turn:
-        """Render the prompt and wait for room."""
+    def _begin(self, request: Request, answer_tokens: int, background_s: float | None = None) -> Turn:
+        """Render the prompt and wait for room. background_s: for one that must not be in anybody's way, its
+        deadline; it does not wait."""
         reuse = parse_reuse(request.method, self.profile)
         template = self._template(request.system, request.prompt)
         prompt = self._builder.build(template, request.values, max_new_tokens=answer_tokens)
-        return self._admit(request, reuse, prompt, answer_tokens)
+        return self._admit(request, reuse, prompt, answer_tokens, background_s)
 
     def _check_room(self, requests: list[Request]) -> None:
         """Refuse what would wait for itself."""
@@ -299,23 +387,32 @@ class AgentWorker:
                 f"{self.settings.max_sequences} requests (worker.max_sequences). Ask for fewer at a time."
             )
 
-    def _admit(self, request: Request, reuse: Reuse, prompt: Prompt, answer_tokens: int) -> Turn:
+    def _admit(
+        self,
+        request: Request,
+        reuse: Reuse,
+        prompt: Prompt,
+        answer_tokens: int,
+        background_s: float | None = None,
+    ) -> Turn:
         clock = Clock()
         cancelled = threading.Event()
-        deadline = time.monotonic() + self.settings.request_timeout_s
+        limit_s = self.settings.request_timeout_s
+        deadline = time.monotonic() + (limit_s if background_s is None else min(limit_s, background_s))
         with self._lock:
             self._running[request.id] = cancelled
             if request.id in self._cancelled:
                 cancelled.set()
         try:
-            self._take_slot(cancelled, deadline)
+            self._take_slot(cancelled, deadline if background_s is None else 0.0)
         except BaseException:
             self._forget(request)
             raise
         try:
             cache = self.pool.allocate(
                 len(prompt.token_ids) + answer_tokens,
-                timeout_s=deadline - time.monotonic(),
+                # Who waits for cache memory waits in line: a background turn would hold up those behind it.
+                timeout_s=deadline - time.monotonic() if background_s is None else 0.0,
                 cancelled=cancelled,
             )
         except BaseException:
@@ -387,6 +484,7 @@ class AgentWorker:
         begin = time.perf_counter()
         plan = self._plan(turn)
         turn.prefill = self._loop.call(lambda: self._load(turn, plan), timeout_s=turn.remaining_s)
+        turn.stale_from = first_stale(turn.prefill.plan, prompt.token_ids)
         # The rest of the time was waiting for a step of other requests to end.
         turn.clock.queue_s += time.perf_counter() - begin - turn.clock.rotate_s
         self.store.release_bytes(turn.acquired)
@@ -460,8 +558,44 @@ class AgentWorker:
 
     # -- decode --------------------------------------------------------------------------------------------
 
+    def _heal(self, turn: Turn) -> Heal | None:
+        """What makes the turn's cache exact after its first token, if that was asked for."""
+        assert turn.prefill is not None  # _prefill ran before
+        reuse, publish = turn.reuse, turn.request.publish
+        if reuse.heal is HealMode.OFF:
+            return None
+        ids, rows = turn.prompt.token_ids, reuse.heal_rows
+        if turn.request.method.strip().startswith("auto:strict"):
+            rows = strict_rows(rows, len(ids) - (turn.stale_from or 0))
+        masses = (*self._masses(turn, turn.prefill.plan), decoded_mass(turn.prefill))
+        return Heal(
+            turn.cache,
+            ids,
+            turn.stale_from,
+            mode=reuse.heal,
+            rows=rows,
+            num_layers=self.loaded.num_layers,
+            finish_rows=self.settings.heal_finish_rows if publish and reuse.heal is HealMode.ALWAYS else 0,
+            checkpoint_layer=self.profile.checkpoint_layer,
+            masses=masses if publish else (),
+        )
+
+    def _new_evidence(self, turn: Turn) -> Evidence | None:
+        if not turn.request.shadow_tokens:
+            return None
+        assert turn.prefill is not None  # _prefill ran before
+        # One layer where deviation is detected and the last one, where it has added up.
+        layers = sorted({self.profile.detection_layer, self.loaded.num_layers - 1})
+        return Evidence(turn.request.shadow_tokens, layers, relayed_positions(turn.prefill.plan))
+
     def _submit(
-        self, turn: Turn, sampler: Sampler | None, max_new_tokens: int, forced: tuple[int, ...] = ()
+        self,
+        turn: Turn,
+        sampler: Sampler | None,
+        max_new_tokens: int,
+        forced: tuple[int, ...] = (),
+        *,
+        background: bool = False,
     ) -> Sequence:
         assert turn.prefill is not None  # _prefill ran before
         sequence = Sequence(
@@ -472,6 +606,9 @@ class AgentWorker:
             deadline=turn.deadline,
             forced=forced,
             capture_mass=turn.request.publish,
+            heal=self._heal(turn),
+            evidence=self._new_evidence(turn),
+            background=background,
             cancelled=turn.cancelled,
         )
         turn.clock.submitted = time.perf_counter()
@@ -511,7 +648,16 @@ class AgentWorker:
         return self._reply(turn, sequence, text, reason)
 
     def _reply(self, turn: Turn, sequence: Sequence, text: str, reason: str) -> Reply:
+        if turn.request.publish and turn.heal is not None:
+            self._publish_inputs(turn, held_back=True)
         output = self._publish_output(turn, sequence, reason)
+        if sequence.evidence is not None:
+            self._evidence.put(
+                turn.request.id,
+                sequence.evidence,
+                now=time.monotonic(),
+                keep_s=self.settings.request_timeout_s,
+            )
         return build_reply(
             turn,
             worker=self.worker,
@@ -561,8 +707,20 @@ class AgentWorker:
         except RelayError as error:
             turn.notes.append(f"the exact prefix was not kept: {error}")
         self._learn_anchors(turn)
+        self._publish_inputs(turn, held_back=False)
+
+    def _publish_inputs(self, turn: Turn, *, held_back: bool) -> None:
+        """Publish shared inputs that were computed here.
+
+        held_back: False: those that can be published at once. True: those that healing was going to make
+            exact, which is worth waiting for until the answer is there.
+        """
+        assert turn.prefill is not None
         for plan in turn.prefill.plan.spans:
             span = plan.span
+            stale = turn.stale_from is not None and span.start > turn.stale_from
+            if (stale and turn.heal is not None) is not held_back:
+                continue
             # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole
             # qualify. (Nor does a slot that ends the prompt, whose key covers one token more than its span.)
             whole = span.key is not None and span.key.digest == digest_tokens(turn.prompt.tokens_of(span))
@@ -610,7 +768,7 @@ class AgentWorker:
                 start=start,
                 num_tokens=tokens,
                 producer=f"{turn.request.agent}@{self.worker}",
-                variant=_variant(turn, start),
+                variant=_variant(turn, start, tokens),
             )
         except RelayError as error:
             # The answer is still right; downstream agents will compute this text themselves.
@@ -621,14 +779,11 @@ class AgentWorker:
         turn.published.append(Published(slot, key, tokens, len(segment.blocks), segment.nbytes))
 
 
-def _variant(turn: Turn, start: int) -> str:
+def _variant(turn: Turn, start: int, tokens: int) -> str:
     """Names the context under which a segment was made; marked where that context was itself only
-    rectified."""
-    assert turn.prefill is not None  # only prefilled requests publish
-    rectified = any(s.source and s.span.start < start for s in turn.prefill.plan.spans)
-    return digest_tokens(turn.prompt.token_ids[:start]).hex() + (
-        f"~{turn.reuse.text}" if rectified else ""
-    )
+    rectified, and has not been healed since."""
+    exact = turn.exact_up_to(start + tokens)
+    return digest_tokens(turn.prompt.token_ids[:start]).hex() + ("" if exact else f"~{turn.reuse.text}")
 
 
 def _inverse_frequencies(loaded: LoadedModel) -> torch.Tensor:

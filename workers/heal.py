@@ -144,9 +144,9 @@ def first_stale(plan: RectifyPlan, token_ids: Sequence[int]) -> int | None:
     for span_plan in plan.spans:
         if span_plan.source is None:
             continue
-        start = span_plan.span.start
-        segment = span_plan.source.segment
-        if segment.start != start or segment.variant != digest_tokens(token_ids[:start]).hex():
+        start, segment = span_plan.span.start, span_plan.source.segment
+        moved = segment.start != start or span_plan.correction is not None
+        if moved or segment.variant != digest_tokens(token_ids[:start]).hex():
             return start
     return None
 

@@ -27,6 +27,7 @@ class Request:
         publish: leave segments and prefixes behind for others.
         only_keys: relay only these segments (None: any); used to repeat a run exactly.
         prefix_limit: most tokens to take from the prefix cache (None: no limit).
+        shadow_tokens: keep what `AgentWorker.shadow` needs to judge so many first tokens (0: nothing).
     """
 
     id: str
@@ -39,6 +40,7 @@ class Request:
     publish: bool = True
     only_keys: frozenset[SegmentKey] | None = None
     prefix_limit: int | None = None
+    shadow_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +105,9 @@ class Reply:
             recomputed in relayed spans, and all of relayed spans.
         output: what downstream slots get.
         notes: facts worth telling ("prompt segment not published: arena full").
+        healed_entries: stale (token, layer) entries that were made exact after the first token.
+        healed_at_token: index of the first answer token that was drawn from exact logits; the length of the
+            answer where only its KV became exact; None where healing was off or did not get so far.
     """
 
     request_id: str
@@ -130,6 +135,8 @@ class Reply:
     output: SlotValue
     notes: tuple[str, ...] = ()
     resolved_method: str = ""
+    healed_entries: int = 0
+    healed_at_token: int | None = None
 
     @property
     def reuse(self) -> float | None:

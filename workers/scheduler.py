@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+BACKGROUND_ROWS = 128
+"""Cap on the rows of a step that is made of background sequences only."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
@@ -150,7 +153,10 @@ def choose(sequences: Seq[Sequence], max_rows: int) -> list[Share]:
     first token. Prefill fills the rest and gets at least 16 rows, so that it goes on even when many sequences
     decode. Background sequences get rows only when there are no others.
     """
-    active = [s for s in sequences if not s.background] or sequences
+    active = [s for s in sequences if not s.background]
+    if not active:
+        # Small steps: whoever comes next waits for the one that runs.
+        active, max_rows = list(sequences), min(max_rows, BACKGROUND_ROWS)
     decoding = [s for s in active if s.decoding]
     prefilling = [s for s in active if not s.decoding]
     rows = [len(s.following) for s in decoding]

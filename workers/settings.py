@@ -33,6 +33,10 @@ class WorkerSettings:
         anchor_bytes: budget of the anchors of `kvcomm`; 0 turns them off, and it then computes every span.
         min_segment_tokens: a slot shorter than this is neither published nor looked up.
         request_timeout_s: deadline of one request, queueing included.
+        heal_finish_rows: with heal=always, an answer that ends with at most so many stale cache entries is
+            kept until they are healed, so that its KV is published as exact; the tokens are out by then, only
+            the reply waits. With more of them left it is published as what it is, rectified. 0: never wait.
+        shadow_bytes: most memory for evidence that waits for the quality gate's shadow checks.
     """
 
     device: Device = "auto"
@@ -45,6 +49,8 @@ class WorkerSettings:
     anchor_bytes: Annotated[int, Ge(0)] = 512 * MIB
     min_segment_tokens: Annotated[int, Ge(1)] = 16
     request_timeout_s: Annotated[float, Gt(0)] = 600.0
+    heal_finish_rows: Annotated[int, Ge(0)] = 512
+    shadow_bytes: Annotated[int, Ge(0)] = 64 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Shadow checks (methods.md section 6): was this answer's beginning what full prefill would have begun with?
 
-    Evidence     kept while a sampled request runs: its first logits, and the values of its relayed spans at two
-                 layers as they were when the first token was drawn
+    Evidence     kept while a sampled request runs: its first logits, and the values of its relayed spans at
+                 two layers as they were when the first token was drawn
     EvidenceBox  evidence of answered requests, a bounded number of them, until the check or its deadline
     judge()      compares evidence with a later full prefill of the same prompt, teacher-forced on the answer
 

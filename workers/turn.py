@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from transport.types import NodeId, WorkerId
 from workers.anchors import Match
+from workers.heal import Heal
 from workers.kv_cache import SequenceCache
 from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, StageTimes
 from workers.methods.base import Reuse, Span
@@ -39,6 +40,7 @@ class Turn:
     Attributes:
         reuse: the request's method, resolved with this worker's profile.
         deadline: time.monotonic() instant at which everything about it must be over.
+        stale_from: position of the first cache entry that the plan leaves inexact; None when there is none.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
     """
 
@@ -53,8 +55,19 @@ class Turn:
     prefill: Prefill | None = None
     matches: dict[Span, Match] = field(default_factory=dict[Span, Match])
     sequence: Sequence | None = None
+    stale_from: int | None = None
     published: list[Published] = field(default_factory=list[Published])
     notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def heal(self) -> Heal | None:
+        return None if self.sequence is None else self.sequence.heal
+
+    def exact_up_to(self, stop: int) -> bool:
+        """Whether all cache entries before `stop` are full prefill's by now."""
+        if self.stale_from is None or stop <= self.stale_from:
+            return True
+        return self.heal is not None and (self.heal.finished or stop <= self.heal.frontier)
 
     @property
     def remaining_s(self) -> float:
@@ -97,6 +110,8 @@ def build_reply(
         finish_reason=reason,
         output=output,
         notes=tuple(turn.notes),
+        healed_entries=turn.heal.entries if turn.heal else 0,
+        healed_at_token=turn.heal.finished_at if turn.heal else None,
     )
 
 
