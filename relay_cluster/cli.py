@@ -7,17 +7,11 @@ Ctrl-C. torch, ray and transformers are imported inside the commands that need t
 
 from __future__ import annotations
 
-import functools
 import json
-import signal
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich import box
@@ -25,26 +19,24 @@ from rich.table import Table
 from rich.text import Text
 
 from relay_cluster import __version__, console
+from relay_cluster.cli_bench import bench_app
+from relay_cluster.cli_common import (
+    HELP,
+    DebugOption,
+    JsonOption,
+    check_writable,
+    command,
+    examples,
+    write_json,
+)
 from relay_cluster.config import ClusterConfig, PipelineConfig, check_file, kind_of
-from relay_cluster.log import set_up_logging
 from relay_cluster.pipeline import Pipeline
-from transport.errors import ConfigError, PipelineError, RelayError
+from transport.errors import ConfigError, PipelineError
 from workers.methods import parse_method
 
 if TYPE_CHECKING:
     from relay_cluster.doctor import Finding
     from relay_cluster.report import RunReport
-
-P = ParamSpec("P")
-
-_SIGTERM_STATUS = 143
-_HELP = {"help_option_names": ["-h", "--help"]}
-
-
-def _examples(*lines: str) -> str:
-    """An epilog; the blank lines keep rich from joining them."""
-    return "\n\n".join(["[bold]Examples[/]", *(f"[cyan]$[/] {line}" for line in lines)])
-
 
 app = typer.Typer(
     name="relay",
@@ -52,90 +44,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     add_completion=False,
-    context_settings=_HELP,
+    context_settings=HELP,
     help="Agents on a cluster relay the KV cache of decoded text instead of prefilling it again.",
-    epilog=_examples(
+    epilog=examples(
         "relay run configs/pipelines/maths.yaml --example",
         "relay check configs/",
         "relay doctor",
     ),
 )
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Models on this machine.")
-app.add_typer(model_app, name="model", context_settings=_HELP)
-
-_Debug = Annotated[bool, typer.Option("--debug", help="Log everything and show the stack trace of an error.")]
-_Json = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output."),
-]
+app.add_typer(model_app, name="model", context_settings=HELP)
+app.add_typer(bench_app, name="bench", context_settings=HELP)
 
 
 def main() -> None:
     """Entry point of `relay`."""
     app()
-
-
-# --- errors and signals -------------------------------------------------------------------------------------
-
-
-def _command(body: Callable[P, None]) -> Callable[P, None]:
-    """Turn what a command raises into a message on one screen and an exit status."""
-
-    @functools.wraps(body)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        debug = bool(kwargs.get("debug"))
-        set_up_logging("DEBUG" if debug else None)
-        try:
-            with _signals():
-                body(*args, **kwargs)
-        except KeyboardInterrupt:
-            console.show_error("interrupted; everything that this run started has been stopped")
-            raise typer.Exit(130) from None
-        except RelayError as error:
-            if debug:
-                traceback.print_exc()
-            console.show_error(str(error))
-            raise typer.Exit(2) from None
-        except Exception as error:  # noqa: BLE001  (the outermost frame: whatever is left is a fault of ours)
-            if debug:
-                traceback.print_exc()
-            hint = "This is a fault of relay_cluster; --debug shows where."
-            console.show_error(f"{type(error).__name__}: {error}\n{hint}")
-            raise typer.Exit(1) from None
-
-    return run
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """The first Ctrl-C unwinds the run, which stops its processes; later ones must not interrupt that.
-    SIGTERM unwinds it as well, instead of leaving workers behind."""
-    seen = False
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        if seen:
-            return
-        seen = True
-        if number == signal.SIGTERM:
-            sys.exit(_SIGTERM_STATUS)
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _write_json(value: object, target: Path) -> None:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    if str(target) == "-":
-        typer.echo(text)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text + "\n", "utf-8")
 
 
 # --- run ----------------------------------------------------------------------------------------------------
@@ -181,13 +105,13 @@ _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         'relay run configs/pipelines/maths.yaml --input question="What is 17 * 23?"',
         "relay run configs/pipelines/code.yaml --example --method naive --compare full_prefill",
         "relay run configs/pipelines/maths.yaml --input-file rows.jsonl --json runs/m.json --plot runs/m.png",
     ),
 )
-@_command
+@command
 def run(
     pipeline: Annotated[
         Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline to run.", show_default=False)
@@ -202,9 +126,9 @@ def run(
     repeats: _Repeats = 3,
     max_new_tokens: _MaxNewTokens = None,
     seed: _Seed = None,
-    json_file: _Json = None,
+    json_file: JsonOption = None,
     plot: _Plot = None,
-    debug: _Debug = False,
+    debug: DebugOption = False,
 ) -> None:
     """Run a pipeline of agents and report where the time went and what was reused."""
     config = PipelineConfig.load(pipeline)
@@ -218,7 +142,7 @@ def run(
             f'--compare "{compare}" is not possible: only full_prefill is a reference. Write it out.'
         )
     for target in filter(None, (json_file, plot)):
-        _check_writable(target)
+        check_writable(target)
     _fetch_models(graph, cluster_config)
     report = _run_rows(
         graph,
@@ -254,7 +178,7 @@ def _run_rows(
 def _deliver(report: RunReport, json_file: Path | None, plot: Path | None) -> None:
     """Tables on standard output, unless the JSON goes there; files where they were asked for."""
     if json_file and str(json_file) == "-":
-        _write_json(report.to_json(), json_file)
+        write_json(report.to_json(), json_file)
     else:
         console.show_report(report)
         if json_file:
@@ -356,22 +280,6 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         yield number, row
 
 
-def _check_writable(target: Path) -> None:
-    """Fail before the run, not after it."""
-    if str(target) == "-":
-        return
-    if target.is_dir():
-        raise ConfigError(f"{target}: is a folder; name a file in it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("ab"):
-            pass
-        if target.stat().st_size == 0:
-            target.unlink()
-    except OSError as error:
-        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from error
-
-
 def _fetch_models(graph: Pipeline, config: ClusterConfig) -> None:
     """Say here, in a second, that a model cannot be used, instead of in a minute and from every worker. A
     cluster that runs elsewhere has its own disks: there the workers look."""
@@ -389,15 +297,15 @@ def _fetch_models(graph: Pipeline, config: ClusterConfig) -> None:
 # --- check --------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_examples("relay check configs/", "relay check my_pipeline.yaml my_cluster.yaml"))
-@_command
+@app.command(epilog=examples("relay check configs/", "relay check my_pipeline.yaml my_cluster.yaml"))
+@command
 def check(
     paths: Annotated[
         list[Path],
         typer.Argument(metavar="PATH...", help="Files, or folders of YAML files.", show_default=False),
     ],
-    json_file: _Json = None,
-    debug: _Debug = False,
+    json_file: JsonOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Validate configuration files offline: clusters, pipelines and model profiles."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -423,7 +331,7 @@ def check(
             results.append({"file": str(path), "kind": kind, "ok": True})
             table.add_row(str(path), kind, "[green]ok[/]")
     if json_file:
-        _write_json(results, json_file)
+        write_json(results, json_file)
     if not json_file or str(json_file) != "-":
         console.output().print(table)
     if faults:
@@ -445,16 +353,16 @@ def _yaml_files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
 # --- doctor -------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=_examples("relay doctor", "relay doctor --json -"))
-@_command
-def doctor(json_file: _Json = None, debug: _Debug = False) -> None:
+@app.command(epilog=examples("relay doctor", "relay doctor --json -"))
+@command
+def doctor(json_file: JsonOption = None, debug: DebugOption = False) -> None:
     """Say what this machine has, what will be used, and why."""
     from relay_cluster.doctor import diagnose
 
     with console.errors().status("looking around"):
         diagnosis = diagnose()
     if json_file:
-        _write_json(diagnosis.to_json(), json_file)
+        write_json(diagnosis.to_json(), json_file)
     if json_file and str(json_file) == "-":
         return
     out = console.output()
@@ -477,15 +385,15 @@ def _findings_table(title: str, findings: Sequence[Finding]) -> Table:
 # --- model --------------------------------------------------------------------------------------------------
 
 
-@model_app.command("list", epilog=_examples("relay model list"))
-@_command
-def model_list(json_file: _Json = None, debug: _Debug = False) -> None:
+@model_app.command("list", epilog=examples("relay model list"))
+@command
+def model_list(json_file: JsonOption = None, debug: DebugOption = False) -> None:
     """List the models in the cache folder."""
     from workers.model import list_models
 
     models = list_models()
     if json_file:
-        _write_json(models, json_file)
+        write_json(models, json_file)
     if json_file and str(json_file) == "-":
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -498,9 +406,9 @@ def model_list(json_file: _Json = None, debug: _Debug = False) -> None:
     console.output().print(table)
 
 
-@model_app.command("import", epilog=_examples("relay model import"))
-@_command
-def model_import(json_file: _Json = None, debug: _Debug = False) -> None:
+@model_app.command("import", epilog=examples("relay model import"))
+@command
+def model_import(json_file: JsonOption = None, debug: DebugOption = False) -> None:
     """Convert the embedded model once into the cache folder; later calls find it there."""
     from workers.embedded import import_embedded
     from workers.settings import DEFAULT_MODEL
@@ -508,26 +416,26 @@ def model_import(json_file: _Json = None, debug: _Debug = False) -> None:
     with console.fraction_bar(f"importing {DEFAULT_MODEL}") as progress:
         folder = import_embedded(progress)
     if json_file:
-        _write_json({"model": DEFAULT_MODEL, "path": str(folder)}, json_file)
+        write_json({"model": DEFAULT_MODEL, "path": str(folder)}, json_file)
     if not json_file or str(json_file) != "-":
         console.output().print(Text(f"{DEFAULT_MODEL} is in {folder}"), soft_wrap=True)
 
 
 @model_app.command(
-    "info", epilog=_examples("relay model info smollm2-135m-instruct", "relay model info ~/models/my-llama")
+    "info", epilog=examples("relay model info smollm2-135m-instruct", "relay model info ~/models/my-llama")
 )
-@_command
+@command
 def model_info(
     name: Annotated[str, typer.Argument(metavar="MODEL", help="Name, folder or hub id.", show_default=False)],
-    json_file: _Json = None,
-    debug: _Debug = False,
+    json_file: JsonOption = None,
+    debug: DebugOption = False,
 ) -> None:
     """Show what a model is, and whether its KV can be relayed."""
     from workers.model import describe
 
     facts = describe(name)
     if json_file:
-        _write_json(facts, json_file)
+        write_json(facts, json_file)
     if json_file and str(json_file) == "-":
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=False)

@@ -1,8 +1,8 @@
 """How far a method's distributions are from full prefill's, on one prompt of one worker.
 
-The reference is full prefill's own greedy answer: every method is teacher-forced on it, so position i of two methods
-has the same tokens before it. Plain values go in and out (a measurement may cross a Ray call); tensors stay here.
-Knows nothing of time or of data sets.
+The reference is full prefill's own greedy answer: every method is teacher-forced on it, so position i of
+two methods has the same tokens before it. Plain values go in and out (a measurement may cross a Ray call);
+tensors stay here. Knows nothing of time or of data sets.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class Distance:
 
     Attributes:
         method: as asked for.
-        kl: KL(full prefill || method) in nats before every token of the reference answer, the first one first.
+        kl: KL(full prefill || method) in nats before every token of the reference answer, the first one
+            first.
         same: whether the most likely token is the same, per position.
         reuse: share of relayed (token, layer) entries that were not recomputed; None when none was relayed.
         relayed_tokens: tokens taken from segments.
-        flop_ratio_predicted, flop_ratio: FLOPs of the prompt / full prefill's; None where they are not counted.
+        flop_ratio_predicted, flop_ratio: FLOPs of the prompt / full prefill's; None where they are not
+            counted.
     """
 
     method: str

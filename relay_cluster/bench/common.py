@@ -250,7 +250,9 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if origin is dict:
         _, item = typing.get_args(hint)
-        return isinstance(value, dict) and all(isinstance(k, str) and _fits(v, item) for k, v in value.items())
+        return isinstance(value, dict) and all(
+            isinstance(k, str) and _fits(v, item) for k, v in value.items()
+        )
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint if hint is not type(None) else value is None

@@ -1,8 +1,8 @@
 """Data sets, and natural text of a given number of tokens.
 
-A row of a data file is a word problem (`question`, and `answer` whose final number follows `####`, as in GSM8K) or
-a programming task (`prompt`, as in HumanEval). Without a file the tasks in `configs/bench/` are taken, which are
-our own. This module does not know what is done with a task or a text.
+A row of a data file is a word problem (`question`, and `answer` whose final number follows `####`, as in
+GSM8K) or a programming task (`prompt`, as in HumanEval). Without a file the tasks in `configs/bench/` are
+taken, which are our own. This module does not know what is done with a task or a text.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _rows(name: str, text: str) -> list[Task]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ConfigError(f"{name}:{number} is not JSON ({error}). Every line must be an object.") from None
+            raise ConfigError(
+                f"{name}:{number} is not JSON ({error}). Every line must be an object."
+            ) from None
         tasks.append(_task(row, f"{name}:{number}"))
     if not tasks:
         raise ConfigError(f"{name}: has no rows")
@@ -102,7 +104,9 @@ def _task(row: Any, where: str) -> Task:
         worked = str(row.get("answer", ""))
         reasoning, mark, final = worked.rpartition("####")
         gold = final_number(final) if mark else None
-        return Task("maths", row["question"].strip(), _NOTE.sub("", reasoning if mark else worked).strip(), gold)
+        return Task(
+            "maths", row["question"].strip(), _NOTE.sub("", reasoning if mark else worked).strip(), gold
+        )
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return Task("code", row["prompt"].rstrip())
     keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -137,7 +141,9 @@ class TextPool:
         random.Random(f"texts-{seed}").shuffle(rows)
         ids: list[int] = []
         for task in rows:
-            ids.extend(encoder.encode(f"{task.text}\n{task.answer}\n\n" if task.answer else f"{task.text}\n\n"))
+            ids.extend(
+                encoder.encode(f"{task.text}\n{task.answer}\n\n" if task.answer else f"{task.text}\n\n")
+            )
         self._ids = ids
         self._at = 0
         self._sources = ", ".join(tasks.sources)

@@ -1,10 +1,12 @@
 """`relay bench ttft`: time from a request at the worker to its first logits, segments local.
 
-A role has read `span_tokens` tokens of upstream text, as one span or as several, and has `fresh_tokens` tokens of its
-own to read; its system prompt lies in the exact local prefix cache. Upstream texts are natural text that upstream
-agents are taken to have answered (`AgentWorker.replay`), each in its own context: their KV is that of decoding.
+A role has read `span_tokens` tokens of upstream text, as one span or as several, and has `fresh_tokens`
+tokens of its own to read; its system prompt lies in the exact local prefix cache. Upstream texts are
+natural text that upstream agents are taken to have answered (`AgentWorker.replay`), each in its own
+context: their KV is that of decoding.
 
-Every round runs every method once on the same prompt. Plain transformers runs on the same thread and the same ids.
+Every round runs every method once on the same prompt. Plain transformers runs on the same thread and the
+same ids.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ _SYSTEM = (
     "You are the last reader in a chain of colleagues. You read what they wrote, keep to the facts that they give, and "
     "answer the question at the end in plain words. Where they disagree, say so, and say whom you follow and why."
 )
-_UPSTREAM_SYSTEM = "You are colleague number {n}. You work on one part of a larger task and write down what you find."
+_UPSTREAM_SYSTEM = (
+    "You are colleague number {n}. You work on one part of a larger task and write down what you find."
+)
 _UPSTREAM = "The task so far:\n{task}\n\n{earlier}\n\nWrite your part."
 _QUESTION = "question"
 
@@ -117,7 +121,9 @@ def run_ttft(settings: TtftSettings, tasks: Tasks) -> Document:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     shapes = [
-        (tokens, spans or composite_spans(tokens)) for tokens in settings.span_tokens for spans in settings.spans
+        (tokens, spans or composite_spans(tokens))
+        for tokens in settings.span_tokens
+        for spans in settings.spans
     ]
     blocks = settings.prompts * (max(settings.span_tokens) // loaded.layout.block_tokens + 16)
     pool = TextPool(tasks, loaded.tokenizer, settings.seed)
@@ -127,7 +133,9 @@ def run_ttft(settings: TtftSettings, tasks: Tasks) -> Document:
         progress("ttft", steps) as advance,
         open_desk("bench", loaded, profile, arena_blocks=blocks, settings=worker) as desk,
     ):
-        bench = _Bench(desk, settings, pool, PlainModel(settings.model) if settings.transformers else None, advance)
+        bench = _Bench(
+            desk, settings, pool, PlainModel(settings.model) if settings.transformers else None, advance
+        )
         rows = [row for tokens, spans in dict.fromkeys(shapes) for row in bench.shape(tokens, spans)]
     return Document("ttft", _facts(settings, tasks, loaded, profile), rows)
 

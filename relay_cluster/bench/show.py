@@ -1,0 +1,113 @@
+"""Tables of a benchmark's document in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from relay_cluster import console
+from relay_cluster.bench.common import DecayRow, Document, FidelityRow, Row, TimingRow
+
+Column = tuple[str, Callable[[Any], str]]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _name(row: Row) -> str:
+    """Method with the parameters that the user may want to see; presets by their name alone."""
+    return row.method if row.method.startswith("auto") or not row.params else f"{row.method}:{row.params}"
+
+
+_FIDELITY: tuple[Column, ...] = (
+    ("spans", lambda r: r.spans),
+    ("n", lambda r: str(r.samples)),
+    ("heal", lambda r: r.heal),
+    ("KL first", lambda r: _number(r.kl_first_mean, ".4f")),
+    ("p90", lambda r: _number(r.kl_first_p90, ".4f")),
+    ("KL 32", lambda r: _number(r.kl32_mean, ".4f")),
+    ("p90", lambda r: _number(r.kl32_p90, ".4f")),
+    ("KL 32-64", lambda r: _number(r.kl64_tail_mean, ".5f")),
+    ("top-1 32", lambda r: _number(r.top1_32, ".3f")),
+    ("1st differs", lambda r: _number(r.first_token_mismatch, ".3f")),
+    ("greedy", lambda r: _number(r.greedy_prefix_median, ".0f")),
+    ("agree", lambda r: _number(r.answer_agreement, ".2f")),
+    ("right", lambda r: _number(r.accuracy, ".2f")),
+    ("reuse", lambda r: _number(r.reuse, ".3f")),
+)
+_TIMING: tuple[Column, ...] = (
+    ("agent", lambda r: _number(r.agent, "d")),
+    ("spans", lambda r: f"{r.span_tokens} / {r.spans}"),
+    ("prompt", lambda r: str(r.prompt_tokens)),
+    ("cold", lambda r: _seconds(r.ttft_s_cold)),
+    ("TTFT", lambda r: _seconds(r.ttft_s_median)),
+    ("p90", lambda r: _seconds(r.ttft_s_p90)),
+    ("speed-up", lambda r: f"{r.speedup:.2f}x"),
+    ("quoted", lambda r: f"{r.speedup_quoted:.2f}x"),
+    ("of bound", lambda r: _number(r.over_bound, ".2f")),
+    ("reuse", lambda r: _number(r.reuse, ".3f")),
+    ("KL first", lambda r: _number(r.kl_first, ".4f")),
+    ("KL 32", lambda r: _number(r.kl32_mean, ".4f")),
+    ("top-1", lambda r: _number(r.top1_32, ".3f")),
+)
+_DECAY: tuple[Column, ...] = (
+    ("queries", lambda r: str(r.queries)),
+    ("TTFT", lambda r: _seconds(r.ttft_s_median)),
+    ("full prefill", lambda r: _seconds(r.base_ttft_s_median)),
+    ("speed-up", lambda r: f"{r.speedup:.2f}x"),
+    ("warm peak", lambda r: f"{r.warm_peak:.2f}x"),
+    ("of peak", lambda r: f"{r.of_peak:.2f}"),
+    ("relayed", lambda r: f"{r.relayed_share:.2f}"),
+    ("evicted", lambda r: str(r.evicted)),
+    ("held", lambda r: str(r.segments)),
+)
+_COLUMNS: Mapping[type, tuple[Column, ...]] = {TimingRow: _TIMING, FidelityRow: _FIDELITY, DecayRow: _DECAY}
+
+
+def document_table(document: Document) -> Table:
+    """One line per row, without columns that say nothing in any of them."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", style="bold", overflow="fold", max_width=34)
+    shown: list[Callable[[Any], str]] = []
+    for name, cell in _COLUMNS[type(document.rows[0])] if document.rows else ():
+        if any(cell(row) != "-" for row in document.rows):
+            table.add_column(name, justify="right", no_wrap=True)
+            shown.append(cell)
+    shape: object = None
+    for row in document.rows:
+        now = _shape(row)
+        if shape not in (None, now):
+            table.add_section()
+        shape = now
+        table.add_row(Text(_name(row)), *(cell(row) for cell in shown))
+    return table
+
+
+def _shape(row: Row) -> object:
+    """Rows of one shape stand together."""
+    if isinstance(row, TimingRow):
+        return row.agent, row.span_tokens, row.spans
+    return row.spans if isinstance(row, FidelityRow) else row.method
+
+
+def show_document(document: Document, out: Console | None = None) -> None:
+    """Print the table and what it was measured on."""
+    out = out or console.output()
+    out.print(document_table(document))
+    settings = document.settings
+    data = ", ".join(settings.get("data", ()))
+    out.print(
+        Text(f"{settings.get('model')}, data {data}, seed {settings.get('seed')}", style="dim"), soft_wrap=True
+    )
