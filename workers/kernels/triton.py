@@ -650,7 +650,7 @@ def interpreted() -> bool:
 
 
 def _widens(dtype: torch.dtype) -> bool:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 (triton issue 11584), so there such operands
+    """Triton's interpreter multiplies the bit patterns of bfloat16 (triton issue 11584), so there operands
     are widened. The sum is the same: products of two bfloat16 are exact in float32."""
     return dtype == torch.bfloat16 and interpreted()
 
@@ -658,19 +658,22 @@ def _widens(dtype: torch.dtype) -> bool:
 def _tile(dtype: torch.dtype, dim: int, folded_rows: int) -> dict[str, Any]:
     """Tile sizes and launch options. tl.dot takes no side below 16, so small tiles are padded and masked.
 
-    The sizes keep a program's shared memory within 99 KiB, the least of the supported devices (sm_86); the
-    slow tests compile every combination and check that.
+    Rows of a tile take at most 32 KiB, its keys 16 KiB: with values and one more stage in flight a program
+    stays within 99 KiB of shared memory, the least of the supported devices (sm_86). float32 has no tensor
+    core that keeps its digits; its products are unrolled, and tiles above 32 by 32, or fewer warps, spill
+    registers. The compile test of tests/workers/test_kernels_triton.py checks both.
     """
     wide = dtype == torch.float32
     block_d = max(16, triton.next_power_of_2(dim))
-    most_rows = 64 if wide or block_d > 128 else 128
+    row_bytes = block_d * dtype.itemsize
+    most_rows = min(32 if wide else 128, max(16, 32768 // row_bytes))
     block_m = min(most_rows, max(16, triton.next_power_of_2(folded_rows)))
-    block_n = 64 if block_d <= 64 or (block_d <= 128 and not wide) else 32
+    heavy = block_m > 16 and block_m * block_d >= (2048 if wide else 8192)
     return {
         "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
+        "BLOCK_N": min(32 if wide else 64, max(16, 16384 // row_bytes)),
         "BLOCK_D": block_d,
-        "num_warps": 8 if block_m > 64 else 4,
+        "num_warps": 8 if heavy else 4,
         "num_stages": 2,
     }
 
@@ -696,6 +699,8 @@ def _multiprocessors(device: int) -> int:
 
 def _launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Run `kernel` on the device of its first argument: launches go to the *current* device otherwise."""
+    # Said, because triton 3.10 changes the default; a fused multiply-add rounds once instead of twice.
+    options["enable_fp_fusion"] = True
     device: torch.device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **options)
