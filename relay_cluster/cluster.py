@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +34,7 @@ from ray.exceptions import (
 from relay_cluster.config import ClusterConfig
 from relay_cluster.doctor import this_machine
 from relay_cluster.executor import Executor, RunOptions, agent_report
+from relay_cluster.gate import Gate, QualitySettings
 from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
@@ -42,7 +43,7 @@ from transport.directory.shard import create_shards
 from transport.errors import Cancelled, ConfigError, DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
-from workers.messages import Comparison, Reply, Request
+from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck
 from workers.methods import parse_method
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Cluster:
         self._started_ray = False
         self._prepared: set[tuple[object, ...]] = set()
         self._runs = 0
+        self._gates: dict[tuple[str, QualitySettings], Gate] = {}
         self._id = uuid.uuid4().hex[:6]
         self._lock = threading.Lock()
 
@@ -410,6 +412,31 @@ class Cluster:
         except RayError as error:
             raise _unwrapped(error, f'comparison of agent "{request.agent}" on {worker}') from None
 
+    def distances(
+        self, worker: WorkerId, request: Request, methods: Sequence[str], *, tokens: int = 32
+    ) -> tuple[Distance, ...]:
+        """How far methods are from full prefill on one prompt; see `workers.fidelity.distances`."""
+        call = self._members[worker].handle.distances.remote(request, tuple(methods), tokens)
+        try:
+            return ray.get(call, timeout=(len(methods) + 2) * self.config.worker.request_timeout_s)
+        except RayError as error:
+            raise _unwrapped(error, f'fidelity of agent "{request.agent}" on {worker}') from None
+
+    def shadow(
+        self,
+        worker: WorkerId,
+        request: Request,
+        answer: tuple[int, ...],
+        probe: str | None,
+        timeout_s: float,
+    ) -> ShadowCheck:
+        """See executor.Workers."""
+        call = self._members[worker].handle.shadow.remote(request, answer, timeout_s, probe)
+        try:
+            return ray.get(call, timeout=timeout_s + 30)
+        except RayError as error:
+            raise _unwrapped(error, f'shadow check of agent "{request.agent}" on {worker}') from None
+
     def cancel(self, worker: WorkerId, request_id: str) -> None:
         """See executor.Workers."""
         try:
@@ -492,18 +519,29 @@ class Cluster:
         with self._lock:
             self._runs += 1
             run_id = f"{self._id}-{self._runs}"
-        executor = Executor(pipeline, self, options, run_id, on_event)
+        executor = Executor(pipeline, self, options, run_id, on_event, gate=self._gate(pipeline, options))
         turns, wall_s = executor.run(inputs)
+        gated = executor.check(turns)
         # Afterwards and one at a time: a comparison beside a running agent would slow both down.
         compared = executor.compare({name: turns[name] for name in pipeline.order})
         return RowReport(
             agents=tuple(
-                agent_report(turns[name], compared.get(name), executor.notes(turns[name]))
+                agent_report(turns[name], compared.get(name), executor.notes(turns[name]), gated.get(name))
                 for name in pipeline.order
             ),
             wall_s=wall_s,
             inputs_digest=_digest(inputs),
         )
+
+    def _gate(self, pipeline: Pipeline, options: RunOptions) -> Gate | None:
+        """The gate of a pipeline's edges; it lives as long as the cluster."""
+        if pipeline.quality is None:
+            return None
+        key = (pipeline.name, pipeline.quality)
+        with self._lock:
+            if key not in self._gates:
+                self._gates[key] = Gate(pipeline.quality, seed=options.seed)
+            return self._gates[key]
 
     def _cluster_report(self, row: RowReport) -> ClusterReport:
         infos = list(self.workers.values())

@@ -20,7 +20,7 @@ import ray
 from transport.errors import DeadlineExceeded, RelayError
 from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, WorkerId
-from workers.messages import Comparison, Reply, Request
+from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck
 from workers.settings import DEFAULT_MODEL, WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -171,9 +171,21 @@ class Worker:
                 # Nobody takes the answer any more.
                 self._agent.cancel(request.id)
 
+    def shadow(
+        self, request: Request, answer: tuple[int, ...], timeout_s: float, probe: str | None
+    ) -> ShadowCheck:
+        """See AgentWorker.shadow."""
+        return self._agent.shadow(request, answer, timeout_s=timeout_s, probe=probe)
+
     def compare(self, request: Request, reply: Reply, base_method: str, repeats: int) -> Comparison:
         """See AgentWorker.compare."""
         return self._agent.compare(request, reply, base_method, repeats=repeats)
+
+    def distances(self, request: Request, methods: tuple[str, ...], tokens: int) -> tuple[Distance, ...]:
+        """See workers.fidelity.distances."""
+        from workers.fidelity import distances
+
+        return distances(self._agent, request, methods, tokens=tokens)
 
     @ray.method(concurrency_group=CONTROL)
     def cancel(self, request_id: str) -> bool:

@@ -9,43 +9,19 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from workers.compare import kl_divergence
-from workers.messages import Request
+from workers.messages import Distance, Request
 from workers.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from workers.agent import AgentWorker, Scored
 
 BASE = "full_prefill"
-
-
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """One method on one prompt.
-
-    Attributes:
-        method: as asked for.
-        kl: KL(full prefill || method) in nats before every token of the reference answer, the first one
-            first.
-        same: whether the most likely token is the same, per position.
-        reuse: share of relayed (token, layer) entries that were not recomputed; None when none was relayed.
-        relayed_tokens: tokens taken from segments.
-        flop_ratio_predicted, flop_ratio: FLOPs of the prompt / full prefill's; None where they are not
-            counted.
-    """
-
-    method: str
-    kl: tuple[float, ...]
-    same: tuple[bool, ...]
-    reuse: float | None
-    relayed_tokens: int
-    flop_ratio_predicted: float | None
-    flop_ratio: float | None
 
 
 def reference_answer(agent: AgentWorker, request: Request, tokens: int) -> tuple[int, ...]:

@@ -25,6 +25,8 @@ class Request:
         method: reuse method, as users write it.
         sampling: how tokens are drawn.
         publish: leave segments and prefixes behind for others.
+        publish_inputs: and copies of the slots that were computed here. False for a request that a probe will
+            judge: the probe is to relay what the upstream agents made, as a new request would.
         only_keys: relay only these segments (None: any); used to repeat a run exactly.
         prefix_limit: most tokens to take from the prefix cache (None: no limit).
         shadow_tokens: keep what `AgentWorker.shadow` needs to judge so many first tokens (0: nothing).
@@ -38,6 +40,7 @@ class Request:
     method: str = "auto"
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     publish: bool = True
+    publish_inputs: bool = True
     only_keys: frozenset[SegmentKey] | None = None
     prefix_limit: int | None = None
     shadow_tokens: int = 0
@@ -79,6 +82,28 @@ class Fallback:
 
 
 @dataclass(frozen=True, slots=True)
+class SpanCost:
+    """What a span was expected to take by either way, and what it took.
+
+    Attributes:
+        relayed: False when it was computed only because that was predicted to be faster (not a fallback).
+        predicted_pull_s, predicted_relay_s: the pull alone; pull, rotation and rectification. Pulls of a
+            segment that several spans share are counted at each. predicted_prefill_s: computing it in full.
+            All None while too little had been measured.
+        actual_relay_s: the same as predicted_relay_s, measured (the request's rotation shared out by tokens,
+            its rectification by FLOPs); None when it was not relayed.
+    """
+
+    slot: str
+    tokens: int
+    relayed: bool
+    predicted_pull_s: float | None
+    predicted_relay_s: float | None
+    predicted_prefill_s: float | None
+    actual_relay_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
     """A segment that this request left in the directory. slot: None for the agent's own output."""
 
@@ -103,6 +128,9 @@ class Reply:
             the exact local prefix cache.
         fresh_entries, recomputed_entries, relayed_entries: (token, layer) entries computed for fresh tokens,
             recomputed in relayed spans, and all of relayed spans.
+        flop_ratio_predicted: FLOPs of the prefill over full prefill's, predicted from the plan alone.
+        flop_ratio: the same, of the rows that were computed.
+        span_costs: of every span that was relayed, or might have been but for its cost.
         output: what downstream slots get.
         notes: facts worth telling ("prompt segment not published: arena full").
         healed_entries: stale (token, layer) entries that were made exact after the first token.
@@ -135,8 +163,16 @@ class Reply:
     output: SlotValue
     notes: tuple[str, ...] = ()
     resolved_method: str = ""
+    flop_ratio_predicted: float | None = None
+    flop_ratio: float | None = None
+    span_costs: tuple[SpanCost, ...] = ()
     healed_entries: int = 0
     healed_at_token: int | None = None
+
+    @property
+    def skipped(self) -> tuple[SpanCost, ...]:
+        """Spans that were computed because a pull was predicted to take longer."""
+        return tuple(cost for cost in self.span_costs if not cost.relayed)
 
     @property
     def reuse(self) -> float | None:
@@ -186,3 +222,27 @@ class Comparison:
     positions: int
     base: Reply
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far one method is from full prefill on one prompt.
+
+    Attributes:
+        method: as asked for.
+        kl: KL(full prefill || method) in nats before every token of the reference answer, the first one
+            first.
+        same: whether the most likely token is the same, per position.
+        reuse: share of relayed (token, layer) entries that were not recomputed; None when none was relayed.
+        relayed_tokens: tokens taken from segments.
+        flop_ratio_predicted, flop_ratio: FLOPs of the prompt / full prefill's; None where they are not
+            counted.
+    """
+
+    method: str
+    kl: tuple[float, ...]
+    same: tuple[bool, ...]
+    reuse: float | None
+    relayed_tokens: int
+    flop_ratio_predicted: float | None
+    flop_ratio: float | None

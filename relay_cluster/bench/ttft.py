@@ -35,8 +35,8 @@ from relay_cluster.bench.texts import Tasks, TextPool
 from transport.errors import ConfigError
 from workers.agent import AgentWorker
 from workers.desk import Desk, load_for_desk, open_desk
-from workers.fidelity import Distance, again, distance, measure, reference_answer, reference_logits
-from workers.messages import Request
+from workers.fidelity import again, distance, measure, reference_answer, reference_logits
+from workers.messages import Distance, Request
 from workers.methods.base import ModelProfile
 from workers.model import LoadedModel
 from workers.plain import PlainModel
