@@ -686,10 +686,15 @@ def _splits(query: torch.Tensor, keys: torch.Tensor) -> int:
     folded = query.shape[0] // kv_heads * query.shape[1]
     tile = _tile(query.dtype, dim, folded)
     programs = triton.cdiv(folded, tile["BLOCK_M"]) * kv_heads
-    wanted = 2 * _multiprocessors(query.device.index or 0) // programs
-    possible = tokens // (MIN_BLOCKS_PER_SPLIT * tile["BLOCK_N"])
-    # Powers of two: every number of splits is compiled apart.
-    return 1 << (max(1, min(wanted, possible, MAX_SPLITS)).bit_length() - 1)
+    return _shares(programs, tokens // tile["BLOCK_N"], _multiprocessors(query.device.index or 0))
+
+
+def _shares(programs: int, key_blocks: int, multiprocessors: int) -> int:
+    """Splits for `programs` tiles over `key_blocks` blocks of keys: two programs per multiprocessor if the
+    keys suffice. A power of two, because every number of splits is compiled apart."""
+    wanted = 2 * multiprocessors // programs
+    most = min(wanted, key_blocks // MIN_BLOCKS_PER_SPLIT, MAX_SPLITS)
+    return 1 << (max(1, most).bit_length() - 1)
 
 
 @functools.cache
