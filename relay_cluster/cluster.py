@@ -412,6 +412,14 @@ class Cluster:
         except RayError as error:
             raise _unwrapped(error, f'comparison of agent "{request.agent}" on {worker}') from None
 
+    def prepare(self, worker: WorkerId, system: str | None, prompt: str) -> int:
+        """Prefill a template's fixed prefix into a worker's exact prefix cache; returns its tokens."""
+        call = self._members[worker].handle.prepare.remote(system, prompt)
+        try:
+            return ray.get(call, timeout=self.config.worker.request_timeout_s)
+        except RayError as error:
+            raise _unwrapped(error, f"preparing a prompt on {worker}") from None
+
     def distances(
         self, worker: WorkerId, request: Request, methods: Sequence[str], *, tokens: int = 32
     ) -> tuple[Distance, ...]:

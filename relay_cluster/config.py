@@ -23,6 +23,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from relay_cluster.gate import QualitySettings, Role
 from relay_cluster.pipeline import Agent, Pipeline, did_you_mean, find_problems
 from transport.errors import ConfigError
 from transport.settings import DirectorySettings, TransportSettings
@@ -152,6 +153,7 @@ class AgentConfig(BaseModel):
     temperature: Annotated[float, Ge(0)] | None = None
     top_p: Annotated[float, Gt(0), Le(1)] | None = None
     reuse: bool = True
+    role: Role | None = None
 
     def agent(self, name: str) -> Agent:
         """The agent of the Python API."""
@@ -170,6 +172,7 @@ class PipelineConfig(BaseModel):
         agents: name -> agent.
         sampling: of agents that say nothing else.
         examples: inputs to try the pipeline with (`relay run --example`).
+        quality: error budget of reuse; where given, even empty, the quality gate watches every edge.
     """
 
     model_config = _STRICT
@@ -182,6 +185,7 @@ class PipelineConfig(BaseModel):
     agents: dict[str, AgentConfig]
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
     examples: list[dict[str, str]] = Field(default_factory=list)
+    quality: QualitySettings | None = None
 
     def pipeline(self) -> Pipeline:
         """The pipeline of the Python API, with `sampling` for agents that name no temperature or top_p."""
@@ -198,6 +202,7 @@ class PipelineConfig(BaseModel):
             method=self.method,
             model=self.model,
             declared_inputs=self.inputs,
+            quality=self.quality,
         )
 
     @staticmethod

@@ -14,18 +14,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from relay_cluster.gate import Check, Decision, Edge, EdgeState, Gate, worst
 from relay_cluster.pipeline import Agent, Pipeline
 from relay_cluster.report import (
     AgentReport,
     CompareReport,
     FallbackReport,
+    GateReport,
     PublishedReport,
     Stages,
     TransferReport,
 )
 from transport.errors import Cancelled, RelayError, WorkerLost
 from transport.types import WorkerId
-from workers.messages import Comparison, Reply, Request, SlotTransfer
+from workers.messages import Comparison, Reply, Request, ShadowCheck, SlotTransfer
 from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
@@ -56,6 +58,17 @@ class Workers(Protocol):
         self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int
     ) -> Comparison: ...
 
+    def shadow(
+        self,
+        worker: WorkerId,
+        request: Request,
+        answer: tuple[int, ...],
+        probe: str | None,
+        timeout_s: float,
+    ) -> ShadowCheck:
+        """Judge an answer; see AgentWorker.shadow. Raises RelayError where there is no verdict."""
+        ...
+
     def cancel(self, worker: WorkerId, request_id: str) -> None: ...
 
 
@@ -73,26 +86,35 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """An answered request, kept for reports and comparisons."""
+    """An answered request, kept for reports and comparisons. decision: of the quality gate, if there is
+    one."""
 
     agent: Agent
     request: Request
     reply: Reply
     ttft_s: float
     retries: int
+    decision: Decision | None = None
 
 
 class Executor:
     """Runs one pipeline once."""
 
     def __init__(
-        self, pipeline: Pipeline, workers: Workers, options: RunOptions, run_id: str, on_event: OnEvent
+        self,
+        pipeline: Pipeline,
+        workers: Workers,
+        options: RunOptions,
+        run_id: str,
+        on_event: OnEvent,
+        gate: Gate | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._workers = workers
         self._options = options
         self._run_id = run_id
         self._on_event = on_event
+        self._gate = gate
         self._running: dict[str, WorkerId] = {}
         self._stop = threading.Event()
         self._notes: dict[str, str] = {}
@@ -143,7 +165,11 @@ class Executor:
             self._on_event("compare", name, f"{base} on the same prompt")
             try:
                 found = self._workers.compare(
-                    turn.reply.worker, turn.request, turn.reply, base, self._options.repeats
+                    turn.reply.worker,
+                    replace(turn.request, shadow_tokens=0),
+                    turn.reply,
+                    base,
+                    self._options.repeats,
                 )
             except RelayError as error:
                 # The run itself succeeded: its report must not be lost with the comparison.
@@ -154,6 +180,55 @@ class Executor:
             reports[name] = compare_report(turn.reply, found)
             self._on_event("agent_done", name)
         return reports
+
+    def check(self, turns: Mapping[str, Turn]) -> dict[str, GateReport]:
+        """Let the gate hear of the sampled requests, now that nobody waits for an answer any more."""
+        if self._gate is None:
+            return {}
+        return {name: self._check(turns[name], self._gate) for name in self._pipeline.order if name in turns}
+
+    def _check(self, turn: Turn, gate: Gate) -> GateReport:
+        decision, edge, asked = turn.decision, self._edge(turn.agent), self._asked(turn.agent)
+        assert decision is not None  # with a gate every request has been decided on
+        found = self._shadow(turn, decision) if decision.checked else None
+        with self._lock:
+            if decision.checked:
+                gate.observe(edge, asked, decision, None if found is None else _verdict(found))
+            state = gate.state(edge, asked)
+        assert state is not None  # it was decided on
+        return gate_report(edge, asked, decision, state, found)
+
+    def _shadow(self, turn: Turn, decision: Decision) -> ShadowCheck | None:
+        """None without a verdict."""
+        if decision.probe is None and not turn.reply.relayed_tokens:
+            return None  # nothing was reused, so there is nothing to judge
+        assert self._gate is not None  # only a gate asks for checks
+        self._on_event("shadow", turn.agent.name, decision.probe or turn.reply.method)
+        try:
+            return self._workers.shadow(
+                turn.reply.worker,
+                turn.request,
+                turn.reply.token_ids,
+                decision.probe,
+                self._gate.settings.timeout_s,
+            )
+        except RelayError as error:
+            log.warning("no shadow check of %s: %s", turn.agent.name, error)
+            self._notes[turn.agent.name] = f"not checked: {error}"
+            return None
+
+    def _edge(self, agent: Agent) -> Edge:
+        return Edge(self._pipeline.name, self._workers.model_for(agent.name), agent.name, agent.slots)
+
+    def _asked(self, agent: Agent) -> str:
+        """The method that the agent's requests ask for."""
+        return (agent.method or self._options.method) if agent.reuse else "exact_prefix"
+
+    def _decide(self, agent: Agent) -> Decision | None:
+        if self._gate is None:
+            return None
+        with self._lock:
+            return self._gate.decide(self._edge(agent), self._asked(agent), agent.role)
 
     def notes(self, turn: Turn) -> tuple[str, ...]:
         """What did not go as it should with an agent, in plain words."""
@@ -173,7 +248,8 @@ class Executor:
 
     def _answer(self, agent: Agent, values: Mapping[str, SlotValue]) -> Turn:
         """One agent's turn; again on another worker when its worker dies."""
-        first = self._request(agent, values)
+        decision = self._decide(agent)
+        first = self._request(agent, values, decision)
         for attempt in range(self._options.max_retries + 1):
             # A new id for each try: the old one may still run on a worker that was only unreachable.
             request = replace(first, id=f"{first.id}-{attempt}") if attempt else first
@@ -199,18 +275,20 @@ class Executor:
                 with self._lock:
                     self._running.pop(request.id, None)
             self._on_event("agent_done", agent.name)
-            return Turn(agent, request, reply, ttft_s, attempt)
+            return Turn(agent, request, reply, ttft_s, attempt, decision)
         raise AssertionError("unreachable: the loop returns or raises")
 
-    def _request(self, agent: Agent, values: Mapping[str, SlotValue]) -> Request:
-        method = agent.method or self._options.method
+    def _request(self, agent: Agent, values: Mapping[str, SlotValue], decision: Decision | None) -> Request:
+        checked = self._gate.settings.tokens if self._gate and decision and decision.checked else 0
         return Request(
             id=f"{self._run_id}-{agent.name}",
             agent=agent.name,
             system=agent.system,
             prompt=agent.prompt,
             values={slot: values[slot] for slot in agent.slots},
-            method=method if agent.reuse else "exact_prefix",
+            method=decision.method if decision else self._asked(agent),
+            shadow_tokens=checked,
+            publish_inputs=decision is None or decision.probe is None,
             sampling=SamplingSettings(
                 max_new_tokens=agent.max_new_tokens or self._options.max_new_tokens,
                 temperature=agent.temperature or 0.0,
@@ -234,7 +312,10 @@ class Executor:
 
 
 def agent_report(
-    turn: Turn, compare: CompareReport | None = None, notes: tuple[str, ...] = ()
+    turn: Turn,
+    compare: CompareReport | None = None,
+    notes: tuple[str, ...] = (),
+    gate: GateReport | None = None,
 ) -> AgentReport:
     """The public report of one turn."""
     reply = turn.reply
@@ -272,6 +353,38 @@ def agent_report(
         retries=turn.retries,
         notes=notes,
         compare=compare,
+        healed_entries=reply.healed_entries,
+        healed_at_token=reply.healed_at_token,
+        gate=gate,
+    )
+
+
+def gate_report(
+    edge: Edge, asked: str, decision: Decision, state: EdgeState, found: ShadowCheck | None
+) -> GateReport:
+    """The public report of what the gate did with a request, and of its edge's state afterwards."""
+    check = None if found is None else _verdict(found)
+    return GateReport(
+        edge=str(edge),
+        asked=asked,
+        ladder=state.ladder,
+        rung=decision.rung,
+        next_rung=state.rung,
+        judged="" if found is None else found.method,
+        kl_mean=None if check is None else check.kl_mean,
+        top1=None if check is None else check.top1,
+        value_error=None if check is None else check.value_error,
+        checks=state.checks,
+        skipped=state.skipped,
+        falls=state.falls,
+        recoveries=state.recoveries,
+        reason=state.reason,
+    )
+
+
+def _verdict(found: ShadowCheck) -> Check:
+    return Check(
+        kl_mean=found.kl_mean, top1=found.top1, value_error=worst(error for _, error in found.value_errors)
     )
 
 

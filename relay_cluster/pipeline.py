@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from relay_cluster.gate import STRICT_ROLES, QualitySettings, Role
 from transport.errors import PipelineError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
@@ -73,6 +74,7 @@ class Agent:
         temperature: 0 is greedy.
         top_p: nucleus mass.
         reuse: False computes every slot of this prompt in full, whatever the method.
+        role: "judge" or "aggregator" starts stricter under the pipeline's quality gate.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Agent:
     temperature: float | None = None
     top_p: float | None = None
     reuse: bool = True
+    role: Role | None = None
 
     @property
     def parts(self) -> tuple[str | Slot, ...]:
@@ -151,6 +154,7 @@ def _agent_problems(agent: Agent, names: Sequence[str], declared: Sequence[str] 
     if not _NAME.fullmatch(agent.name):
         what = "a name is made of letters, digits, _ and -, and does not start with a digit"
         problems.append(Problem(agent.name, "name", what))
+    problems += _role_problems(agent)
     if not agent.prompt.strip():
         return [*problems, Problem(agent.name, "prompt", "the prompt is empty")]
     try:
@@ -175,6 +179,14 @@ def _agent_problems(agent: Agent, names: Sequence[str], declared: Sequence[str] 
             what = f"a system message is literal text: {{{name}}} would not be filled. Move it to the prompt."
             problems.append(Problem(agent.name, "system", what, name))
     return problems
+
+
+def _role_problems(agent: Agent) -> list[Problem]:
+    if agent.role is None or agent.role in STRICT_ROLES:
+        return []
+    hint = did_you_mean(agent.role, STRICT_ROLES)
+    known = ", ".join(STRICT_ROLES)
+    return [Problem(agent.name, "role", f'role "{agent.role}" is not known.{hint} Known: {known}')]
 
 
 def _find_cycle(agents: Sequence[Agent]) -> list[str]:
@@ -215,6 +227,8 @@ class Pipeline:
         method: reuse method of every agent that names none; None leaves it to the run ("auto").
         model: model of every agent that names none; None leaves it to the cluster.
         declared_inputs: where given, a slot that is neither an agent nor one of these is an error.
+        quality: error budget of reuse, kept by a gate that makes an edge stricter where it is exceeded; None
+            lets every agent use its method unwatched.
 
     Raises:
         PipelineError: everything that is wrong with the graph, one line each.
@@ -225,6 +239,7 @@ class Pipeline:
     method: str | None = None
     model: str | None = None
     declared_inputs: Sequence[str] | None = None
+    quality: QualitySettings | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "agents", tuple(self.agents))

@@ -122,6 +122,39 @@ class CompareReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GateReport:
+    """What the quality gate did with a request, and the state of its edge afterwards.
+
+    Attributes:
+        edge: "question+solver -> critic": the slots whose text is relayed, and the agent.
+        asked: method that was asked for.
+        ladder: methods from the loosest (`asked`) to full prefill.
+        rung: index into `ladder` that this request used; next_rung: that the next one will use.
+        judged: method that a shadow check judged: the request's own, on the last rung the one before; "" when
+            the request was not checked.
+        kl_mean, top1, value_error: what it found; None without a verdict.
+        checks, skipped: verdicts on the edge so far, and checks without one.
+        falls, recoveries: demotions and ways back so far.
+        reason: of the last change.
+    """
+
+    edge: str
+    asked: str
+    ladder: tuple[str, ...]
+    rung: int
+    next_rung: int
+    judged: str = ""
+    kl_mean: float | None = None
+    top1: float | None = None
+    value_error: float | None = None
+    checks: int = 0
+    skipped: int = 0
+    falls: int = 0
+    recoveries: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentReport:
     """One agent's request.
 
@@ -137,6 +170,10 @@ class AgentReport:
         finish_reason: "stop" or "length".
         retries: times the request was started again after its worker died; ttft_s is that of the last try.
         notes: plain sentences about what did not go as it should ("the answer was not published").
+        healed_entries: stale (token, layer) entries that were made exact after the first token.
+        healed_at_token: index of the first answer token that came from an exact cache (the answer's length
+            where only its KV became exact); None where healing was off or did not get so far.
+        gate: what the quality gate did; None without one.
     """
 
     agent: str
@@ -165,6 +202,9 @@ class AgentReport:
     notes: tuple[str, ...] = ()
     compare: CompareReport | None = None
     resolved_method: str = ""
+    healed_entries: int = 0
+    healed_at_token: int | None = None
+    gate: GateReport | None = None
 
     @property
     def pulled_bytes(self) -> int:

@@ -15,18 +15,20 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from transport.errors import CacheFull, CacheTooSmall, Cancelled, DeadlineExceeded, RelayError
-from transport.types import NodeId, SegmentKey, WorkerId
+from transport.types import Located, NodeId, Outcome, SegmentKey, WorkerId
 from workers.anchoring import Anchoring, template_contexts
 from workers.anchors import Match
 from workers.attention import MassSpan
+from workers.break_even import Speeds, estimate_relays
 from workers.compare import compare_methods
 from workers.costs import model_costs
 from workers.engine import Engine
@@ -63,7 +65,7 @@ from workers.settings import WorkerSettings
 from workers.shadow import Evidence, EvidenceBox, judge, relayed_positions
 from workers.store import SegmentStore
 from workers.tokens import TokenStream
-from workers.turn import Clock, Turn, build_reply, fallbacks
+from workers.turn import Clock, Turn, build_reply, fallbacks, log_costs
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +86,8 @@ class Scored:
         relayed_tokens: tokens taken from segments; prefix_tokens: from the exact local prefix cache.
         reuse: share of the relayed (token, layer) entries that were not recomputed; None when there are none.
         resolved_method: the request's method with every parameter.
+        flop_ratio_predicted, flop_ratio: FLOPs of the prefill over full prefill's, from the plan alone and as
+            computed.
         healed_at_token: index of the first row of logits that came from an exact cache; None where healing
             was off or did not get so far.
     """
@@ -94,6 +98,8 @@ class Scored:
     prefix_tokens: int = 0
     reuse: float | None = None
     resolved_method: str = ""
+    flop_ratio_predicted: float | None = None
+    flop_ratio: float | None = None
     healed_at_token: int | None = None
 
 
@@ -151,6 +157,7 @@ class AgentWorker:
         # Cancelled before they arrived: a cancel may overtake its request.
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._fallbacks: Counter[str] = Counter()
+        self.speeds = Speeds()
         self._evidence = EvidenceBox(_MOST_EVIDENCE, settings.shadow_bytes)
         self._lock = threading.Lock()
 
@@ -285,6 +292,8 @@ class AgentWorker:
                 prefix_tokens=sequence.prefill.prefix_tokens,
                 reuse=sequence.prefill.counts.reuse,
                 resolved_method=turn.reuse.text,
+                flop_ratio_predicted=sequence.prefill.flop_ratio_predicted,
+                flop_ratio=sequence.prefill.flop_ratio,
                 healed_at_token=turn.heal.finished_at if turn.heal else None,
             )
         finally:
@@ -434,6 +443,7 @@ class AgentWorker:
 
     def _end(self, turn: Turn) -> None:
         """Give everything back, whatever happened."""
+        self._measure(turn)
         try:
             self.store.release(turn.acquired)
             if self._settled(turn):
@@ -479,7 +489,9 @@ class AgentWorker:
             for span in prompt.spans:
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
-        turn.acquired = self.store.acquire(wanted)
+        # A prompt that is repeated relays what it relayed before, whatever was measured since.
+        free = self.settings.break_even and request.only_keys is None
+        turn.acquired = self.store.acquire(wanted, partial(self._worth, turn) if free else None)
         self._count_fallbacks(turn)
         begin = time.perf_counter()
         plan = self._plan(turn)
@@ -488,6 +500,29 @@ class AgentWorker:
         # The rest of the time was waiting for a step of other requests to end.
         turn.clock.queue_s += time.perf_counter() - begin - turn.clock.rotate_s
         self.store.release_bytes(turn.acquired)
+
+    def _worth(self, turn: Turn, found: Mapping[SegmentKey, Located]) -> set[SegmentKey]:
+        """Which of the found segments are to be pulled: all but those that are faster to compute."""
+        plan = turn.reuse.method.plan(turn.prompt.spans, found, self.profile)
+        turn.estimates = estimate_relays(
+            self.speeds, self._shape.costs, plan, found, here=self.worker, now=time.monotonic()
+        )
+        return {key for key in found if key not in turn.estimates or turn.estimates[key].worth}
+
+    def _measure(self, turn: Turn) -> None:
+        """Let a finished prefill count for later predictions, and say how this one's came out."""
+        if turn.prefill is None or turn.sequence is None or not turn.prefill.finished:
+            return
+        prefill, now = turn.prefill, time.monotonic()
+        for located, transfer in turn.acquired.transfers:
+            if transfer.outcome is Outcome.PULLED:
+                node, backend = located.owner.node, transfer.backend
+                self.speeds.observe_pull(node, backend, transfer.nbytes, transfer.seconds, now)
+        relayed = sum(len(s.span) for s in prefill.plan.spans if s.source)
+        self.speeds.observe_rotate(relayed, turn.clock.rotate_s)
+        self.speeds.observe_prefill(prefill.actual_flops, turn.sequence.prefill_seconds)
+        if log.isEnabledFor(logging.DEBUG):
+            log_costs(turn, prefill, turn.sequence)
 
     def _plan(self, turn: Turn) -> RectifyPlan:
         method, spans, hits = turn.reuse.method, turn.prompt.spans, turn.acquired.hits
@@ -716,6 +751,8 @@ class AgentWorker:
             exact, which is worth waiting for until the answer is there.
         """
         assert turn.prefill is not None
+        if not turn.request.publish_inputs:
+            return
         for plan in turn.prefill.plan.spans:
             span = plan.span
             stale = turn.stale_from is not None and span.start > turn.stale_from

@@ -12,19 +12,22 @@ import pytest
 import torch
 
 from tests.workers import tiny
+from tests.workers.rigs import QUESTION, Desk, desk, load, request
+from transport.directory.local import LocalDirectory
+from transport.errors import RelayError
 from workers.attention import MassSpan
+from workers.compare import kl_divergence
 from workers.engine import Part
 from workers.heal import Heal, first_stale, strict_rows
 from workers.kv_cache import SequenceCache
 from workers.methods import parse_method
 from workers.methods.base import HealMode, RectifyPlan, Span, SpanPlan
+from workers.model import LoadedModel
 from workers.prefill import Prefill
 from workers.sampling import Sampler
 from workers.scheduler import FinishedEvent, Sequence, StepLoop, TokenEvent, choose, decoded_mass
 from workers.segment import digest_tokens
 from workers.settings import SamplingSettings
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-4
 ANSWER = tiny.tokens(40, 99)
@@ -32,7 +35,7 @@ Piece = tuple[list[int], Any]
 
 
 @pytest.fixture
-def loops() -> Iterator[list[StepLoop]]:
+def loops(one_thread: None) -> Iterator[list[StepLoop]]:
     started: list[StepLoop] = []
     yield started
     for loop in started:
@@ -353,3 +356,107 @@ def test_strict_healing_ends_in_24_steps(stale: int) -> None:
         left += left > 0
     assert steps <= 24
     assert strict_rows(4096, stale) == 4096
+
+
+# -- the real model ------------------------------------------------------------------------------------------
+
+SOLVE = "Solve this problem.\n{question}"
+CHECK = "Solution:\n{solver}\nProblem:\n{question}\nIs the solution right?"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load()
+
+
+@pytest.fixture
+def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
+    directory = LocalDirectory()
+    desks = desk("w0", loaded, directory), desk("w1", loaded, directory)
+    yield desks
+    for one in desks:
+        assert one.agent.pool.free_blocks == one.agent.pool.num_blocks, "a request kept its cache"
+        one.agent.close()
+    assert directory.stats()["leases"] == 0
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_and_publishes_as_if_nothing_had_been_relayed(pair: tuple[Desk, Desk]) -> None:
+    one, two = pair
+    first = one.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=70, question=QUESTION))
+    healing = request(
+        "critic", CHECK, "naive:heal=always", max_new_tokens=40, question=QUESTION, solver=first.output
+    )
+    full = replace(healing, id="full", method="full_prefill", publish=False)
+    forced = one.agent.generate(full).token_ids
+    healed = two.agent.score(replace(healing, publish=False), forced)
+    expected = two.agent.score(full, forced)
+    plain = two.agent.score(replace(healing, method="naive", publish=False), forced)
+    at = healed.healed_at_token
+    assert at is not None
+    assert at < 6
+    assert (healed.logits - expected.logits)[at:].abs().max() < 1e-3
+    assert float(kl_divergence(expected.logits, healed.logits)[at:].max()) < 1e-6
+    assert float(kl_divergence(expected.logits, plain.logits)[at:].max()) > 1e-4
+    assert (plain.healed_at_token, expected.healed_at_token) == (None, None)
+
+    reply = two.agent.generate(healing)
+    assert reply.healed_at_token == at
+    assert reply.healed_entries > reply.relayed_entries
+    assert two.agent.stats()["healed_entries"] >= reply.healed_entries
+    (answer,) = (s for s in two.agent.store.segments() if s.start == reply.prompt_tokens)
+    assert "~" not in answer.variant, "its KV is exact: it is published as such"
+
+
+@pytest.mark.slow
+def test_strict_heals_within_its_steps_and_a_short_answer_behind_its_end(pair: tuple[Desk, Desk]) -> None:
+    one, two = pair
+    first = one.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=70, question=QUESTION))
+    asked = request("critic", CHECK, "auto:strict", max_new_tokens=30, question=QUESTION, solver=first.output)
+    reply = two.agent.generate(asked)
+    assert reply.healed_at_token is not None
+    assert reply.healed_at_token <= 24
+    twenty = SamplingSettings(max_new_tokens=20)
+    short = replace(
+        asked,
+        id="short",
+        method="naive:heal=always+heal_rows=2",
+        sampling=SamplingSettings(max_new_tokens=20),
+    )
+    reply = two.agent.generate(short)
+    assert reply.healed_at_token == len(reply.token_ids)
+
+
+@pytest.mark.slow
+def test_a_shadow_run_judges_the_first_tokens_and_the_values(pair: tuple[Desk, Desk]) -> None:
+    one, two = pair
+    first = one.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=70, question=QUESTION))
+    asked = replace(
+        request("critic", CHECK, "naive", max_new_tokens=16, question=QUESTION, solver=first.output),
+        shadow_tokens=8,
+    )
+    reply = two.agent.generate(asked)
+    assert two.agent.stats()["evidence_bytes"] > 0
+    check = two.agent.shadow(asked, reply.token_ids, timeout_s=60)
+    assert two.agent.stats()["evidence_bytes"] == 0
+    assert (check.method, check.tokens) == ("naive", 8)
+    assert 1e-5 < check.kl_mean < 1
+    assert [layer for layer, _ in check.value_errors] == [two.agent.profile.detection_layer, 29]
+    assert all(1e-4 < error < 0.5 for _, error in check.value_errors)
+    with pytest.raises(RelayError, match="nothing is kept"):
+        two.agent.shadow(asked, reply.token_ids, timeout_s=60)
+
+    # What is computed in full agrees with itself; a probe then judges what might be relayed instead.
+    full = replace(asked, id="full", method="full_prefill", publish_inputs=False)
+    reply = two.agent.generate(full)
+    probed = two.agent.shadow(full, reply.token_ids, timeout_s=60, probe="naive")
+    assert probed.method == "naive"
+    assert 1e-5 < probed.kl_mean < 1
+    full = replace(full, id="again")
+    check = two.agent.shadow(full, two.agent.generate(full).token_ids, timeout_s=60)
+    assert check.kl_mean < 1e-6
+    assert check.top1 == 1
+    late = replace(asked, id="late")
+    reply = two.agent.generate(late)
+    with pytest.raises(RelayError):
+        two.agent.shadow(late, reply.token_ids, timeout_s=0.01)
