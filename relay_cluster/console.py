@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from relay_cluster.report import AgentReport, RowReport, RunReport, Stages
+from relay_cluster.report import AgentReport, GateReport, RowReport, RunReport, Stages
 
 MAX_ERROR_LINES = 20
 """Longer errors are cut, so that the first fault stays on the screen."""
@@ -67,7 +67,8 @@ class RunProgress:
     """Shows the events of a run: in a terminal one live line per agent, elsewhere one printed line per step.
 
     Events are calls: ("cluster", text), ("agent_started", agent, worker), ("token", agent, n),
-    ("agent_done", agent), ("compare", agent, text). They may come from any thread; unknown ones are ignored.
+    ("agent_done", agent), ("shadow", agent, method), ("compare", agent, text). They may come from any
+    thread; unknown ones are ignored.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -89,6 +90,7 @@ class RunProgress:
             "agent_started": self._on_agent_started,
             "token": self._on_token,
             "agent_done": self._on_agent_done,
+            "shadow": self._on_shadow,
             "compare": self._on_compare,
         }
 
@@ -145,6 +147,12 @@ class RunProgress:
         if not self._live:
             self._say(f"{agent} done")
 
+    def _on_shadow(self, agent: str, method: str) -> None:
+        if self._live:
+            self._progress.update(self._task(agent, agent), status=f"shadow check of {method}")
+        else:
+            self._say(f"{agent}: shadow check of {method}")
+
     def _on_compare(self, agent: str, text: str) -> None:
         self._progress.update(self._task(agent, agent), total=None, status=text)
         if not self._live:
@@ -187,6 +195,8 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
         for line in method_lines(row):
             console.print(Text(line, style="dim"), soft_wrap=True)
         console.print(stage_table(row))
+        if (gates := gate_table(row)) is not None:
+            console.print(gates)
         for line in fallback_lines(row):
             console.print(Text(line, style="yellow" if line != _NO_FALLBACKS else "dim"), soft_wrap=True)
         last = row.agents[-1]
@@ -287,6 +297,41 @@ def stage_table(row: RowReport) -> Table:
         cells = [_milliseconds(_stage(agent.stages, key)) for key in spent]
         table.add_row(escape(agent.agent), *cells, _milliseconds(agent.ttft_s))
     return table
+
+
+def gate_table(row: RowReport) -> Table | None:
+    """What the quality gate saw and decided, one line per edge; None without a gate."""
+    if all(agent.gate is None for agent in row.agents):
+        return None
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("quality gate", style="bold", overflow="fold")
+    table.add_column("method", overflow="fold")
+    for name in ("KL", "top-1", "1 - cos V", "checks"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("next request", overflow="fold")
+    for agent in row.agents:
+        if agent.gate is not None:
+            table.add_row(*_gate_cells(agent.gate))
+    return table
+
+
+def _gate_cells(gate: GateReport) -> list[str | Text]:
+    used, following = gate.ladder[gate.rung], gate.ladder[gate.next_rung]
+    if gate.judged and gate.judged != used:
+        used = f"{used} (probe: {gate.judged})"
+    moved = gate.next_rung - gate.rung
+    style = "yellow" if moved > 0 else "green" if moved < 0 else "dim"
+    why = f" ({gate.reason})" if gate.reason else ""
+    skipped = f" + {gate.skipped} without a verdict" if gate.skipped else ""
+    return [
+        escape(gate.edge),
+        escape(used),
+        "-" if gate.kl_mean is None else f"{gate.kl_mean:.4f}",
+        "-" if gate.top1 is None else f"{gate.top1:.2f}",
+        "-" if gate.value_error is None else f"{gate.value_error:.4f}",
+        f"{gate.checks}{skipped}",
+        Text(f"{following}{why}", style=style),
+    ]
 
 
 _NO_FALLBACKS = "no fallbacks"

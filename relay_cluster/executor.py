@@ -174,9 +174,9 @@ class Executor:
             except RelayError as error:
                 # The run itself succeeded: its report must not be lost with the comparison.
                 log.warning("%s could not be compared with %s: %s", name, base, error)
-                self._notes[name] = f"not compared with {base}: {error}"
+                self._note(name, f"not compared with {base}: {error}")
                 continue
-            self._notes[name] = "; ".join(found.notes)
+            self._note(name, "; ".join(found.notes))
             reports[name] = compare_report(turn.reply, found)
             self._on_event("agent_done", name)
         return reports
@@ -214,7 +214,7 @@ class Executor:
             )
         except RelayError as error:
             log.warning("no shadow check of %s: %s", turn.agent.name, error)
-            self._notes[turn.agent.name] = f"not checked: {error}"
+            self._note(turn.agent.name, f"not checked: {error}")
             return None
 
     def _edge(self, agent: Agent) -> Edge:
@@ -229,6 +229,9 @@ class Executor:
             return None
         with self._lock:
             return self._gate.decide(self._edge(agent), self._asked(agent), agent.role)
+
+    def _note(self, agent: str, text: str) -> None:
+        self._notes[agent] = "; ".join(filter(None, [self._notes.get(agent, ""), text]))
 
     def notes(self, turn: Turn) -> tuple[str, ...]:
         """What did not go as it should with an agent, in plain words."""

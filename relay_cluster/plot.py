@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from relay_cluster.report import AgentReport, RunReport
+from relay_cluster.report import AgentReport, GateReport, RunReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +47,7 @@ class _Bar:
     reuse: float | None
     top1: float | None
     kl: float | None
+    gate: str
 
 
 def plot_report(report: RunReport, path: Path) -> None:
@@ -107,7 +108,16 @@ def _bar(name: str, agents: Sequence[AgentReport]) -> _Bar:
         reuse=middle(lambda a: a.reuse),
         top1=middle(lambda a: a.compare.top1 if a.compare else None),
         kl=middle(lambda a: a.compare.kl_mean if a.compare else None),
+        gate=_gate_words(agents[-1].gate),
     )
+
+
+def _gate_words(gate: GateReport | None) -> str:
+    """The state of an agent's edge after its last request, if a gate watches it."""
+    if gate is None or len(gate.ladder) == 1:
+        return ""
+    where = f"gate: {gate.ladder[gate.next_rung]} ({gate.next_rung + 1} of {len(gate.ladder)})"
+    return where + (f", demoted {gate.falls}x" if gate.falls else "")
 
 
 def _draw_times(axes: Axes, bars: Sequence[_Bar], base: str | None) -> None:
@@ -157,6 +167,8 @@ def _draw_fidelity(axes: Axes, bars: Sequence[_Bar]) -> None:
             axes.barh(y + 0.2, bar.top1, 0.34, color="#6366f1", linewidth=0)
             kl = "" if bar.kl is None else f", KL {bar.kl:.4f}"
             _inside(axes, bar.top1, y + 0.2, f"top-1 {bar.top1:.2f}{kl}")
+        if bar.gate:
+            axes.text(0.02, y + 0.45, bar.gate, va="center", fontsize=8, color=_FAINT)
     axes.set_xlim(0, 1)
     axes.set_yticks([])
     axes.set_xlabel("share reused; agreement with the exact answer", fontsize=9, color=_FAINT)

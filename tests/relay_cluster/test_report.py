@@ -138,7 +138,7 @@ def test_json_has_every_field_of_the_schema() -> None:
             "text",
             "tokens",
         ),
-        *("retries", "compare", "resolved_method"),
+        *("retries", "compare", "resolved_method", "healed_entries", "healed_at_token", "gate"),
     }
     assert set(entry["stages"]) == {
         f"{stage}_s"
