@@ -192,7 +192,7 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
             f"[bold]{escape(report.pipeline)}[/], method {escape(report.method)}{part}, {row.wall_s:.1f} s"
         )
         console.print(row_table(row, wide=console.width >= 112))
-        for line in method_lines(row):
+        for line in [*method_lines(row), *skipped_lines(row)]:
             console.print(Text(line, style="dim"), soft_wrap=True)
         console.print(stage_table(row))
         if (gates := gate_table(row)) is not None:
@@ -215,6 +215,17 @@ def method_lines(row: RowReport) -> list[str]:
         if agent.resolved_method not in ("", agent.method):
             found.setdefault((agent.method, agent.resolved_method), []).append(agent.agent)
     return [f"{asked} = {text} ({', '.join(names)})" for (asked, text), names in found.items()]
+
+
+def skipped_lines(row: RowReport) -> list[str]:
+    """Spans that were computed because a pull was predicted to take longer; no fallbacks."""
+    return [
+        f"{agent.agent}: {cost.tokens} tokens of slot {cost.slot} computed in place of a pull "
+        f"({_seconds(cost.predicted_prefill_s or 0)} predicted, not {_seconds(cost.predicted_relay_s or 0)})"
+        for agent in row.agents
+        for cost in agent.span_costs
+        if not cost.relayed
+    ]
 
 
 def _setting(report: RunReport) -> str:

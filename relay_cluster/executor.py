@@ -22,6 +22,7 @@ from relay_cluster.report import (
     FallbackReport,
     GateReport,
     PublishedReport,
+    SpanCostReport,
     Stages,
     TransferReport,
 )
@@ -330,6 +331,12 @@ def agent_report(
         model=reply.model,
         method=reply.method,
         resolved_method=reply.resolved_method,
+        flop_ratio_predicted=reply.flop_ratio_predicted,
+        flop_ratio=reply.flop_ratio,
+        span_costs=tuple(
+            SpanCostReport(**{name: getattr(c, name) for name in SpanCostReport.__slots__})
+            for c in reply.span_costs
+        ),
         prompt_tokens=reply.prompt_tokens,
         fresh_tokens=reply.fresh_tokens,
         relayed_tokens=reply.relayed_tokens,

@@ -89,6 +89,19 @@ class PublishedReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpanCostReport:
+    """What a span was expected to take by either way, and what it took: see `workers.messages.SpanCost`."""
+
+    slot: str
+    tokens: int
+    relayed: bool
+    predicted_pull_s: float | None = None
+    predicted_relay_s: float | None = None
+    predicted_prefill_s: float | None = None
+    actual_relay_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompareReport:
     """The same prompt under another method, on the same worker, interleaved with the first.
 
@@ -168,6 +181,10 @@ class AgentReport:
         recomputed_entries: (token, layer) entries of relayed spans that were recomputed, of total_entries.
         ttft_s: measured by the executor, the Ray call included.
         finish_reason: "stop" or "length".
+        flop_ratio_predicted, flop_ratio: FLOPs of the prefill over full prefill's, as planned and
+            as computed.
+        span_costs: of every span that was relayed, or was computed only because that was predicted to be
+            faster (no fallback).
         retries: times the request was started again after its worker died; ttft_s is that of the last try.
         notes: plain sentences about what did not go as it should ("the answer was not published").
         healed_entries: stale (token, layer) entries that were made exact after the first token.
@@ -202,6 +219,9 @@ class AgentReport:
     notes: tuple[str, ...] = ()
     compare: CompareReport | None = None
     resolved_method: str = ""
+    flop_ratio_predicted: float | None = None
+    flop_ratio: float | None = None
+    span_costs: tuple[SpanCostReport, ...] = ()
     healed_entries: int = 0
     healed_at_token: int | None = None
     gate: GateReport | None = None

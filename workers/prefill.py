@@ -20,7 +20,7 @@ import torch
 from transport.errors import ConfigError
 from workers import kernels
 from workers.attention import MassSpan, Probe
-from workers.costs import ModelCosts, detection_cut, plan_flops, rows_flops
+from workers.costs import ModelCosts, detection_cut, full_prefill_flops, plan_flops, rows_flops
 from workers.engine import Part, PartResult
 from workers.kv_cache import SequenceCache
 from workers.layout import BlockViews
@@ -220,6 +220,21 @@ class Prefill:
     @property
     def finished(self) -> bool:
         return self.logits is not None
+
+    @property
+    def costs(self) -> ModelCosts:
+        """Sizes of the model."""
+        return self._model.costs
+
+    @property
+    def flop_ratio_predicted(self) -> float:
+        """Predicted FLOPs, as a share of full prefill's of the same prompt."""
+        return self.predicted_flops / full_prefill_flops(self._model.costs, self.num_tokens)
+
+    @property
+    def flop_ratio(self) -> float:
+        """FLOPs of the parts done so far, as a share of full prefill's."""
+        return self.actual_flops / full_prefill_flops(self._model.costs, self.num_tokens)
 
     @property
     def rows_left(self) -> int:

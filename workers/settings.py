@@ -32,6 +32,8 @@ class WorkerSettings:
         prefix_cache_bytes: budget of the exact local prefix cache.
         anchor_bytes: budget of the anchors of `kvcomm`; 0 turns them off, and it then computes every span.
         min_segment_tokens: a slot shorter than this is neither published nor looked up.
+        break_even: compute a span where a pull is predicted to take longer, from what pulls and prefills of
+            this worker took so far; false relays whatever can be relayed.
         request_timeout_s: deadline of one request, queueing included.
         heal_finish_rows: with heal=always, an answer that ends with at most so many stale cache entries is
             kept until they are healed, so that its KV is published as exact; the tokens are out by then, only
@@ -48,6 +50,7 @@ class WorkerSettings:
     prefix_cache_bytes: Annotated[int, Ge(0)] = 256 * MIB
     anchor_bytes: Annotated[int, Ge(0)] = 512 * MIB
     min_segment_tokens: Annotated[int, Ge(1)] = 16
+    break_even: bool = True
     request_timeout_s: Annotated[float, Gt(0)] = 600.0
     heal_finish_rows: Annotated[int, Ge(0)] = 512
     shadow_bytes: Annotated[int, Ge(0)] = 64 * MIB

@@ -16,7 +16,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -115,12 +115,18 @@ class SegmentStore:
 
     # -- reading -------------------------------------------------------------------------------------------
 
-    def acquire(self, wanted: Mapping[SegmentKey, int]) -> Acquired:
+    def acquire(
+        self,
+        wanted: Mapping[SegmentKey, int],
+        worth: Callable[[Mapping[SegmentKey, Located]], Collection[SegmentKey]] | None = None,
+    ) -> Acquired:
         """Find, lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
         `misses`, and the caller computes it.
 
         Args:
             wanted: key -> tokens needed.
+            worth: given what was found, says which of it to lease and pull; what it leaves out is neither a
+                hit nor a miss. None: all.
         """
         got = Acquired()
         if not wanted:
@@ -128,6 +134,9 @@ class SegmentStore:
         try:
             found = self._lookup(wanted, got)
             usable = [k for k, located in found.items() if self._fits(k, located, wanted[k], got)]
+            if worth is not None and usable:
+                chosen = worth({k: found[k] for k in usable})
+                usable = [k for k in usable if k in chosen]
             leases, asked_at = self._lease(usable, got)
             begin = time.perf_counter()
             lost: dict[Life, Outcome] = {}
@@ -305,7 +314,8 @@ class SegmentStore:
         variant: str = "",
     ) -> Segment:
         """Let `fill` write the segment's blocks, seal them, then enter them in the directory. Publishing a
-        key that this worker holds already changes nothing.
+        key that this worker holds already changes nothing, unless what it holds was made over rectified KV
+        and the new one was not: then the new one takes its place.
 
         Args:
             fill: writes KV, checkpoint and mass of all tokens into the given blocks, and zeros behind them.
@@ -320,7 +330,7 @@ class SegmentStore:
         with self._publishing:
             with self._lock:
                 held = self._held.get(key)
-            if held is not None:
+            if held is not None and (not held.rectified or "~" in variant):
                 return held
             blocks = self._allocate(self._layout.blocks_for(num_tokens))
             try:
@@ -344,6 +354,7 @@ class SegmentStore:
         # Held before it is published, so that a shard that restarts in between hears of it again; pinned,
         # so that whoever evicts what that shard heard does not free blocks that are being published.
         with self._lock:
+            worse = self._held.get(segment.key)
             self._held[segment.key] = segment
             self._pins[segment.blocks] += 1
         try:
@@ -360,7 +371,12 @@ class SegmentStore:
             self._retract(segment)
             raise
         finally:
-            self._unpin([segment.blocks])
+            if worse is not None:
+                self._retract(worse)
+                with self._lock:
+                    self._pins[worse.blocks] += 1
+                    self._doomed.add(worse.blocks)
+            self._unpin([segment.blocks, *([] if worse is None else [worse.blocks])])
 
     def _retract(self, segment: Segment) -> None:
         try:

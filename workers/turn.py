@@ -7,11 +7,13 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from transport.types import NodeId, WorkerId
+from transport.types import NodeId, SegmentKey, WorkerId
 from workers.anchors import Match
+from workers.break_even import Estimate
+from workers.costs import span_flops
 from workers.heal import Heal
 from workers.kv_cache import SequenceCache
-from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, StageTimes
+from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, SpanCost, StageTimes
 from workers.methods.base import Reuse, Span
 from workers.prefill import Prefill
 from workers.scheduler import Sequence
@@ -41,6 +43,7 @@ class Turn:
         reuse: the request's method, resolved with this worker's profile.
         deadline: time.monotonic() instant at which everything about it must be over.
         stale_from: position of the first cache entry that the plan leaves inexact; None when there is none.
+        estimates: what relaying was predicted to take, for segments of which enough is known.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
     """
 
@@ -58,6 +61,13 @@ class Turn:
     stale_from: int | None = None
     published: list[Published] = field(default_factory=list[Published])
     notes: list[str] = field(default_factory=list[str])
+    estimates: dict[SegmentKey, Estimate] = field(default_factory=dict[SegmentKey, Estimate])
+
+    @property
+    def skipped(self) -> frozenset[SegmentKey]:
+        """Segments that were found, and not pulled because computing is predicted to be faster."""
+        known = self.acquired.hits.keys() | self.acquired.misses.keys()
+        return frozenset(key for key, guess in self.estimates.items() if not guess.worth and key not in known)
 
     @property
     def heal(self) -> Heal | None:
@@ -84,6 +94,7 @@ def build_reply(
     counts = turn.prefill.counts
     relayed = sum(len(s.span) for s in turn.prefill.plan.spans if s.source)
     prompt_tokens = len(turn.prompt.token_ids)
+    stages = stage_times(turn, turn.sequence)
     return Reply(
         request_id=turn.request.id,
         agent=turn.request.agent,
@@ -101,7 +112,7 @@ def build_reply(
         relayed_entries=counts.relayed,
         ttft_s=turn.clock.first_token - turn.clock.arrived,
         decode_s=turn.clock.last_token - turn.clock.first_token,
-        stages=stage_times(turn, turn.sequence),
+        stages=stages,
         transfers=_transfers(turn),
         fallbacks=fallbacks(turn),
         published=tuple(turn.published),
@@ -110,6 +121,9 @@ def build_reply(
         finish_reason=reason,
         output=output,
         notes=tuple(turn.notes),
+        flop_ratio_predicted=turn.prefill.flop_ratio_predicted,
+        flop_ratio=turn.prefill.flop_ratio,
+        span_costs=span_costs(turn, turn.prefill, stages),
         healed_entries=turn.heal.entries if turn.heal else 0,
         healed_at_token=turn.heal.finished_at if turn.heal else None,
     )
@@ -136,6 +150,65 @@ def stage_times(turn: Turn, sequence: Sequence) -> StageTimes:
         prefill_s=busy * (1 - share),
         first_token_s=max(0.0, total - known),
     )
+
+
+def span_costs(turn: Turn, prefill: Prefill, stages: StageTimes) -> tuple[SpanCost, ...]:
+    """Predicted and actual seconds of every span that was relayed or passed over for its cost."""
+    pulls = {located.segment.key: transfer.seconds for located, transfer in turn.acquired.transfers}
+    relayed = [p for p in prefill.plan.spans if p.source]
+    tokens = sum(len(p.span) for p in relayed)
+    flops = {p.span: span_flops(prefill.costs, p) for p in relayed}
+    out: list[SpanCost] = []
+    for plan in prefill.plan.spans:
+        span = plan.span
+        if span.key is None or not (plan.source or span.key in turn.skipped):
+            continue
+        guess = turn.estimates.get(span.key)
+        actual = None
+        if plan.source:
+            rectify = stages.rectify_s * flops[span] / (sum(flops.values()) or 1.0)
+            actual = pulls.get(span.key, 0.0) + stages.rotate_s * len(span) / tokens + rectify
+        out.append(
+            SpanCost(
+                span.slot or "",
+                len(span),
+                relayed=plan.source is not None,
+                predicted_pull_s=guess and guess.pull_s,
+                predicted_relay_s=guess and guess.relay_s,
+                predicted_prefill_s=guess and guess.prefill_s,
+                actual_relay_s=actual,
+            )
+        )
+    return tuple(out)
+
+
+def log_costs(turn: Turn, prefill: Prefill, sequence: Sequence) -> None:
+    """Predicted and actual cost of a prefill and of its spans, for people."""
+    extra = {"request": turn.request.id}
+    log.debug(
+        "prefill of %d tokens: %.3f of full prefill's FLOPs predicted, %.3f computed, in %.3f s",
+        prefill.num_tokens,
+        prefill.flop_ratio_predicted,
+        prefill.flop_ratio,
+        sequence.prefill_seconds,
+        extra=extra,
+    )
+    for cost in span_costs(turn, prefill, stage_times(turn, sequence)):
+        what = "relayed" if cost.relayed else "computed, as that is predicted to be faster"
+        log.debug(
+            "slot %s, %d tokens, %s: relay %s s predicted, %s s actual; prefill %s s predicted",
+            cost.slot,
+            cost.tokens,
+            what,
+            _digits(cost.predicted_relay_s),
+            _digits(cost.actual_relay_s),
+            _digits(cost.predicted_prefill_s),
+            extra=extra,
+        )
+
+
+def _digits(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.4f}"
 
 
 def fallbacks(turn: Turn) -> tuple[Fallback, ...]:

@@ -276,3 +276,65 @@ def test_bad_requests_are_refused_with_advice(
         del values["question"]
     with pytest.raises(error, match=words):
         pair[0].agent.generate(request("s", SOLVE, **values))
+
+
+def test_a_span_that_is_faster_to_compute_is_not_pulled(loaded: LoadedModel) -> None:
+    """A link measured as slow is left alone: no transfer, no lease, no fallback, full prefill's tokens."""
+    directory = LocalDirectory()
+    one, two = desk("w0", loaded, directory), desk("w1", loaded, directory)
+    always = desk("w2", loaded, directory, break_even=False)
+    first = one.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=40, question=QUESTION))
+    values = {"question": QUESTION, "solver": first.output}
+    full = two.agent.generate(request("critic", CHECK, publish=False, **values))
+    for each in (two, always):
+        for size in (1_000_000, 2_000_000, 4_000_000):
+            each.agent.speeds.observe_pull("node", "inprocess", size, 20.0 + size / 1e9, time.monotonic())
+            each.agent.speeds.observe_rotate(size // 10_000, size / 1e9)
+            each.agent.speeds.observe_prefill(size * 1e6, size / 1e6)
+    reply = two.agent.generate(request("critic", CHECK, "naive", publish=False, **values))
+    assert reply.token_ids == full.token_ids
+    assert (reply.relayed_tokens, reply.transfers, reply.fallbacks) == (0, (), ())
+    assert [(s.slot, s.relayed, s.actual_relay_s) for s in reply.skipped] == [
+        ("question", False, None),
+        ("solver", False, None),
+    ]
+    for cost in reply.skipped:
+        assert cost.predicted_pull_s is not None
+        assert cost.predicted_prefill_s is not None
+        assert cost.predicted_pull_s > 20 > cost.predicted_prefill_s > 0
+    relayed = always.agent.generate(request("critic", CHECK, "naive", publish=False, **values))
+    assert relayed.relayed_tokens > 0
+    assert not relayed.skipped
+    again = replace(request("critic", CHECK, "naive", publish=False, **values))
+    keys = frozenset(t.key for t in relayed.transfers)
+    assert two.agent.generate(replace(again, only_keys=keys)).relayed_tokens == relayed.relayed_tokens
+    for each in (one, two, always):
+        assert each.agent.pool.free_blocks == each.agent.pool.num_blocks
+        each.agent.close()
+    assert directory.stats()["leases"] == 0
+
+
+def test_predicted_and_actual_cost_of_a_relay_are_in_the_reply(pair: tuple[Desk, Desk]) -> None:
+    one, two = pair
+    first = one.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=40, question=QUESTION))
+    values = {"question": QUESTION, "solver": first.output}
+    for size in (1_000_000, 2_000_000, 4_000_000):
+        two.agent.speeds.observe_pull("node", "inprocess", size, size / 1e9, time.monotonic())
+    replies = [
+        two.agent.generate(request("critic", CHECK, "auto:fast", publish=False, max_new_tokens=1, **values))
+        for _ in range(4)
+    ]
+    # The first ones teach the worker what it takes; the last one was predicted.
+    assert all(c.predicted_relay_s is None for c in replies[0].span_costs)
+    last = replies[-1]
+    assert [c.slot for c in last.span_costs] == ["question", "solver"]
+    for cost in last.span_costs:
+        assert cost.relayed
+        assert cost.predicted_relay_s is not None
+        assert cost.predicted_prefill_s is not None
+        assert cost.actual_relay_s is not None
+        assert 0 < cost.predicted_relay_s < cost.predicted_prefill_s
+        assert cost.actual_relay_s > 0
+    assert last.flop_ratio_predicted == pytest.approx(last.flop_ratio, rel=0.1)
+    assert last.flop_ratio is not None
+    assert 0 < last.flop_ratio < 0.8
