@@ -61,7 +61,7 @@ def load_for_desk(model: str, settings: WorkerSettings | None = None) -> tuple[L
     """
     chosen = settings or WorkerSettings()
     resolve(model)
-    profile = load_profile(model, int(describe(model)["layers"]))
+    profile = load_profile(model, int(describe(model)["layers"]), chosen.profile)
     loaded = load_model(
         model, dtype=chosen.dtype, device=chosen.device, checkpoint_layer=profile.checkpoint_layer
     )

@@ -358,6 +358,14 @@ def method_list(text: str | None) -> tuple[str, ...]:
     return chosen
 
 
+def learners(methods: Sequence[str]) -> tuple[str, ...]:
+    """Those methods that must have seen other prompts of a template before they can reuse anything."""
+    from workers.methods import parse_method
+    from workers.methods.kvcomm import KVComm
+
+    return tuple(m for m in methods if isinstance(parse_method(m), KVComm))
+
+
 def int_list(text: str, option: str, *, at_least: int = 1) -> tuple[int, ...]:
     """Whole numbers of a comma-separated list.
 

@@ -109,5 +109,6 @@ def show_document(document: Document, out: Console | None = None) -> None:
     settings = document.settings
     data = ", ".join(settings.get("data", ()))
     out.print(
-        Text(f"{settings.get('model')}, data {data}, seed {settings.get('seed')}", style="dim"), soft_wrap=True
+        Text(f"{settings.get('model')}, data {data}, seed {settings.get('seed')}", style="dim"),
+        soft_wrap=True,
     )

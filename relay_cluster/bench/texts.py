@@ -152,16 +152,16 @@ class TextPool:
         return len(self._ids)
 
     def take(self, count: int) -> tuple[int, ...]:
-        """The next `count` ids. At the end of the text it goes on from the start, shifted by a few tokens, so that
-        no two runs are the same for a long time, and none repeats itself.
+        """The next `count` ids. At the end of the text it goes on from the start, shifted by a few tokens, so
+        that no two runs are the same for a long time, and none repeats itself.
 
         Raises:
             ConfigError: the text is shorter than that.
         """
         if count > len(self._ids):
             raise ConfigError(
-                f"{self._sources} has {len(self._ids)} tokens of text, and {count} are needed at once. Pass a "
-                "larger file with --data, or ask for fewer tokens."
+                f"{self._sources} has {len(self._ids)} tokens of text, and {count} are needed at once. Pass "
+                "a larger file with --data, or ask for fewer tokens."
             )
         if self._at + count > len(self._ids):
             self._at = (self._at + count) % 37 + 1 if count + 38 <= len(self._ids) else 0

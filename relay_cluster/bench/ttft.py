@@ -12,8 +12,8 @@ same ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,15 +23,14 @@ from relay_cluster.bench.common import (
     TRANSFORMERS,
     Document,
     TimingRow,
-    mean,
+    learners,
     mean_or_none,
     median,
     progress,
-    quantile,
     rounds,
-    split_method,
 )
 from relay_cluster.bench.texts import Tasks, TextPool
+from relay_cluster.bench.timing import POSITIONS, timing_row
 from transport.errors import ConfigError
 from workers.agent import AgentWorker
 from workers.desk import Desk, load_for_desk, open_desk
@@ -43,11 +42,13 @@ from workers.plain import PlainModel
 from workers.segment import SlotValue
 from workers.settings import DEFAULT_MODEL, WorkerSettings
 
-POSITIONS = 32
+WARM_PROMPTS = 3
+"""Other prompts that a learning method (`kvcomm`) sees in full before it is measured."""
 
 _SYSTEM = (
-    "You are the last reader in a chain of colleagues. You read what they wrote, keep to the facts that they give, and "
-    "answer the question at the end in plain words. Where they disagree, say so, and say whom you follow and why."
+    "You are the last reader in a chain of colleagues. You read what they wrote, keep to the facts that they "
+    "give, and answer the question at the end in plain words. Where they disagree, say so, and say whom you "
+    "follow and why."
 )
 _UPSTREAM_SYSTEM = (
     "You are colleague number {n}. You work on one part of a larger task and write down what you find."
@@ -125,10 +126,13 @@ def run_ttft(settings: TtftSettings, tasks: Tasks) -> Document:
         for tokens in settings.span_tokens
         for spans in settings.spans
     ]
-    blocks = settings.prompts * (max(settings.span_tokens) // loaded.layout.block_tokens + 16)
+    warm = WARM_PROMPTS if learners(settings.methods) else 0
+    # Anchors of a learning method lie in the arena too: a segment's size each, and once more in the pool.
+    one = max(settings.span_tokens) // loaded.layout.block_tokens + 16
+    blocks = (settings.prompts + 3 * warm) * one
     pool = TextPool(tasks, loaded.tokenizer, settings.seed)
     names = [*settings.methods, *([TRANSFORMERS] if settings.transformers else [])]
-    steps = len(shapes) * (settings.prompts + (settings.repeats + 1) * len(names))
+    steps = len(shapes) * (settings.prompts + warm + (settings.repeats + 1) * len(names))
     with (
         progress("ttft", steps) as advance,
         open_desk("bench", loaded, profile, arena_blocks=blocks, settings=worker) as desk,
@@ -151,11 +155,13 @@ def _facts(
         "profile_measured": profile.measured,
         "data": list(tasks.sources),
         "data_digest": tasks.digest,
-        "spans_made_by": "replay: natural text taken as the answer of an upstream agent in its own context; its KV "
-        "is computed at the positions of decoding, by full prefill, in two passes instead of token by token",
-        "inside_ttft": "admission, look-up, lease, local pin, rotation, rectification, fresh prefill, first logits",
+        "spans_made_by": "replay: natural text taken as the answer of an upstream agent in its own context; its "
+        "KV is computed at the positions of decoding, by full prefill, in two passes instead of token by token",
+        "inside_ttft": "admission, look-up, lease, local pin, rotation, rectification, fresh prefill, first "
+        "logits",
         "prefix": "the role's system prompt is in the exact local prefix cache (prepare); full_prefill and "
         "transformers compute the whole prompt",
+        "learning": f"kvcomm has seen {WARM_PROMPTS} other prompts of the same template in full",
         "speedup": "median of full_prefill / median, same rounds",
         "speedup_quoted": "the same against the faster of full_prefill and transformers of the same shape",
         "kl": f"against full_prefill, teacher-forced on its greedy answer, up to {POSITIONS} tokens",
@@ -191,6 +197,7 @@ class _Bench:
             self._advance(f"{what}: prompt {number + 1}")
         self._agent.prepare(prompts[0].request.system, prompts[0].request.prompt)
         names = [*settings.methods, *([TRANSFORMERS] if self._plain else [])]
+        self._warm(what, span_tokens, spans)
         found = {name: _Samples(0.0, [], {}) for name in names}
         for turn in rounds(names, settings.repeats, settings.seed):
             which = turn.index % len(prompts)
@@ -204,9 +211,25 @@ class _Bench:
         self._desk.clear()
         return self._rows(span_tokens, spans, len(prompts[0].token_ids), found)
 
+    def _warm(self, what: str, span_tokens: int, spans: int) -> None:
+        """Let methods that learn see other prompts of the same template, computed in full."""
+        names = learners(self._settings.methods)
+        for number in range(WARM_PROMPTS if names else 0):
+            request = self._request(span_tokens, spans, self._settings.prompts + number)
+            for name in names:
+                self._agent.score(replace(again(request, name), publish=True), ())
+            self._advance(f"{what}: {', '.join(names)} learns")
+
     # -- prompts -------------------------------------------------------------------------------------------
 
     def _prompt(self, span_tokens: int, spans: int, number: int) -> _Prompt:
+        request = self._request(span_tokens, spans, number)
+        ids = self._agent.render(request).token_ids
+        answer = reference_answer(self._agent, request, POSITIONS)
+        return _Prompt(request, ids, answer, reference_logits(self._agent, request, answer))
+
+    def _request(self, span_tokens: int, spans: int, number: int) -> Request:
+        """A reader's request whose upstream segments are published."""
         text = self._pool.take(span_tokens + spans)
         cuts = [round(i * span_tokens / spans) for i in range(spans + 1)]
         values: dict[str, SlotValue] = {}
@@ -218,10 +241,7 @@ class _Bench:
             earlier = self._publish(n, number, earlier, text[at : at + size + 1])
             values[f"part{n + 1}"] = earlier
             at += size + 1
-        request = self._reader(values, number)
-        ids = self._agent.render(request).token_ids
-        answer = reference_answer(self._agent, request, POSITIONS)
-        return _Prompt(request, ids, answer, reference_logits(self._agent, request, answer))
+        return self._reader(values, number)
 
     def _publish(self, n: int, number: int, earlier: SlotValue, answer: tuple[int, ...]) -> SlotValue:
         request = Request(
@@ -302,6 +322,11 @@ class _Bench:
                 samples.ttft_s,
                 base_s=base_s,
                 quoted=(quoted, median(found[quoted].ttft_s)),
+                flops=(
+                    mean_or_none([d.flop_ratio_predicted for d in samples.distances.values()]),
+                    mean_or_none([d.flop_ratio for d in samples.distances.values()]),
+                ),
+                reuse=mean_or_none([d.reuse for d in samples.distances.values()]),
                 agent=None,
                 span_tokens=span_tokens,
                 spans=spans,
@@ -313,45 +338,3 @@ class _Bench:
             )
             for name, samples in found.items()
         ]
-
-
-def timing_row(
-    asked: str,
-    resolved: str,
-    distances: Sequence[Distance],
-    ttft_s: Sequence[float],
-    *,
-    base_s: float,
-    quoted: tuple[str, float],
-    **shape: Any,
-) -> TimingRow:
-    """A row from the samples of one method on one shape.
-
-    Args:
-        base_s: median of full_prefill.
-        quoted: (name, median) of what speed-ups are quoted against.
-        shape: the fields of TimingRow that are not computed here.
-    """
-    method, params = split_method(asked, resolved)
-    middle = median(ttft_s)
-    ratio = mean_or_none([d.flop_ratio for d in distances])
-    return TimingRow(
-        method=method,
-        params=params,
-        samples=len(ttft_s),
-        ttft_s_median=middle,
-        ttft_s_p90=quantile(ttft_s, 0.9),
-        ttft_s_min=min(ttft_s),
-        ttft_s_max=max(ttft_s),
-        speedup=base_s / middle,
-        speedup_quoted=quoted[1] / middle,
-        quoted_against=quoted[0],
-        reuse=mean_or_none([d.reuse for d in distances]),
-        flop_ratio_predicted=mean_or_none([d.flop_ratio_predicted for d in distances]),
-        flop_ratio=ratio,
-        over_bound=middle / (base_s * ratio) if ratio else None,
-        kl_first=mean([d.kl[0] for d in distances]) if distances else None,
-        kl32_mean=mean([mean(d.kl[:POSITIONS]) for d in distances]) if distances else None,
-        top1_32=mean([mean(d.same[:POSITIONS]) for d in distances]) if distances else None,
-        **shape,
-    )
