@@ -266,12 +266,12 @@ def check_file(path: Path) -> Kind:
 
 
 def load_profile(path: str | Path) -> ModelProfile:
-    """Read a model profile.
+    """Read a model profile. How it was found (`calibration`, by `relay profile`) is not looked at.
 
     Raises:
         ConfigError: everything that is wrong with it.
     """
-    return _load(Path(path), ModelProfile, _check_profile)
+    return _load(Path(path), ModelProfile, _check_profile, ignored=frozenset({"calibration"}))
 
 
 # --- reading with line numbers ------------------------------------------------------------------------------
@@ -368,13 +368,16 @@ S = TypeVar("S")
 _Check: TypeAlias = Callable[[_File, Any], Iterable[str]]
 
 
-def _load(path: Path, cls: type[S], check: _Check | None = None) -> S:
-    """Read, validate and check a file; every fault in one error."""
+def _load(
+    path: Path, cls: type[S], check: _Check | None = None, *, ignored: frozenset[str] = frozenset()
+) -> S:
+    """Read, validate and check a file; every fault in one error. `ignored`: keys that are left alone."""
     file = _read(path)
     # A plain dataclass takes `extra="forbid"` from the model around it, and has no other way to get it.
     box = create_model("File", __config__=_STRICT, value=(cls, ...))
+    data = {key: value for key, value in file.data.items() if key not in ignored}
     try:
-        value: S = box.model_validate({"value": _with_sizes(file.data)}).__dict__["value"]
+        value: S = box.model_validate({"value": _with_sizes(data)}).__dict__["value"]
     except ValidationError as error:
         faults = [_sentence(file, cls, detail) for detail in error.errors()]
         raise ConfigError(file.together(faults)) from error

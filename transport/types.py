@@ -81,7 +81,8 @@ class Segment:
         start: position that the first token had when the keys were rotated.
         blocks: in token order.
         variant: digest of the context under which it was made ("" when unknown); the same tokens
-            may be stored under several contexts.
+            may be stored under several contexts. Where that context's own KV was not exact, "~" and
+            the method that repaired it follow.
         layout: fingerprint of the block layout; a reader with another layout must not use it.
         producer: who made it, for reports ("solver@w0").
         complete: False while the producer still appends blocks (streaming relay).
@@ -99,6 +100,11 @@ class Segment:
     @property
     def nbytes(self) -> int:
         return sum(b.nbytes for b in self.blocks)
+
+    @property
+    def rectified(self) -> bool:
+        """Whether it was made over KV that was itself only rectified."""
+        return "~" in self.variant
 
 
 @dataclass(frozen=True, slots=True)

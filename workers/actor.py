@@ -214,7 +214,7 @@ def _load(spec: WorkerSpec) -> tuple[Any, Any]:
     from workers.profile import load_profile
 
     resolve(spec.model)  # imports the embedded model on a node that has not got it yet
-    profile = load_profile(spec.model, int(describe(spec.model)["layers"]))
+    profile = load_profile(spec.model, int(describe(spec.model)["layers"]), spec.settings.profile)
     loaded = load_model(
         spec.model,
         dtype=spec.settings.dtype,

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from relay_cluster.config import ClusterConfig, PipelineConfig, check_file, kind_of, load_profile
+from relay_cluster.gate import QualitySettings
 from transport.errors import ConfigError
 from transport.settings import DirectorySettings, TransportSettings
 from workers.settings import WorkerSettings
@@ -205,3 +206,28 @@ def test_profile_bands_lie_in_the_model(tmp_path: Path) -> None:
 def test_python_callers_are_checked_as_well() -> None:
     with pytest.raises(ValidationError, match="at least one worker"):
         ClusterConfig(workers=0)
+
+
+def test_a_quality_budget_and_roles(tmp_path: Path) -> None:
+    text = """\
+quality: {kl_budget: 0.01, sample_rate: 0.5}
+agents:
+  solver: {prompt: "{q}"}
+  judge: {prompt: "{solver}", role: judge}
+"""
+    pipeline = PipelineConfig.load(write(tmp_path, text)).pipeline()
+    assert pipeline.quality == QualitySettings(kl_budget=0.01, sample_rate=0.5)
+    assert [a.role for a in pipeline.agents] == [None, "judge"]
+    watched = PipelineConfig.load(write(tmp_path, text.replace("{kl_budget: 0.01, sample_rate: 0.5}", "{}")))
+    assert watched.quality == QualitySettings()
+    text = """\
+quality: {kl_budjet: 0.01, sample_rate: 2}
+agents:
+  judge: {prompt: "{q}", role: jugde}
+"""
+    assert faults(write(tmp_path, text, "pipeline.yaml")) == [
+        'pipeline.yaml:1 quality.kl_budjet: is not a setting of "quality". Did you mean "kl_budget"?',
+        "pipeline.yaml:1 quality.sample_rate: must be at most 1, got 2",
+        "pipeline.yaml:3 agents.judge.role: must be 'judge' or 'aggregator', got \"jugde\". "
+        'Did you mean "judge"?',
+    ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -252,8 +253,10 @@ class Watched(Recorder):
         self._verdicts = verdicts
         self.shadows: list[tuple[Request, str | None]] = []
 
-    def generate(self, worker: WorkerId, request: Request, *rest: Any) -> tuple[Reply, float]:
-        reply, ttft_s = super().generate(worker, request, *rest)
+    def generate(
+        self, worker: WorkerId, request: Request, on_token: Callable[[int], None], stop: threading.Event
+    ) -> tuple[Reply, float]:
+        reply, ttft_s = super().generate(worker, request, on_token, stop)
         relayed = 0 if request.agent == "solver" or request.method == FULL else 20
         return replace(reply, relayed_tokens=relayed), ttft_s
 

@@ -189,6 +189,17 @@ def test_variants_are_apart() -> None:
     assert t.lookup([key(1)], 0)[key(1)].segment.variant == "b"
 
 
+def test_an_exact_copy_comes_before_a_nearer_rectified_one() -> None:
+    t = table()
+    t.publish(owner(W0), [segment(1, variant="b~naive"), segment(2, variant="b~naive")], 0)
+    t.publish(owner(W1), [segment(1, variant="a")], 0)
+    found = t.lookup([key(1), key(2)], 1, near=W0)
+    assert (found[key(1)].owner.worker, found[key(1)].segment.variant) == (W1, "a")
+    assert found[key(2)].segment.rectified, "better than nothing"
+    lease = t.lease([key(1)], 1, holder=W0, ttl_s=1)[key(1)]
+    assert lease.located == found[key(1)]
+
+
 @dataclass
 class ModelCopy:
     segment: Segment
@@ -244,13 +255,16 @@ class TableMachine(RuleBasedStateMachine):
             self.forget(worker)
 
     def best(self, k: SegmentKey, near: WorkerId) -> set[WorkerId]:
-        """Workers that a lookup may answer with: those at the smallest distance."""
+        """Workers that a lookup may answer with: of those with an exact copy, or else of all, those at the
+        smallest distance."""
         nodes = {w: NODES[w] for w in self.seen}
-        ranks = {}
+        ranks: dict[WorkerId, tuple[bool, int]] = {}
         for (worker, at, _), copy in self.copies.items():
             if at == k and copy.segment.complete:
                 same = near in nodes and nodes[near] == nodes[worker]
-                ranks[worker] = 0 if worker == near else 1 if same else 2
+                distance = 0 if worker == near else 1 if same else 2
+                rank = "~" in copy.segment.variant, distance
+                ranks[worker] = min(rank, ranks.get(worker, rank))
         return {w for w, r in ranks.items() if r == min(ranks.values())}
 
     # -- rules --------------------------------------------------------------------------------------------
@@ -277,7 +291,7 @@ class TableMachine(RuleBasedStateMachine):
         worker=workers,
         life=lives,
         k=st.integers(0, 2),
-        variant=st.sampled_from(["", "v"]),
+        variant=st.sampled_from(["", "v", "v~naive"]),
         nbytes=st.sampled_from([100, 200]),
         complete=st.sampled_from([True, True, False]),
     )

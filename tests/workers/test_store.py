@@ -498,3 +498,31 @@ def test_an_eviction_during_the_publish_leaves_no_copy(cluster: Cluster) -> None
     a.put("x")
     assert a.store.segments() == []
     assert reasons(b.get("x")) == {"x": "not_found"}
+
+
+def test_an_exact_segment_takes_the_place_of_a_rectified_one_and_not_the_other_way(cluster: Cluster) -> None:
+    a, b = cluster.desk("a"), cluster.desk("b")
+    a.put("x", value=1.0, variant="c~naive")
+    assert a.put("x", value=2.0, variant="c~other").variant == "c~naive"
+    reading = a.get("x")
+    assert a.put("x", value=3.0, variant="c").variant == "c"
+    assert values(reading, "x") == {1.0}, "who reads the old one here keeps its bytes"
+    a.store.release(reading)
+    assert a.used() == 1
+    got = b.get("x")
+    assert values(got, "x") == {3.0}
+    b.store.release(got)
+    assert a.put("x", value=4.0, variant="c~naive").variant == "c"
+    assert cluster.directory.stats()["segments"] == 1
+    a.store.evict(1)
+    assert a.used() == 0
+
+
+def test_a_better_segment_that_cannot_be_published_leaves_nothing_behind(cluster: Cluster) -> None:
+    a = cluster.desk("a")
+    a.put("x", variant="c~naive")
+    cluster.directory.raises["publish"] = DirectoryUnavailable("down")
+    with pytest.raises(DirectoryUnavailable):
+        a.put("x", variant="c")
+    assert a.store.segments() == []
+    assert a.used() == 0

@@ -134,7 +134,8 @@ class Table:
     def lookup(
         self, keys: Iterable[SegmentKey], now: float, *, near: WorkerId | None = None
     ) -> dict[SegmentKey, Located]:
-        """The nearest complete copy of each key. Changes nothing: no lease, no LRU."""
+        """The best complete copy of each key: an exact one before a rectified one, then the nearest. Changes
+        nothing: no lease, no LRU."""
         self.tick(now)
         node = self._node(near)
         found = {key: self._choose(key, near, node) for key in dict.fromkeys(keys)}
@@ -143,7 +144,7 @@ class Table:
     def lease(
         self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float
     ) -> dict[SegmentKey, Lease]:
-        """Pin the nearest complete copy of each key; absent keys are omitted."""
+        """Pin the best complete copy of each key, as `lookup` finds it; absent keys are omitted."""
         self.tick(now)
         node = self._node(holder)
         state = self._owners.get(holder)
@@ -332,14 +333,14 @@ class Table:
         return None if state is None else state.owner.node
 
     def _choose(self, key: SegmentKey, near: WorkerId | None, node: NodeId | None) -> _Copy | None:
-        best: tuple[int, float, str, str] | None = None
+        best: tuple[bool, int, float, str, str] | None = None
         chosen: _Copy | None = None
         for (variant, worker), copy in self._segments.get(key, {}).items():
             if not copy.segment.complete:
                 continue
             same_node = node is not None and self._owners[worker].owner.node == node
             distance = 0 if worker == near else 1 if same_node else 2
-            rank = (distance, -copy.used_at, variant, worker)
+            rank = (copy.segment.rectified, distance, -copy.used_at, variant, worker)
             if best is None or rank < best:
                 best, chosen = rank, copy
         return chosen
