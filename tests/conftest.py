@@ -26,6 +26,12 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+if not _has_cuda():
+    # Without a device Triton's kernels are interpreted. Triton decides that when it is first imported, which
+    # transformers does on the way to some models: too late for the kernels' own tests.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 _NEEDS = {
     "gpu": (_has_cuda, "no CUDA device"),
     "ray": (lambda: util.find_spec("ray") is not None, "ray is not installed"),

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from tests.workers import tiny
-
-if not torch.cuda.is_available():
-    # Without a device Triton's kernels are interpreted. Triton decides that at its first import.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(params=sorted(tiny.FAMILIES))
