@@ -20,6 +20,7 @@ from workers.settings import DEFAULT_MODEL
 if TYPE_CHECKING:
     from relay_cluster.bench.common import Document
     from relay_cluster.bench.texts import Tasks
+    from relay_cluster.config import ClusterConfig
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -32,13 +33,14 @@ bench_app = typer.Typer(
 )
 
 QUICK_METHODS = "full_prefill,naive,epic,relay_caching,auto:fast,auto"
+QUICK_CHAIN_METHODS = "full_prefill,relay_caching,auto"
 
 _Methods = Annotated[
     str | None,
     typer.Option(
         "--methods",
         metavar="A,B,...",
-        help="Reuse methods, separated by commas, each NAME or NAME:key=value+key=value; default: all of them.",
+        help="Reuse methods, separated by commas, each NAME or NAME:key=value+...; default: all of them.",
     ),
 ]
 _Data = Annotated[
@@ -67,7 +69,7 @@ _Quick = Annotated[bool, typer.Option("--quick", help="Fewer methods, prompts an
 @bench_app.command(
     epilog=examples(
         "relay bench ttft --quick",
-        "relay bench ttft --methods naive,epic:k=16,relay_caching,auto:fast,auto --span-tokens 1024 --repeats 5",
+        "relay bench ttft --methods epic:k=16,relay_caching,auto:fast,auto --span-tokens 1024",
         "relay bench ttft --data gsm8k_test.jsonl --json docs/results/ttft.json --plot docs/results/ttft.png",
     )
 )
@@ -122,6 +124,203 @@ def ttft(
         transformers=not no_transformers,
     )
     _deliver(run_ttft(settings, tasks), json_file, plot)
+
+
+@bench_app.command(
+    epilog=examples(
+        "relay bench chain --quick",
+        "relay bench chain --methods exact_prefix,relay_caching,auto:fast,auto --agents 5 --repeats 3",
+        "relay bench chain --data gsm8k_test.jsonl --json docs/results/chain.json",
+    )
+)
+@command
+def chain(
+    methods: _Methods = None,
+    agents: Annotated[
+        int | None, typer.Option("--agents", min=2, metavar="N", help="Length of the chain [5].")
+    ] = None,
+    prefix_tokens: Annotated[
+        int | None, typer.Option("--prefix-tokens", min=64, metavar="N", help="Of every agent's own [512].")
+    ] = None,
+    input_tokens: Annotated[
+        int | None, typer.Option("--input-tokens", min=16, metavar="N", help="Of the shared input [1000].")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option("--output-tokens", min=17, metavar="N", help="Of every answer [512].")
+    ] = None,
+    repeats: _Repeats = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster", metavar="FILE", help="Cluster with two workers or more; default: this machine."
+        ),
+    ] = None,
+    no_fidelity: Annotated[bool, typer.Option("--no-fidelity", help="Measure times only.")] = False,
+    data: _Data = None,
+    model: _Model = DEFAULT_MODEL,
+    seed: _Seed = 0,
+    threads: _Threads = 0,
+    quick: _Quick = False,
+    json_file: JsonOption = None,
+    plot: _Plot = None,
+    debug: DebugOption = False,
+) -> None:
+    """Five fully connected agents over Ray workers: everything inside the time to first token."""
+    from relay_cluster.bench.common import method_list
+    from relay_cluster.config import ClusterConfig
+
+    chosen = method_list(methods or (QUICK_CHAIN_METHODS if quick else None))
+    config = _cluster_config(ClusterConfig.load(cluster) if cluster else None, model, threads)
+    tasks = _prepare(data, json_file, plot, config.model)
+    from relay_cluster.bench.chain import ChainSettings, run_chain
+
+    settings = ChainSettings(
+        methods=chosen,
+        agents=agents or (3 if quick else 5),
+        prefix_tokens=prefix_tokens or (64 if quick else 512),
+        input_tokens=input_tokens or (200 if quick else 1000),
+        output_tokens=output_tokens or (48 if quick else 512),
+        repeats=repeats or (2 if quick else 3),
+        seed=seed,
+        fidelity=not no_fidelity,
+    )
+    _deliver(run_chain(settings, tasks, config), json_file, plot)
+
+
+def _cluster_config(given: ClusterConfig | None, model: str, threads: int) -> ClusterConfig:
+    """The cluster of the file, or two workers on this machine."""
+    from relay_cluster.config import ClusterConfig
+
+    if given is not None:
+        if model != DEFAULT_MODEL or threads:
+            raise ConfigError("--model and --threads are settings of the cluster file where one is given")
+        return given
+    values = {"name": "bench", "workers": 2, "model": model, "worker": {"threads": threads}}
+    return ClusterConfig.model_validate(values)
+
+
+@bench_app.command(
+    epilog=examples(
+        "relay bench fidelity --quick",
+        "relay bench fidelity --data gsm8k_test.jsonl --data humaneval_py.jsonl --samples 64",
+        "relay bench fidelity --data gsm8k_test.jsonl --answers --heal --json docs/results/fidelity.json",
+    )
+)
+@command
+def fidelity(
+    methods: _Methods = None,
+    data: _Data = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, metavar="N", help="Prompts to be measured [64].")
+    ] = None,
+    span_tokens: Annotated[
+        int | None, typer.Option("--span-tokens", min=24, metavar="N", help="Longest decoded answer [128].")
+    ] = None,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Add heal=always to every method that reuses.")
+    ] = False,
+    answers: Annotated[
+        bool, typer.Option("--answers", help="Judge final numbers of maths prompts as well (slow).")
+    ] = False,
+    no_greedy: Annotated[
+        bool, typer.Option("--no-greedy", help="Leave out free-running answers (faster).")
+    ] = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, metavar="N", help="Prompts decoded together.")] = 8,
+    cases_cache: Annotated[
+        Path | None,
+        typer.Option("--cases-cache", metavar="DIR", help="Keep decoded answers here for later runs."),
+    ] = None,
+    model: _Model = DEFAULT_MODEL,
+    seed: _Seed = 0,
+    threads: _Threads = 0,
+    quick: _Quick = False,
+    json_file: JsonOption = None,
+    plot: _Plot = None,
+    debug: DebugOption = False,
+) -> None:
+    """Distance from full prefill's answers, over chains whose spans are really decoded."""
+    from relay_cluster.bench.common import method_list
+
+    if answers and no_greedy:
+        raise ConfigError("--answers judges free-running answers, which --no-greedy leaves out")
+    chosen = method_list(methods or (QUICK_METHODS if quick else None))
+    tasks = _prepare(data, json_file, plot, model)
+    from relay_cluster.bench.fidelity import FidelitySettings, run_fidelity
+
+    settings = FidelitySettings(
+        methods=chosen,
+        model=model,
+        samples=samples or (3 if quick else 64),
+        span_tokens=span_tokens or (40 if quick else 128),
+        heal=heal,
+        greedy=not no_greedy,
+        answers=answers,
+        batch=batch,
+        seed=seed,
+        threads=threads,
+        cases_cache=cases_cache,
+    )
+    _deliver(run_fidelity(settings, tasks), json_file, plot)
+
+
+@bench_app.command(
+    epilog=examples(
+        "relay bench decay --quick",
+        "relay bench decay --queries 500 --span-tokens 256 --method auto:fast --plot docs/results/decay.png",
+    )
+)
+@command
+def decay(
+    method: Annotated[
+        str, typer.Option("--method", metavar="NAME", help="The method that is watched.")
+    ] = "auto",
+    queries: Annotated[
+        int | None, typer.Option("--queries", min=2, metavar="N", help="Novel queries [500].")
+    ] = None,
+    span_tokens: Annotated[
+        int | None, typer.Option("--span-tokens", min=16, metavar="N", help="Of every upstream answer [256].")
+    ] = None,
+    fresh_tokens: Annotated[
+        int, typer.Option("--fresh-tokens", min=1, metavar="N", help="Of the reader's own question.")
+    ] = 32,
+    window: Annotated[
+        int | None, typer.Option("--window", min=1, metavar="N", help="Queries that one row sums up [50].")
+    ] = None,
+    arena_spans: Annotated[
+        int | None,
+        typer.Option("--arena-spans", min=1, metavar="N", help="Answers that the arena holds [32]."),
+    ] = None,
+    data: _Data = None,
+    model: _Model = DEFAULT_MODEL,
+    seed: _Seed = 0,
+    threads: _Threads = 0,
+    quick: _Quick = False,
+    json_file: JsonOption = None,
+    plot: _Plot = None,
+    debug: DebugOption = False,
+) -> None:
+    """Speed-up while novel queries keep arriving and the arena must evict."""
+    from workers.methods import parse_reuse
+
+    parse_reuse(method)
+    tasks = _prepare(data, json_file, plot, model)
+    from relay_cluster.bench.decay import DecaySettings, run_decay
+
+    settings = DecaySettings(
+        method=method,
+        model=model,
+        queries=queries or (16 if quick else 500),
+        span_tokens=span_tokens or (128 if quick else 256),
+        fresh_tokens=fresh_tokens,
+        window=window or (4 if quick else 50),
+        arena_spans=arena_spans or (4 if quick else 32),
+        seed=seed,
+        threads=threads,
+    )
+    _deliver(run_decay(settings, tasks), json_file, plot)
+
+
+# --- what they share ----------------------------------------------------------------------------------------
 
 
 def _prepare(data: list[Path] | None, json_file: Path | None, plot: Path | None, model: str) -> Tasks:

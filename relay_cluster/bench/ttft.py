@@ -155,8 +155,8 @@ def _facts(
         "profile_measured": profile.measured,
         "data": list(tasks.sources),
         "data_digest": tasks.digest,
-        "spans_made_by": "replay: natural text taken as the answer of an upstream agent in its own context; its "
-        "KV is computed at the positions of decoding, by full prefill, in two passes instead of token by token",
+        "spans_made_by": "replay: natural text taken as the answer of an upstream agent in its own context; "
+        "its KV is that of decoding, by full prefill, in two passes instead of token by token",
         "inside_ttft": "admission, look-up, lease, local pin, rotation, rectification, fresh prefill, first "
         "logits",
         "prefix": "the role's system prompt is in the exact local prefix cache (prepare); full_prefill and "
