@@ -1,27 +1,27 @@
-"""The attention function that we register with transformers, and the row structure that it serves.
+"""Attention of a ragged step over the sequences' caches, and the row structure that it serves.
 
-transformers hands the step description through to the function as the keyword `relay`. The function receives
-post-RoPE q, k, v of all rows of the step at one layer, writes k and v into the sequences' caches and lets
-every row
-attend by position: row i sees key j iff pos_j <= pos_i (and within the sliding window where the layer has
-one). It knows nothing of plans, prompts or schedules.
+For every layer: write k and v of the step's rows into their sequences' caches, then let every row attend by
+position: row i sees key j iff pos_j <= pos_i (and within the sliding window where the layer has one). Rows
+are grouped so that each call does little beyond what is visible. It knows nothing of plans, prompts or
+schedules.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from workers import kernels
 from workers.kv_cache import SequenceCache
+from workers.layers import AttentionSettings
 
-ATTENTION_NAME = "relay_cluster"
-
-# Runs of at least this many neighbouring rows are attended as one dense block; single rows share a masked
-# call.
-DENSE_RUN = 16
+# Runs of at least this many neighbouring rows are attended as one dense block.
+DENSE_RUN = 48
+# Other rows go together in calls of so many, in ascending order: a call reads keys up to its last row only.
+SPARSE_ROWS = 32
+# From so many rows on, a run that does not begin at position 0 is attended in two halves without a mask.
+DENSE_MERGE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +48,45 @@ class Probe:
 
 @dataclass(slots=True)
 class RowGroup:
-    """Rows of one part that attend in one call."""
+    """Rows of one part that attend in one call.
 
-    rows: slice | torch.Tensor
+    Attributes:
+        rows: the group's rows within its part.
+        positions: [rows] int64 ascending; first and last position are `first` and `stop` - 1.
+        dense: whether the positions have no gap.
+    """
+
+    rows: slice
     positions: torch.Tensor
     first: int
     stop: int
     dense: bool
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict[int | None, torch.Tensor])
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, int]:
-        """(additive mask [rows, stop - lo], lo), built once for all layers with this window."""
-        lo = 0 if window is None else max(0, self.first - window + 1)
+    @property
+    def count(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def within(self, span: MassSpan) -> slice:
+        """The group's rows (from 0) whose positions lie in the span."""
+        if self.dense:
+            a, b = max(span.start, self.first), min(span.stop, self.stop)
+            return slice(a - self.first, b - self.first)
+        bounds = torch.tensor([span.start, span.stop], device=self.positions.device)
+        a, b = torch.searchsorted(self.positions, bounds).tolist()
+        return slice(a, b)
+
+    def low(self, window: int | None) -> int:
+        """First key position that any row may see."""
+        return 0 if window is None else max(0, self.first - window + 1)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [rows, stop - low(window)], built once for all layers with this window."""
         if window not in self.masks:
-            self.masks[window] = kernels.position_mask(self.positions, lo, self.stop, window, dtype)
-        return self.masks[window], lo
+            self.masks[window] = kernels.position_mask(
+                self.positions, self.low(window), self.stop, window, dtype
+            )
+        return self.masks[window]
 
 
 @dataclass(slots=True)
@@ -73,6 +97,7 @@ class PartRows:
         start, stop: the part's slice of the step's rows.
         positions: [rows] ascending int64.
         groups: how the rows are attended.
+        contiguous: first position when the positions have no gap, else None.
     """
 
     cache: SequenceCache
@@ -80,189 +105,250 @@ class PartRows:
     stop: int
     positions: torch.Tensor
     groups: list[RowGroup]
-    contiguous: bool
+    contiguous: int | None
     masses: tuple[MassSpan, ...]
     probe: Probe | None
 
 
 @dataclass(slots=True)
-class ActiveRows:
-    """What the attention function gets as `relay`: all parts' active rows at one layer."""
+class RaggedAttention:
+    """The `Attend` of one step: all parts' active rows, at any layer."""
 
     parts: list[PartRows]
     num_layers: int
 
+    def __call__(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        settings: AttentionSettings,
+    ) -> torch.Tensor:
+        """See `workers.layers.Attend`; the order of rows is the order of `parts`."""
+        heads, rows, dim = query.shape
+        out = query.new_empty((rows, heads, dim))
+        for part in self.parts:
+            a, b = part.start, part.stop
+            _write(part, layer, key[:, a:b], value[:, a:b])
+            if part.probe is not None and part.probe.layer == layer:
+                part.probe.query = query[:, a:b][:, part.positions >= part.probe.start].clone()
+            for group in part.groups:
+                r = slice(a + group.rows.start, a + group.rows.stop)
+                self._attend(part, group, layer, query[:, r], settings, out[r])
+        return out.view(rows, heads * dim)
+
+    def _attend(
+        self,
+        part: PartRows,
+        group: RowGroup,
+        layer: int,
+        query: torch.Tensor,
+        settings: AttentionSettings,
+        out: torch.Tensor,
+    ) -> None:
+        """query: [heads, rows, head_dim] -> out: [rows, heads, head_dim]."""
+        masses = [
+            m for m in part.masses if m.start > m.sinks and group.first < m.stop and group.stop > m.start
+        ]
+        if query.is_cuda:
+            _attend_cuda(part, group, layer, query, settings, masses, self.num_layers, out)
+        elif group.count == 1:
+            _attend_one(part, group, layer, query, settings, masses, self.num_layers, out)
+        elif settings.softcap is not None:
+            _attend_capped(part, group, layer, query, settings, masses, self.num_layers, out)
+        else:
+            _attend_rows(part, group, layer, query, settings, masses, self.num_layers, out)
+
 
 def group_rows(positions: torch.Tensor) -> list[RowGroup]:
-    """Split ascending positions into dense runs and one group of the rest.
+    """Split ascending positions into dense runs and, in between, groups of single rows.
 
     Args:
-        positions: [rows] int64, ascending.
+        positions: [rows] int64, ascending, on the CPU.
     """
-    rows = positions.shape[0]
-    values = positions.tolist()
-    if values[-1] - values[0] + 1 == rows:
-        return [RowGroup(slice(0, rows), positions, values[0], values[-1] + 1, dense=True)]
+    values: list[int] = positions.tolist()
     groups: list[RowGroup] = []
-    rest: list[int] = []
+
+    def add(a: int, b: int) -> None:
+        first, stop = values[a], values[b - 1] + 1
+        groups.append(RowGroup(slice(a, b), positions[a:b], first, stop, dense=stop - first == b - a))
+
     begin = 0
-    for i in range(1, rows + 1):
-        if i < rows and values[i] == values[i - 1] + 1:
-            continue
-        if i - begin >= DENSE_RUN:
-            first, stop = values[begin], values[i - 1] + 1
-            groups.append(RowGroup(slice(begin, i), positions[begin:i], first, stop, dense=True))
-        else:
-            rest.extend(range(begin, i))
-        begin = i
-    if rest:
-        index = torch.tensor(rest, device=positions.device)
-        sparse = positions[index]
-        groups.append(RowGroup(index, sparse, values[rest[0]], values[rest[-1]] + 1, dense=False))
+    for a, b in _dense_runs(values):
+        for at in range(begin, a, SPARSE_ROWS):
+            add(at, min(a, at + SPARSE_ROWS))
+        if a < b:
+            add(a, b)
+        begin = b
     return groups
 
 
-def relay_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    relay: ActiveRows | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of one layer for a whole ragged step.
-
-    Args:
-        query: [1, heads, rows, head_dim]; key, value: [1, kv_heads, rows, head_dim]; after RoPE.
-        relay: the active rows; their order is the order of `rows`.
-
-    Returns:
-        ([1, rows, heads, head_dim], None)
-    """
-    if relay is None:
-        raise RuntimeError("the model was called without `relay=`; drive it through workers.engine.Engine.")
-    layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = torch.empty_like(query[0])
-    for part in relay.parts:
-        q = query[0, :, part.start : part.stop]
-        _write(part, layer, key[0, :, part.start : part.stop], value[0, :, part.start : part.stop])
-        if part.probe is not None and part.probe.layer == layer:
-            part.probe.query = q[:, part.positions >= part.probe.start].clone()
-        target = out[:, part.start : part.stop]
-        for group in part.groups:
-            target[:, group.rows] = _attend_group(
-                part, group, layer, q[:, group.rows], scale, sliding_window, softcap, relay.num_layers
-            )
-    return out.transpose(0, 1)[None], None
+def _dense_runs(values: list[int]) -> list[tuple[int, int]]:
+    """[a, b) of the runs without a gap that are long enough; and an empty one at the end."""
+    rows = len(values)
+    if values[-1] - values[0] + 1 == rows:
+        return [(0, rows)]
+    runs = []
+    begin = 0
+    for i in range(1, rows + 1):
+        if i == rows or values[i] != values[i - 1] + 1:
+            if i - begin >= DENSE_RUN:
+                runs.append((begin, i))
+            begin = i
+    return [*runs, (rows, rows)]
 
 
 def _write(part: PartRows, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
     keys, values = part.cache.keys(layer), part.cache.values(layer)
-    if part.contiguous:
-        first = int(part.positions[0])
-        keys[:, first : first + key.shape[1]] = key
-        values[:, first : first + key.shape[1]] = value
+    if part.contiguous is not None:
+        stop = part.contiguous + key.shape[1]
+        keys[:, part.contiguous : stop] = key
+        values[:, part.contiguous : stop] = value
     else:
         keys.index_copy_(1, part.positions, key)
         values.index_copy_(1, part.positions, value)
 
 
-def _attend_group(
+def _attend_one(
     part: PartRows,
     group: RowGroup,
     layer: int,
     query: torch.Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    num_layers: int,
-) -> torch.Tensor:
-    keys, values = part.cache.keys(layer), part.cache.values(layer)
-    masses = [m for m in part.masses if m.start > m.sinks and group.first < m.stop and group.stop > m.start]
-    single = query.shape[1] == 1
-    lo = 0 if window is None else max(0, group.first - window + 1)
-    seen = keys[:, lo : group.stop], values[:, lo : group.stop]
-    # One row on a CPU: two matrix-vector products are the fastest, and the probabilities come for free.
-    if softcap is not None or (single and not query.is_cuda):
-        mask = None if single else group.mask(window, query.dtype)[0]
-        out, probabilities = kernels.attend_explicit(query, *seen, scaling=scale, mask=mask, softcap=softcap)
-        for span in masses:
-            _add_mass_from_probabilities(part, group, span, probabilities, lo, num_layers)
-        return out
-    if masses:
-        return _attend_with_mass(part, group, layer, query, scale, window, masses, num_layers)
-    if group.dense:
-        return kernels.attend_causal(
-            query,
-            *seen,
-            scaling=scale,
-            window=window,
-            mask=lambda: group.mask(window, query.dtype)[0],
-        )
-    return kernels.attend(query, *seen, scaling=scale, mask=group.mask(window, query.dtype)[0])
-
-
-def _add_mass_from_probabilities(
-    part: PartRows, group: RowGroup, span: MassSpan, probabilities: torch.Tensor, lo: int, num_layers: int
-) -> None:
-    """probabilities: [kv_heads, groups * rows, tokens] over keys lo .. ; mean over heads, added per layer."""
-    if span.start - lo <= 0:
-        return
-    rows = group.positions.shape[0]
-    mass = probabilities[..., max(0, span.sinks - lo) : span.start - lo].sum(-1)
-    mass = mass.reshape(-1, rows).mean(0).div_(num_layers)
-    if rows == 1:
-        part.cache.mass[group.first] += mass[0]
-        return
-    inside = (group.positions >= span.start) & (group.positions < span.stop)
-    part.cache.mass.index_add_(0, group.positions[inside], mass[inside])
-
-
-def _attend_with_mass(
-    part: PartRows,
-    group: RowGroup,
-    layer: int,
-    query: torch.Tensor,
-    scale: float,
-    window: int | None,
+    settings: AttentionSettings,
     masses: list[MassSpan],
     num_layers: int,
-) -> torch.Tensor:
-    """Attention of prefill rows, and m = exp(lse_before - lse_all), mean over heads, added to the cache's
-    mass."""
-    keys, values = part.cache.keys(layer), part.cache.values(layer)
-    lo = 0 if window is None else max(0, group.first - window + 1)
-    seen = keys[:, lo : group.stop], values[:, lo : group.stop]
-    if group.dense:
-        out, lse = kernels.attend_causal_with_lse(
-            query,
-            *seen,
-            scaling=scale,
-            window=window,
-            mask=lambda: group.mask(window, query.dtype)[0],
+    out: torch.Tensor,
+) -> None:
+    """One row on a CPU: two batched matrix-vector products, and the probabilities come for free."""
+    lo = group.low(settings.window)
+    keys = part.cache.keys(layer)[:, lo : group.stop]
+    values = part.cache.values(layer)[:, lo : group.stop]
+    heads, _, dim = query.shape
+    folded = query.reshape(keys.shape[0], -1, dim)
+    if settings.softcap is None:
+        scores = torch.baddbmm(
+            folded[:, :1, :1], folded, keys.transpose(1, 2), beta=0, alpha=settings.scaling
         )
     else:
-        mask = group.mask(window, query.dtype)[0]
-        out, lse = kernels.attend_with_lse(query, *seen, scaling=scale, mask=mask)
+        scores = torch.bmm(folded, keys.transpose(1, 2)).mul_(settings.scaling / settings.softcap)
+        scores = scores.tanh_().mul_(settings.softcap)
+    probabilities = torch.softmax(scores, -1, dtype=torch.float32)
+    for span in masses:
+        before = probabilities[..., max(0, span.sinks - lo) : max(0, span.start - lo)].sum()
+        part.cache.mass[group.first].add_(before, alpha=1 / (heads * num_layers))
+    torch.bmm(probabilities.to(values.dtype), values, out=out.view(folded.shape))
+
+
+def _attend_capped(
+    part: PartRows,
+    group: RowGroup,
+    layer: int,
+    query: torch.Tensor,
+    settings: AttentionSettings,
+    masses: list[MassSpan],
+    num_layers: int,
+    out: torch.Tensor,
+) -> None:
+    """Several rows with soft-capped scores on a CPU (Gemma 2): explicit scores."""
+    lo = group.low(settings.window)
+    mixed, probabilities = kernels.attend_explicit(
+        query,
+        part.cache.keys(layer)[:, lo : group.stop],
+        part.cache.values(layer)[:, lo : group.stop],
+        scaling=settings.scaling,
+        mask=group.mask(settings.window, query.dtype),
+        softcap=settings.softcap,
+    )
+    for span in masses:
+        seen = probabilities[..., max(0, span.sinks - lo) : max(0, span.start - lo)].sum(-1)
+        mass = seen.reshape(-1, group.count).mean(0) / num_layers
+        rows = group.within(span)
+        _add_mass(part, group, rows, mass[rows])
+    out.copy_(mixed.transpose(0, 1))
+
+
+def _attend_rows(
+    part: PartRows,
+    group: RowGroup,
+    layer: int,
+    query: torch.Tensor,
+    settings: AttentionSettings,
+    masses: list[MassSpan],
+    num_layers: int,
+    out: torch.Tensor,
+) -> None:
+    """Several rows on a CPU."""
+    lo = group.low(settings.window)
+    keys = part.cache.keys(layer)[:, lo : group.stop]
+    values = part.cache.values(layer)[:, lo : group.stop]
+    if group.dense and settings.window is None and (group.first == 0 or group.count >= DENSE_MERGE):
+        mixed, lse = kernels.attend_causal(query, keys, values, scaling=settings.scaling)
+    else:
+        mask = group.mask(settings.window, query.dtype)
+        mixed, lse = kernels.attend_masked(query, keys, values, scaling=settings.scaling, mask=mask)
+    out.copy_(mixed.transpose(0, 1))
     for span in masses:
         first, stop = max(lo, span.sinks), span.start
         if first >= stop:
             continue
-        inside = (group.positions >= span.start) & (group.positions < span.stop)
+        rows, mask = group.within(span), None
+        if settings.window is not None:
+            mask = group.mask(settings.window, query.dtype)[rows, first - lo : stop - lo]
         before = kernels.log_sum_exp(
-            query[:, inside],
-            keys[:, first:stop],
-            scaling=scale,
-            mask=None
-            if window is None
-            else group.mask(window, query.dtype)[0][inside, first - lo : stop - lo],
+            query[:, rows], keys[:, first - lo : stop - lo], scaling=settings.scaling, mask=mask
         )
-        mass = (before - lse[:, inside]).exp().mean(0).div_(num_layers)
-        part.cache.mass.index_add_(0, group.positions[inside], mass)
-    return out
+        _add_mass(part, group, rows, (before - lse[:, rows]).exp().mean(0).div_(num_layers))
+
+
+def _attend_cuda(
+    part: PartRows,
+    group: RowGroup,
+    layer: int,
+    query: torch.Tensor,
+    settings: AttentionSettings,
+    masses: list[MassSpan],
+    num_layers: int,
+    out: torch.Tensor,
+) -> None:
+    """Any rows on CUDA: flash-attn for dense ones where it is installed and fits, else our kernel."""
+    lo = group.low(settings.window)
+    keys = part.cache.keys(layer)[:, lo : group.stop]
+    values = part.cache.values(layer)[:, lo : group.stop]
+    if group.dense and settings.softcap is None and kernels.flash_serves(query):
+        mixed, lse = kernels.flash_causal(query, keys, values, settings.scaling, settings.window)
+    else:
+        mixed, lse = kernels.attend_rows(
+            query,
+            keys,
+            values,
+            group.positions,
+            first=lo,
+            scaling=settings.scaling,
+            window=settings.window,
+            softcap=settings.softcap,
+        )
+    out.copy_(mixed.transpose(0, 1))
+    for span in masses:
+        rows = group.within(span)
+        mass = kernels.context_mass(
+            query[:, rows],
+            keys,
+            lse[:, rows],
+            group.positions[rows],
+            first=lo,
+            start=span.sinks,
+            stop=span.start,
+            scaling=settings.scaling,
+            window=settings.window,
+            softcap=settings.softcap,
+        )
+        _add_mass(part, group, rows, mass / num_layers)
+
+
+def _add_mass(part: PartRows, group: RowGroup, rows: slice, mass: torch.Tensor) -> None:
+    """Add `mass` [rows] to those rows of the group."""
+    if group.dense:
+        part.cache.mass[group.first + rows.start : group.first + rows.stop] += mass
+    else:
+        part.cache.mass.index_add_(0, group.positions[rows], mass)

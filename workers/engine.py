@@ -1,10 +1,9 @@
 """The ragged step: any rows of any number of sequences, each with its own positions and cache, at any layers,
 in one pass over the weights.
 
-Drives the decoder layers of a Hugging Face causal LM one by one, with the attention function of
+Drives the decoder layers of a Hugging Face causal LM one by one (`workers/layers.py`), with the attention of
 `workers/attention.py` and no HF cache object or mask. A prefill chunk, sparse rectified rows and decode
-tokens are the same call. The only module that touches the inside of transformers' models. It knows nothing of
-prompts, plans or schedules.
+tokens are the same call. It knows nothing of prompts, plans or schedules.
 
 Layer ranges are half-open: a row with enter=4, exit=29 is computed in layers 4 .. 28.
 """
@@ -14,24 +13,19 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from workers.attention import (
-    ATTENTION_NAME,
-    ActiveRows,
-    MassSpan,
-    PartRows,
-    Probe,
-    group_rows,
-    relay_attention,
-)
+from workers.attention import MassSpan, PartRows, Probe, RaggedAttention, group_rows
 from workers.kv_cache import SequenceCache
+from workers.layers import Rotary, RotaryTables, linear, module_attention, prepare_layers
 
-AttentionInterface.register(ATTENTION_NAME, relay_attention)
+ATTENTION_NAME = "relay_cluster"
+
+AttentionInterface.register(ATTENTION_NAME, module_attention)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,12 +82,25 @@ class EngineCounters:
 
 @dataclass(slots=True)
 class _Rows:
-    """All rows of a step, concatenated over parts."""
+    """All rows of a step, concatenated over parts; `uniform` when all of them take all layers."""
 
     hidden: torch.Tensor
     enter: torch.Tensor
     exit: torch.Tensor
-    offsets: list[int] = field(default_factory=list[int])
+    offsets: list[int]
+    uniform: bool
+
+    def changes(self) -> list[int]:
+        """Layers at which rows enter or leave, ascending."""
+        if self.uniform:
+            return [int(self.enter[0]), int(self.exit[0])]
+        return sorted({*self.enter.tolist(), *self.exit.tolist()})
+
+    def active(self, layer: int) -> slice | torch.Tensor:
+        """The rows that are computed at `layer`."""
+        if self.uniform:
+            return slice(0, self.hidden.shape[0])
+        return torch.nonzero((self.enter <= layer) & (self.exit > layer)).flatten()
 
 
 class Engine:
@@ -103,18 +110,18 @@ class Engine:
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
         body: Any = model.model
-        self._layers: Sequence[Any] = body.layers
         self._embed: Any = body.embed_tokens
         self._norm: Any = body.norm
         self._rotary: Any = body.rotary_emb
         self._head: Any = model.get_output_embeddings()
         config: Any = model.config.get_text_config()
-        self.num_layers = len(self._layers)
+        self.num_layers = len(body.layers)
         self.device = next(model.parameters()).device
         self._final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Gemma 3 has one RoPE per layer type, and its rotary module then takes the type's name.
         self._typed_rope = "layer_type" in inspect.signature(self._rotary.forward).parameters
         self._layer_types: list[str] = list(getattr(config, "layer_types", None) or [""] * self.num_layers)
+        self._layers = prepare_layers(model, self._rotary_of)
         self._lock = threading.Lock()
         self.counters = EngineCounters()
 
@@ -131,34 +138,28 @@ class Engine:
     def _step(self, parts: Sequence[Part]) -> list[PartResult]:
         rows = self._gather(parts)
         # Layers at which the set of rows changes; between them nothing is rebuilt.
-        changes = set(rows.enter.tolist()) | set(rows.exit.tolist())
+        changes = rows.changes()
         saves = {p.checkpoint_layer for p in parts if p.checkpoint_layer is not None}
-        active, hidden, index = None, rows.hidden[:0], torch.empty(0, dtype=torch.long)
-        rotary: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for layer in range(min(changes), max(changes)):
+        active: RaggedAttention | None = None
+        hidden, index = rows.hidden, slice(0, 0)
+        rotary: dict[str, RotaryTables] = {}
+        for layer in range(changes[0], changes[-1]):
             if layer in changes:
                 if active is not None:
                     rows.hidden[index] = hidden
-                index = torch.nonzero((rows.enter <= layer) & (rows.exit > layer)).flatten()
-                hidden = rows.hidden[index]
+                index = rows.active(layer)
                 active = self._activate(parts, rows, index)
-                positions = torch.cat([p.positions for p in active.parts] or [index])
-                rotary = self._rotate(hidden, positions.to(self.device))
-            if active is None or not index.numel():
+                if active is None:
+                    continue
+                hidden = rows.hidden[index]
+                rotary = self._rotate(hidden, active)
+            if active is None:
                 continue
             if layer in saves:
                 _save_checkpoints(parts, active, hidden, layer)
             kind = self._layer_types[layer] if self._typed_rope else ""
-            hidden = self._layers[layer](
-                hidden[None],
-                attention_mask=None,
-                past_key_values=None,
-                use_cache=False,
-                position_embeddings=rotary[kind],
-                relay=active,
-            )
-            hidden = (hidden[0] if isinstance(hidden, tuple) else hidden)[0]
-            self.counters.row_layers += index.numel()
+            hidden = self._layers[layer].forward(hidden, rotary[kind], active)
+            self.counters.row_layers += hidden.shape[0]
         if active is not None:
             rows.hidden[index] = hidden
         self.counters.weight_passes += 1
@@ -179,7 +180,13 @@ class Engine:
                 if part.exit is None
                 else part.exit
             )
-        return _Rows(torch.cat(hidden), torch.cat(enter), torch.cat(exit_), offsets)
+        first, last = torch.cat(enter), torch.cat(exit_)
+        uniform = bool((first == first[0]).all()) and bool((last == last[0]).all())
+        # Layers overwrite the states, so they must be the step's own.
+        states = torch.cat(hidden) if len(hidden) > 1 or parts[0].hidden is not None else hidden[0]
+        if states is parts[0].hidden:
+            states = states.clone()
+        return _Rows(states, first, last, offsets, uniform)
 
     def _entry_states(self, part: Part) -> torch.Tensor:
         """[rows, hidden_size]: embeddings for rows that enter at layer 0, given states for the others."""
@@ -193,44 +200,68 @@ class Engine:
             states[from_start] = self._embed(part.token_ids[from_start].to(self.device)[None])[0]
         return states
 
-    def _activate(self, parts: Sequence[Part], rows: _Rows, index: torch.Tensor) -> ActiveRows:
+    def _activate(
+        self, parts: Sequence[Part], rows: _Rows, index: slice | torch.Tensor
+    ) -> RaggedAttention | None:
+        """What attention needs to know of the rows `index`; None if there are none."""
+        bounds = [*rows.offsets, rows.hidden.shape[0]]
+        if isinstance(index, torch.Tensor):
+            if not index.numel():
+                return None
+            bounds = torch.searchsorted(index, torch.tensor(bounds)).tolist()
         out: list[PartRows] = []
-        start = 0
-        bounds = torch.searchsorted(index, torch.tensor([*rows.offsets, rows.hidden.shape[0]])).tolist()
         for i, part in enumerate(parts):
-            local = index[bounds[i] : bounds[i + 1]] - rows.offsets[i]
-            if not local.numel():
+            start, stop = bounds[i], bounds[i + 1]
+            if start == stop:
                 continue
-            positions = part.positions[local]
-            count = positions.shape[0]
+            positions = part.positions
+            if isinstance(index, torch.Tensor):
+                positions = positions[index[start:stop] - rows.offsets[i]]
+            groups = group_rows(positions)
+            first, last = groups[0].first, groups[-1].stop
+            there = positions.to(self.device)
+            for group in groups:
+                group.positions = there[group.rows]
             out.append(
                 PartRows(
                     cache=part.cache,
                     start=start,
-                    stop=start + count,
-                    positions=positions.to(self.device),
-                    groups=group_rows(positions.to(self.device)),
-                    contiguous=int(positions[-1] - positions[0]) + 1 == count,
+                    stop=stop,
+                    positions=there,
+                    groups=groups,
+                    contiguous=first if last - first == stop - start else None,
                     masses=part.masses,
                     probe=part.probe,
                 )
             )
-            start += count
-        return ActiveRows(out, self.num_layers)
+        return RaggedAttention(out, self.num_layers)
 
-    def _rotate(
-        self, hidden: torch.Tensor, positions: torch.Tensor
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        if not positions.numel():
-            return {}
+    def _rotary_of(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:
         if not self._typed_rope:
-            return {"": self._rotary(hidden[None], positions[None])}
-        return {t: self._rotary(hidden[None], positions[None], t) for t in set(self._layer_types)}
+            return self._rotary(hidden[None], positions[None])
+        return self._rotary(hidden[None], positions[None], self._layer_types[layer])
+
+    def _rotate(self, hidden: torch.Tensor, active: RaggedAttention) -> dict[str, RotaryTables]:
+        """cos and sin of the active rows, per layer type where the model has several RoPEs."""
+        positions = active.parts[0].positions
+        if len(active.parts) > 1:
+            positions = torch.cat([p.positions for p in active.parts])
+        kinds = self._layer_types if self._typed_rope else [""]
+        return {
+            kind: RotaryTables.of(self._rotary_of(kinds.index(kind), hidden, positions))
+            for kind in set(kinds)
+        }
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab]"""
+        if type(self._head) is torch.nn.Linear:
+            return linear(hidden, self._head.weight, self._head.bias)
+        return self._head(hidden)
 
     def _results(self, parts: Sequence[Part], rows: _Rows) -> list[PartResult]:
         wanted = [o + r for o, p in zip(rows.offsets, parts, strict=True) for r in p.logits_rows]
         if wanted:
-            logits = self._head(self._norm(rows.hidden[torch.tensor(wanted)])).float()
+            logits = self._logits(self._norm(rows.hidden[torch.tensor(wanted)])).float()
             if self._final_softcap is not None:
                 logits = torch.tanh(logits / self._final_softcap) * self._final_softcap
         else:
@@ -244,8 +275,14 @@ class Engine:
         return results
 
 
-def _save_checkpoints(parts: Sequence[Part], active: ActiveRows, hidden: torch.Tensor, layer: int) -> None:
+def _save_checkpoints(
+    parts: Sequence[Part], active: RaggedAttention, hidden: torch.Tensor, layer: int
+) -> None:
     wanting = {id(p.cache) for p in parts if p.checkpoint_layer == layer}
     for rows in active.parts:
         if id(rows.cache) in wanting:
-            rows.cache.checkpoint[rows.positions] = cast("torch.Tensor", hidden[rows.start : rows.stop])
+            states = hidden[rows.start : rows.stop]
+            if rows.contiguous is not None:
+                rows.cache.checkpoint[rows.contiguous : rows.contiguous + states.shape[0]] = states
+            else:
+                rows.cache.checkpoint[rows.positions] = states

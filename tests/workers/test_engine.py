@@ -138,9 +138,12 @@ def test_context_mass_is_the_attention_given_to_the_text_before(dense: bool) -> 
 
 
 def test_rows_are_grouped_into_dense_runs_and_the_rest() -> None:
-    positions = torch.tensor([0, 3, *range(10, 40), 50, 51])
-    dense, sparse = group_rows(positions)
+    positions = torch.tensor([0, 3, *range(10, 70), 80, 81, *range(90, 200, 2)])
+    first, dense, *sparse = group_rows(positions)
     assert dense.dense
-    assert (dense.first, dense.stop) == (10, 40)
-    assert not sparse.dense
-    assert sparse.positions.tolist() == [0, 3, 50, 51]
+    assert (dense.first, dense.stop) == (10, 70)
+    assert not first.dense
+    assert first.positions.tolist() == [0, 3]
+    assert [g.count for g in sparse] == [32, 25]
+    assert torch.equal(torch.cat([g.positions for g in (first, dense, *sparse)]), positions)
+    assert [g.rows.start for g in sparse] == [62, 94]

@@ -1,42 +1,94 @@
-"""Kernels: one signature, several implementations. `reference` is the oracle and the CPU path; on CUDA
-flash-attn serves dense prefill and decode when it is installed. Which one serves is decided once, here, and
-can be asked.
+"""Kernels: one signature, several implementations.
+
+    reference   plain torch, written to be read: the oracle
+    cpu         torch's blocked CPU kernel
+    triton      CUDA, and the Triton interpreter in tests
+    flash-attn  CUDA, dense rows in half precision, where it is installed
+
+Which one serves is decided here, by the device of the tensors: CUDA tensors go to Triton, and nothing falls
+back silently. No knowledge of models, caches or plans.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from transport.errors import ConfigError
+from workers.kernels import reference
+from workers.kernels.cpu import attend_causal, attend_masked
 from workers.kernels.reference import (
-    attend,
     attend_explicit,
-    attend_with_lse,
     log_sum_exp,
     position_mask,
-    relocate,
     rotate_keys,
     rotation,
-    value_deviation,
 )
 
 __all__ = [
-    "attend",
     "attend_causal",
-    "attend_causal_with_lse",
     "attend_explicit",
-    "attend_with_lse",
+    "attend_masked",
+    "attend_rows",
+    "context_mass",
     "flash_attn_installed",
+    "flash_causal",
+    "flash_serves",
     "log_sum_exp",
     "position_mask",
     "relocate",
     "rotate_keys",
     "rotation",
+    "serving",
     "value_deviation",
 ]
+
+
+def serving(device: torch.device) -> str:
+    """Name of the implementation that serves tensors on `device`."""
+    return "triton" if device.type == "cuda" else "reference"
+
+
+@functools.cache
+def _implementation(device_type: str) -> Any:
+    if device_type != "cuda":
+        return reference
+    if importlib.util.find_spec("triton") is None:
+        raise ConfigError(
+            "kernels for CUDA need triton, which is not installed. Install it (pip install "
+            "'relay-cluster[gpu]'), or set worker.device: cpu."
+        )
+    return importlib.import_module("workers.kernels.triton")
+
+
+def relocate(
+    source: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """Copy KV of one block into a cache, keys re-rotated; see `reference.relocate`."""
+    _implementation(out.device.type).relocate(source, cos, sin, out)
+
+
+def attend_rows(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of rows at any positions; see `reference.attend_rows`."""
+    return _implementation(query.device.type).attend_rows(query, keys, values, positions, **options)
+
+
+def value_deviation(reused: torch.Tensor, computed: torch.Tensor) -> torch.Tensor:
+    """1 - cos per token; see `reference.value_deviation`."""
+    return _implementation(reused.device.type).value_deviation(reused, computed)
+
+
+def context_mass(
+    query: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, positions: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """Attention given to a range of keys; see `reference.context_mass`."""
+    return _implementation(query.device.type).context_mass(query, keys, lse, positions, **options)
 
 
 @functools.cache
@@ -45,59 +97,19 @@ def flash_attn_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _flash_serves(query: torch.Tensor) -> bool:
+def flash_serves(query: torch.Tensor) -> bool:
     """flash-attn needs CUDA and half precision."""
     return query.is_cuda and query.dtype != torch.float32 and flash_attn_installed()
 
 
-def attend_causal(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scaling: float,
-    window: int | None,
-    mask: Callable[[], torch.Tensor],
-) -> torch.Tensor:
-    """Attention of the *last* rows of a sequence over all its keys, causal and aligned at the end.
-
-    Args:
-        query: [heads, rows, head_dim], positions tokens - rows .. tokens - 1.
-        keys, values: [kv_heads, tokens, head_dim].
-        window: sliding window in tokens, or None.
-        mask: gives the additive mask [rows, tokens]; asked only where a kernel needs one.
-
-    Returns:
-        [heads, rows, head_dim]. On CUDA in half precision flash-attn does it when installed.
-    """
-    if _flash_serves(query):
-        return _flash(query, keys, values, scaling, window)[0]
-    if query.shape[1] == keys.shape[1] and window is None:
-        return attend(query, keys, values, scaling=scaling, causal=True)
-    return attend(query, keys, values, scaling=scaling, mask=mask())
-
-
-def attend_causal_with_lse(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scaling: float,
-    window: int | None,
-    mask: Callable[[], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like `attend_causal`, and the log-sum-exp of every row: [heads, rows] float32."""
-    if _flash_serves(query):
-        return _flash(query, keys, values, scaling, window)
-    if query.shape[1] == keys.shape[1] and window is None:
-        return attend_with_lse(query, keys, values, scaling=scaling, causal=True)
-    return attend_with_lse(query, keys, values, scaling=scaling, mask=mask())
-
-
-def _flash(
+def flash_causal(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """flash-attn over one sequence: (out [heads, rows, head_dim], lse [heads, rows])."""
+    """flash-attn for the last rows of one sequence.
+
+    Returns:
+        out: [heads, rows, head_dim]; lse: [heads, rows] float32.
+    """
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     out, lse, _ = flash_attn_func(
