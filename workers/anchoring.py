@@ -93,7 +93,13 @@ class Anchoring:
             located = acquired.hits.get(span.key) if span.key is not None else None
             if located is not None and span.key is not None:
                 frame = frame_of_segment(acquired.pulled[span.key], len(span), self._inv_freq)
-                match = self.pool.match(context, source_of(located), frame, method.temperature)
+                match = self.pool.match(
+                    context,
+                    source_of(located),
+                    frame,
+                    temperature=method.temperature,
+                    prior=method.prior,
+                )
                 self.pool.judged(match, method)
                 matches[span] = match
         return matches

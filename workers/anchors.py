@@ -11,6 +11,10 @@ drifts). With K, V the KV of a span's tokens in its new context and K', V' the s
     weights w[a, t] = softmax over anchors of -(mean over layers, heads and channels of |base - base_a|) / T
 
 one per anchor and token, for keys and values apart. Layer 0 does not depend on context and is left alone.
+T is 1 in the published code. A mean over few anchors is mostly their own noise; `prior` shrinks it as that
+many more anchors with offset zero would: times n / (n + prior), n = 1 / (sum over anchors of w^2). 0 as
+published.
+
 Anchors are immutable: a better one replaces another under the next version, and a prompt that is being
 corrected keeps what it matched. Knows nothing of prompts, requests or the cluster.
 """
@@ -181,7 +185,7 @@ class Match:
         context, source, frame: of the span.
         anchors: those that are long enough; candidates: the same, in the same order, for the planner.
         value_gaps: [anchors, tokens] mean absolute difference of the values.
-        temperature: of the weights' softmax.
+        temperature: of the weights' softmax; prior: see the module.
         inv_freq: [L or 1, rotary_dim / 2] float32.
     """
 
@@ -192,6 +196,7 @@ class Match:
     candidates: tuple[AnchorCandidate, ...]
     value_gaps: torch.Tensor
     temperature: float
+    prior: float
     inv_freq: torch.Tensor
 
     def apply(self, kv: torch.Tensor, start: int) -> None:
@@ -207,12 +212,14 @@ class Match:
         kv[1:, 1] += values.to(kv.dtype)
 
     def weights(self, gaps: torch.Tensor) -> torch.Tensor:
-        """[anchors, tokens], adding up to 1 over the anchors. An anchor made of this very segment takes all:
-        no average with others is nearer to it than its own offset."""
+        """[anchors, tokens], adding up to 1 over the anchors, or to less with a prior. An anchor made of this
+        very segment takes all: no average with others is nearer to it than its own offset."""
         own = [a.source == self.source for a in self.anchors]
         if any(own):
             return torch.tensor(own, dtype=torch.float32, device=gaps.device)[:, None].expand_as(gaps)
-        return torch.softmax(-gaps / self.temperature, dim=0)
+        weights = torch.softmax(-gaps / self.temperature, dim=0)
+        count = 1 / weights.square().sum(0)
+        return weights * (count / (count + self.prior))
 
     def _mixed(self, offsets: Sequence[Stored], weights: torch.Tensor) -> torch.Tensor:
         """[layers - 1, kv_heads, tokens, head_dim] float32: the weighted sum of the offsets."""
@@ -279,7 +286,15 @@ class AnchorPool:
             counts = {k: self._counts[k] for k in ("learned", "pulled", "evicted", "corrected", "strangers")}
         return {"anchors": len(held), "anchor_bytes": self._nbytes(held), **counts}
 
-    def match(self, context: Context, source: str, frame: Frame, temperature: float = 1.0) -> Match:
+    def match(
+        self,
+        context: Context,
+        source: str,
+        frame: Frame,
+        *,
+        temperature: float = 1.0,
+        prior: float = 0.0,
+    ) -> Match:
         """Measure a span against the slot's anchors that are at least as long."""
         anchors = tuple(a for a in self.anchors(context) if a.tokens >= frame.tokens)
         norm = float(torch.linalg.vector_norm(frame.values))
@@ -291,7 +306,9 @@ class AnchorPool:
             candidates.append(AnchorCandidate(anchor.source, distance, distance / max(norm, 1e-30)))
             gaps.append(difference.abs_().mean(dim=(0, 1, 3)))
         stacked = torch.stack(gaps) if gaps else frame.values.new_zeros((0, frame.tokens))
-        return Match(context, source, frame, anchors, tuple(candidates), stacked, temperature, self._inv_freq)
+        return Match(
+            context, source, frame, anchors, tuple(candidates), stacked, temperature, prior, self._inv_freq
+        )
 
     # -- writing -------------------------------------------------------------------------------------------
 

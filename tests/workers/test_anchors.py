@@ -268,11 +268,26 @@ def _pool_of(count: int, *, tokens: int = 6) -> AnchorPool:
     seed=st.integers(0, 99),
 )
 def test_weights_add_up_to_one(count: int, tokens: int, scale: float, temperature: float, seed: int) -> None:
-    match = _pool_of(count).match(SLOT, "new", frame(tokens, 500 + seed), temperature)
+    match = _pool_of(count).match(SLOT, "new", frame(tokens, 500 + seed), temperature=temperature)
     weights = match.weights(match.value_gaps * scale)
     assert weights.shape == (count, tokens)
     assert bool((weights >= 0).all())
     assert torch.allclose(weights.sum(0), torch.ones(tokens), atol=1e-5)
+
+
+def test_a_prior_counts_like_anchors_without_offset() -> None:
+    """Four anchors as near as each other, and four that change nothing: half the correction."""
+    pool = _pool_of(4)
+    plain = pool.match(SLOT, "new", frame(6, 77))
+    shrunk = pool.match(SLOT, "new", frame(6, 77), prior=4)
+    even = torch.zeros_like(plain.value_gaps)
+    assert torch.allclose(shrunk.weights(even), plain.weights(even) / 2)
+    assert torch.allclose(shrunk.weights(even).sum(0), torch.full((6,), 0.5))
+    # One that is clearly the nearest counts as one.
+    one = even.index_fill(0, torch.tensor([1, 2, 3]), 1e4)
+    assert torch.allclose(shrunk.weights(one).sum(0), torch.full((6,), 0.2))
+    own = pool.match(SLOT, pool.anchors(SLOT)[0].source, frame(6, 77), prior=4)
+    assert own.weights(even)[0].tolist() == [1] * 6
 
 
 @settings(max_examples=20, deadline=None)

@@ -103,6 +103,7 @@ def test_the_absolute_gate_is_off_unless_asked_for() -> None:
         "window_size=0",
         "bits=4",
         "temperature=0",
+        "prior=-1",
         "max_distance=-1",
     ],
 )

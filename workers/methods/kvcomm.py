@@ -74,6 +74,8 @@ class KVComm:
         window_size: of so many oldest anchors the least used one is given up.
         bits: 32 keeps offsets as they are, 8 in int8 with scales per channel (keys) and token (values).
         temperature: of the softmax over anchors that gives the weights of their offsets.
+        prior: shrinks the correction as that many further anchors with no offset would; 0 = off, as
+            published. The mean of a few anchors' offsets adds more noise than it explains.
         max_distance: absolute gate, as the relative distance of the nearest anchor; None = off, as published.
             The entropy alone rewards one *clearly nearest* anchor, however far away it is.
     """
@@ -89,6 +91,7 @@ class KVComm:
     window_size: int = 5
     bits: int = 32
     temperature: float = 1.0
+    prior: float = 0.0
     max_distance: float | None = None
 
     def __post_init__(self) -> None:
@@ -101,6 +104,8 @@ class KVComm:
             raise ConfigError(f"kvcomm: bits={self.bits} is not one of {OFFSET_BITS}.")
         if not self.temperature > 0:
             raise ConfigError(f"kvcomm: temperature={self.temperature} must be above 0.")
+        if not self.prior >= 0:
+            raise ConfigError(f"kvcomm: prior={self.prior} must not be negative.")
         if self.max_distance is not None and not self.max_distance >= 0:
             raise ConfigError(f"kvcomm: max_distance={self.max_distance} must not be negative.")
 
