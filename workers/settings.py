@@ -23,6 +23,8 @@ class WorkerSettings:
 
     Attributes:
         device: "auto" takes cuda where there is one.
+        profile: file of the model's profile, as `relay profile --out` writes it, on every node; None: the one
+            that ships with the project, or else the generic one.
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on CUDA.
         threads: CPU threads for torch; 0 means all cores of the node.
         cache_tokens: size of the KV cache, in tokens over all requests of the worker.
@@ -42,6 +44,7 @@ class WorkerSettings:
     """
 
     device: Device = "auto"
+    profile: str | None = None
     dtype: DType = "auto"
     threads: Annotated[int, Ge(0)] = 0
     cache_tokens: Annotated[int, Ge(64)] = 16_384
