@@ -111,10 +111,79 @@ class PartRows:
 
 
 @dataclass(slots=True)
+class SingleRow:
+    """A part with one row (decoding) on a CPU. Its views of the cache are cut once per step, not per layer:
+    at eight sequences, cutting them anew took as long as the products.
+
+    Attributes:
+        row: its row in the step; position: its token's.
+        slots: per layer, where its key and value [kv_heads, head_dim] go.
+        seen: per window, (low, keys transposed per layer, values per layer) that it may see.
+        masses: as in `PartRows`.
+        given: attention mass of all layers so far, summed over heads.
+    """
+
+    cache: SequenceCache
+    row: int
+    position: int
+    masses: tuple[MassSpan, ...]
+    slots: list[tuple[torch.Tensor, torch.Tensor]]
+    seen: dict[int | None, tuple[int, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]
+    given: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, cache: SequenceCache, row: int, position: int, masses: tuple[MassSpan, ...]) -> SingleRow:
+        at = cache.kv[:, :, :, position]
+        slots = list(zip(at[:, 0].unbind(0), at[:, 1].unbind(0), strict=True))
+        wanted = tuple(m for m in masses if m.sinks < m.start <= position < m.stop)
+        return cls(cache, row, position, wanted, slots, {}, [])
+
+    def visible(self, window: int | None) -> tuple[int, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """(low, keys [kv_heads, head_dim, tokens] per layer, values [kv_heads, tokens, head_dim])."""
+        if window not in self.seen:
+            low = 0 if window is None else max(0, self.position - window + 1)
+            kv = self.cache.kv[:, :, :, low : self.position + 1]
+            keys = kv[:, 0].transpose(-1, -2).unbind(0)
+            self.seen[window] = low, keys, kv[:, 1].unbind(0)
+        return self.seen[window]
+
+    def attend(self, layer: int, query: torch.Tensor, settings: AttentionSettings, out: torch.Tensor) -> None:
+        """Two batched matrix-vector products, and the probabilities come for free.
+
+        Args:
+            query, out: [kv_heads, groups, head_dim].
+        """
+        low, keys, values = self.visible(settings.window)
+        if settings.softcap is None:
+            scores = torch.baddbmm(query[:, :1, :1], query, keys[layer], beta=0, alpha=settings.scaling)
+        else:
+            scores = torch.bmm(query, keys[layer]).mul_(settings.scaling / settings.softcap)
+            scores = scores.tanh_().mul_(settings.softcap)
+        shares = torch.softmax(scores, -1)
+        for span in self.masses:
+            first, stop = max(0, span.sinks - low), max(0, span.start - low)
+            if first < stop:
+                self.given.append(shares[..., first:stop].sum())
+        torch.bmm(shares, values[layer], out=out)
+
+    def finish(self, heads: int, num_layers: int) -> None:
+        """Note the mass that the row gave, in all layers."""
+        if self.given:
+            self.cache.mass[self.position] += torch.stack(self.given).sum().float() / (heads * num_layers)
+            self.given.clear()
+
+
+@dataclass(slots=True)
 class RaggedAttention:
-    """The `Attend` of one step: all parts' active rows, at any layer."""
+    """The `Attend` of one step: all parts' active rows, at any layer.
+
+    Attributes:
+        parts: in order of their rows. singles: parts of one row, which are not among `parts`.
+    """
 
     parts: list[PartRows]
+    singles: list[SingleRow]
+    positions: torch.Tensor
     num_layers: int
 
     def __call__(
@@ -125,9 +194,11 @@ class RaggedAttention:
         value: torch.Tensor,
         settings: AttentionSettings,
     ) -> torch.Tensor:
-        """See `workers.layers.Attend`; the order of rows is the order of `parts`."""
+        """See `workers.layers.Attend`; the order of rows is the order of the step's parts."""
         heads, rows, dim = query.shape
         out = query.new_empty((rows, heads, dim))
+        if self.singles:
+            self._write_singles(layer, key, value)
         for part in self.parts:
             a, b = part.start, part.stop
             _write(part, layer, key[:, a:b], value[:, a:b])
@@ -136,7 +207,25 @@ class RaggedAttention:
             for group in part.groups:
                 r = slice(a + group.rows.start, a + group.rows.stop)
                 self._attend(part, group, layer, query[:, r], settings, out[r])
+        if self.singles:
+            folded = (rows, key.shape[0], -1, dim)
+            queries = query.transpose(0, 1).reshape(folded).unbind(0)
+            outs = out.view(folded).unbind(0)
+            for one in self.singles:
+                one.attend(layer, queries[one.row], settings, outs[one.row])
         return out.view(rows, heads * dim)
+
+    def _write_singles(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        keys, values = key.unbind(1), value.unbind(1)
+        torch._foreach_copy_(
+            [t for one in self.singles for t in one.slots[layer]],
+            [t for one in self.singles for t in (keys[one.row], values[one.row])],
+        )
+
+    def finish(self, heads: int) -> None:
+        """After the last layer of this set of rows."""
+        for one in self.singles:
+            one.finish(heads, self.num_layers)
 
     def _attend(
         self,
@@ -153,8 +242,6 @@ class RaggedAttention:
         ]
         if query.is_cuda:
             _attend_cuda(part, group, layer, query, settings, masses, self.num_layers, out)
-        elif group.count == 1:
-            _attend_one(part, group, layer, query, settings, masses, self.num_layers, out)
         elif settings.softcap is not None:
             _attend_capped(part, group, layer, query, settings, masses, self.num_layers, out)
         else:
@@ -208,36 +295,6 @@ def _write(part: PartRows, layer: int, key: torch.Tensor, value: torch.Tensor) -
     else:
         keys.index_copy_(1, part.positions, key)
         values.index_copy_(1, part.positions, value)
-
-
-def _attend_one(
-    part: PartRows,
-    group: RowGroup,
-    layer: int,
-    query: torch.Tensor,
-    settings: AttentionSettings,
-    masses: list[MassSpan],
-    num_layers: int,
-    out: torch.Tensor,
-) -> None:
-    """One row on a CPU: two batched matrix-vector products, and the probabilities come for free."""
-    lo = group.low(settings.window)
-    keys = part.cache.keys(layer)[:, lo : group.stop]
-    values = part.cache.values(layer)[:, lo : group.stop]
-    heads, _, dim = query.shape
-    folded = query.reshape(keys.shape[0], -1, dim)
-    if settings.softcap is None:
-        scores = torch.baddbmm(
-            folded[:, :1, :1], folded, keys.transpose(1, 2), beta=0, alpha=settings.scaling
-        )
-    else:
-        scores = torch.bmm(folded, keys.transpose(1, 2)).mul_(settings.scaling / settings.softcap)
-        scores = scores.tanh_().mul_(settings.softcap)
-    probabilities = torch.softmax(scores, -1, dtype=torch.float32)
-    for span in masses:
-        before = probabilities[..., max(0, span.sinks - lo) : max(0, span.start - lo)].sum()
-        part.cache.mass[group.first].add_(before, alpha=1 / (heads * num_layers))
-    torch.bmm(probabilities.to(values.dtype), values, out=out.view(folded.shape))
 
 
 def _attend_capped(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from workers.attention import MassSpan, PartRows, Probe, RaggedAttention, group_rows
+from workers.attention import MassSpan, PartRows, Probe, RaggedAttention, SingleRow, group_rows
 from workers.kv_cache import SequenceCache
 from workers.layers import Rotary, RotaryTables, linear, module_attention, prepare_layers
 
@@ -116,6 +116,7 @@ class Engine:
         self._head: Any = model.get_output_embeddings()
         config: Any = model.config.get_text_config()
         self.num_layers = len(body.layers)
+        self._heads = int(config.num_attention_heads)
         self.device = next(model.parameters()).device
         self._final_softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Gemma 3 has one RoPE per layer type, and its rotary module then takes the type's name.
@@ -147,6 +148,7 @@ class Engine:
             if layer in changes:
                 if active is not None:
                     rows.hidden[index] = hidden
+                    active.finish(self._heads)
                 index = rows.active(layer)
                 active = self._activate(parts, rows, index)
                 if active is None:
@@ -162,6 +164,7 @@ class Engine:
             self.counters.row_layers += hidden.shape[0]
         if active is not None:
             rows.hidden[index] = hidden
+            active.finish(self._heads)
         self.counters.weight_passes += 1
         self.counters.rows += rows.hidden.shape[0]
         return self._results(parts, rows)
@@ -210,6 +213,8 @@ class Engine:
                 return None
             bounds = torch.searchsorted(index, torch.tensor(bounds)).tolist()
         out: list[PartRows] = []
+        singles: list[SingleRow] = []
+        where: list[torch.Tensor] = []
         for i, part in enumerate(parts):
             start, stop = bounds[i], bounds[i + 1]
             if start == stop:
@@ -217,24 +222,30 @@ class Engine:
             positions = part.positions
             if isinstance(index, torch.Tensor):
                 positions = positions[index[start:stop] - rows.offsets[i]]
-            groups = group_rows(positions)
-            first, last = groups[0].first, groups[-1].stop
-            there = positions.to(self.device)
-            for group in groups:
-                group.positions = there[group.rows]
-            out.append(
-                PartRows(
-                    cache=part.cache,
-                    start=start,
-                    stop=stop,
-                    positions=there,
-                    groups=groups,
-                    contiguous=first if last - first == stop - start else None,
-                    masses=part.masses,
-                    probe=part.probe,
-                )
-            )
-        return RaggedAttention(out, self.num_layers)
+            where.append(positions)
+            if stop - start == 1 and self.device.type == "cpu" and part.probe is None:
+                singles.append(SingleRow.of(part.cache, start, int(positions[0]), part.masses))
+            else:
+                out.append(self._part_rows(part, start, stop, positions))
+        everywhere = torch.cat(where) if len(where) > 1 else where[0]
+        return RaggedAttention(out, singles, everywhere.to(self.device), self.num_layers)
+
+    def _part_rows(self, part: Part, start: int, stop: int, positions: torch.Tensor) -> PartRows:
+        groups = group_rows(positions)
+        first, last = groups[0].first, groups[-1].stop
+        there = positions.to(self.device)
+        for group in groups:
+            group.positions = there[group.rows]
+        return PartRows(
+            cache=part.cache,
+            start=start,
+            stop=stop,
+            positions=there,
+            groups=groups,
+            contiguous=first if last - first == stop - start else None,
+            masses=part.masses,
+            probe=part.probe,
+        )
 
     def _rotary_of(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:
         if not self._typed_rope:
@@ -243,12 +254,9 @@ class Engine:
 
     def _rotate(self, hidden: torch.Tensor, active: RaggedAttention) -> dict[str, RotaryTables]:
         """cos and sin of the active rows, per layer type where the model has several RoPEs."""
-        positions = active.parts[0].positions
-        if len(active.parts) > 1:
-            positions = torch.cat([p.positions for p in active.parts])
         kinds = self._layer_types if self._typed_rope else [""]
         return {
-            kind: RotaryTables.of(self._rotary_of(kinds.index(kind), hidden, positions))
+            kind: RotaryTables.of(self._rotary_of(kinds.index(kind), hidden, active.positions))
             for kind in set(kinds)
         }
 
@@ -279,6 +287,9 @@ def _save_checkpoints(
     parts: Sequence[Part], active: RaggedAttention, hidden: torch.Tensor, layer: int
 ) -> None:
     wanting = {id(p.cache) for p in parts if p.checkpoint_layer == layer}
+    for one in active.singles:
+        if id(one.cache) in wanting:
+            one.cache.checkpoint[one.position] = hidden[one.row]
     for rows in active.parts:
         if id(rows.cache) in wanting:
             states = hidden[rows.start : rows.stop]
