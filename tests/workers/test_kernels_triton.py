@@ -29,7 +29,7 @@ import triton
 
 from workers.kernels import triton as fast
 
-NEG_INF = float("-inf")
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
