@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from relay_cluster import Cluster
+from relay_cluster.gate import QualitySettings
 from relay_cluster.report import RunReport
 from tests.e2e.conftest import PIPELINE, QUESTION
 from workers.model import load_model
@@ -77,3 +79,40 @@ def test_the_second_run_finds_the_prefix_in_the_cache(cluster: Cluster) -> None:
     assert first["solver"].prefix_tokens > 0, "the system prompt was prepared"
     assert again["solver"].prefix_tokens == again["solver"].prompt_tokens - 1
     assert again["critic"].tokens == first["critic"].tokens
+
+
+def test_the_quality_gate_demotes_an_edge_that_exceeds_its_budget(cluster: Cluster) -> None:
+    """Under a budget that only exact answers keep: two checks, two rungs, and then full prefill."""
+    budget = QualitySettings(kl_budget=1e-9, warmup=1, sample_rate=1.0, tokens=8, recover_after=50)
+    watched = replace(PIPELINE, name="watched", quality=budget)
+    seen, found = [], []
+    for run in range(3):
+        question = f"{QUESTION} Think of case {run}."
+        result = cluster.run(watched, question=question, method="naive", max_new_tokens=24)
+        gate, solver = result["critic"].gate, result["solver"].gate
+        assert gate is not None
+        assert solver is not None
+        assert (solver.next_rung, solver.kl_mean) == (0, None), "nothing was relayed to it"
+        seen.append(result["critic"].method)
+        found.append(gate)
+    assert seen == ["naive", "auto:strict", "full_prefill"]
+    assert [g.next_rung for g in found] == [1, 2, 2]
+    assert [g.judged for g in found] == ["naive", "auto:strict", "auto:strict"], "the last one is a probe"
+    for gate in found:
+        assert gate.kl_mean is not None
+        assert 1e-9 < gate.kl_mean < 1
+    assert found[0].value_error is not None
+    assert 1e-4 < found[0].value_error < 0.5
+    assert RunReport.from_json(result.report.to_json()).rows[0]["critic"].gate == found[-1]
+    for stats in cluster.stats().values():
+        assert stats["evidence_bytes"] < 8 << 20, "evidence goes when it has been judged"
+
+
+def test_strict_answers_end_exact_and_are_published_so(cluster: Cluster) -> None:
+    result = cluster.run(PIPELINE, question=QUESTION, method="auto:strict", max_new_tokens=32)
+    critic = result["critic"]
+    assert critic.relayed_tokens > 0
+    assert critic.healed_at_token is not None
+    assert critic.healed_at_token <= 24
+    assert critic.healed_entries >= critic.total_entries
+    assert result["solver"].healed_at_token == 0, "nothing was relayed: it was exact from the start"

@@ -226,8 +226,8 @@ agents:
   judge: {prompt: "{q}", role: jugde}
 """
     assert faults(write(tmp_path, text, "pipeline.yaml")) == [
-        'pipeline.yaml:1 quality.kl_budjet: is not a setting of "quality". Did you mean "kl_budget"?',
         "pipeline.yaml:1 quality.sample_rate: must be at most 1, got 2",
+        'pipeline.yaml:1 quality.kl_budjet: is not a setting of "quality". Did you mean "kl_budget"?',
         "pipeline.yaml:3 agents.judge.role: must be 'judge' or 'aggregator', got \"jugde\". "
         'Did you mean "judge"?',
     ]
