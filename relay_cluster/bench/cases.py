@@ -18,7 +18,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
@@ -211,7 +211,9 @@ def make_cases(tasks: Tasks, samples: int, seed: int) -> list[Case]:
 
 
 def _stream(kind: str, chosen: Sequence[tuple[int, Task]]) -> Iterator[Case]:
-    for (index, task), pattern in zip(chosen, cycle(patterns(kind)), strict=False):
+    # Maths begins with singles and code with a composite, so that few samples have both.
+    turns = islice(cycle(patterns(kind)), kind == "code", None)
+    for (index, task), pattern in zip(chosen, turns, strict=False):
         yield Case(f"{pattern.name}-{index}", task, pattern)
 
 
