@@ -403,15 +403,15 @@ def references(lab: Lab, composite: bool = False) -> tuple[Reference, dict[str, 
     outputs: list[SlotValue] = []
     upstream = {}
     first: Prompt | None = None
-    for stage in range(2 if composite else 1):
+    for _ in range(2 if composite else 1):
         prompt = writer.stage(0, outputs, room=24)
         first = first or prompt
         with lab.answers([prompt], 24) as answers:
             value = writer.splice(answers[0].tokens, "length")
+            assert value.token_ids is not None
             key = SegmentKey(SPACE, digest_tokens(value.token_ids[: value.kv_tokens]))
             upstream[key] = lab.segment(answers[0], key, value.kv_tokens)
         outputs.append(value)
-        assert stage < 2
     reader = writer.reader(0, outputs, "composite" if composite else "single", room=6)
     with lab.answers([reader], 6) as answers:
         reference = lab.reference(answers[0], upstream, 6)
