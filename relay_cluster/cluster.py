@@ -420,6 +420,14 @@ class Cluster:
         except RayError as error:
             raise _unwrapped(error, f"preparing a prompt on {worker}") from None
 
+    def replay(self, worker: WorkerId, request: Request, answer: Sequence[int]) -> Reply:
+        """Publish on a worker what an answer known already would have left; see `AgentWorker.replay`."""
+        call = self._members[worker].handle.replay.remote(request, tuple(answer))
+        try:
+            return ray.get(call, timeout=self.config.worker.request_timeout_s + 60)
+        except RayError as error:
+            raise _unwrapped(error, f'replay of agent "{request.agent}" on {worker}') from None
+
     def distances(
         self, worker: WorkerId, request: Request, methods: Sequence[str], *, tokens: int = 32
     ) -> tuple[Distance, ...]:

@@ -181,6 +181,10 @@ class Worker:
         """See AgentWorker.compare."""
         return self._agent.compare(request, reply, base_method, repeats=repeats)
 
+    def replay(self, request: Request, answer: tuple[int, ...]) -> Reply:
+        """See AgentWorker.replay."""
+        return self._agent.replay(request, answer)
+
     def distances(self, request: Request, methods: tuple[str, ...], tokens: int) -> tuple[Distance, ...]:
         """See workers.fidelity.distances."""
         from workers.fidelity import distances

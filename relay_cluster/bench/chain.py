@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from relay_cluster.bench.common import BASE, Document, TimingRow, median, progress, rounds
+from relay_cluster.bench.common import BASE, Document, TimingRow, learners, median, progress, rounds
 from relay_cluster.bench.texts import Tasks, TextPool
 from relay_cluster.bench.timing import POSITIONS, timing_row
 from relay_cluster.cluster import Cluster
@@ -26,6 +26,9 @@ from transport.types import WorkerId
 from workers.messages import Distance, Reply, Request
 from workers.segment import PromptBuilder, SlotValue
 from workers.settings import SamplingSettings
+
+WARM_CHAINS = 3
+"""Other chains that a learning method (`kvcomm`) sees in full before it is measured."""
 
 _INPUT = "input"
 
@@ -89,11 +92,13 @@ def run_chain(
     roles = make_roles(settings, tokenizer, pool)
     pipeline = Pipeline([role.agent for role in roles], name="chain", model=config.model)
     steps = settings.agents * (1 + (settings.repeats + 1) * len(settings.methods) + settings.fidelity)
+    steps += WARM_CHAINS if learners(settings.methods) else 0
     with (
         progress("chain", steps) as advance,
         Cluster(config, agents_hint=pipeline, on_event=on_event) as cluster,
     ):
         bench = _Bench(cluster, settings, roles, advance)
+        bench.warm(pool)
         given = SlotValue(token_ids=pool.take(settings.input_tokens), kv_tokens=settings.input_tokens)
         values = bench.decode(given)
         rows = bench.measure(values)
@@ -120,6 +125,7 @@ def _facts(
         "worker, rotation, rectification, fresh prefill, first token",
         "prefix": "every agent's own prefix is in the reader's exact local prefix cache; full_prefill "
         "computes the whole prompt",
+        "learning": f"kvcomm has seen {WARM_CHAINS} other chains of the same shape, computed in full",
         "kl": f"against full_prefill, teacher-forced on its greedy answer, up to {POSITIONS} tokens",
         "notes": list(notes),
     }
@@ -204,6 +210,23 @@ class _Bench:
             values[role.agent.name] = reply.output
             self._advance(f"{role.agent.name} decoded {len(reply.token_ids)} tokens")
         return values
+
+    def warm(self, pool: TextPool) -> None:
+        """Let methods that learn see other chains of the same shape, computed in full by the reader."""
+        settings = self._settings
+        names = learners(settings.methods)
+        for number in range(WARM_CHAINS if names else 0):
+            ids = pool.take(settings.input_tokens)
+            values = {_INPUT: SlotValue(token_ids=ids, kv_tokens=len(ids))}
+            once = SamplingSettings(max_new_tokens=1)
+            for role in self._roles:
+                request = replace(self._request(role, values, BASE, once), publish=True)
+                answer = pool.take(settings.output_tokens)
+                values[role.agent.name] = self._cluster.replay(self._writer, request, answer).output
+            for role in self._roles:
+                for name in names:
+                    self._ask(self._reader, replace(self._request(role, values, name, once), publish=True))
+            self._advance(f"{', '.join(names)} learns from chain {number + 1}")
 
     def measure(self, values: Mapping[str, SlotValue]) -> list[TimingRow]:
         """Rows of every agent, methods interleaved."""
