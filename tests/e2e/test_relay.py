@@ -85,7 +85,7 @@ def test_the_quality_gate_demotes_an_edge_that_exceeds_its_budget(cluster: Clust
     """Under a budget that only exact answers keep: two checks, two rungs, and then full prefill."""
     budget = QualitySettings(kl_budget=1e-9, warmup=1, sample_rate=1.0, tokens=8, recover_after=50)
     watched = replace(PIPELINE, name="watched", quality=budget)
-    seen, found = [], []
+    seen, found, report = [], [], None
     for run in range(3):
         question = f"{QUESTION} Think of case {run}."
         result = cluster.run(watched, question=question, method="naive", max_new_tokens=24)
@@ -94,6 +94,7 @@ def test_the_quality_gate_demotes_an_edge_that_exceeds_its_budget(cluster: Clust
         assert solver is not None
         assert (solver.next_rung, solver.kl_mean) == (0, None), "nothing was relayed to it"
         seen.append(result["critic"].method)
+        report = result.report
         found.append(gate)
     assert seen == ["naive", "auto:strict", "full_prefill"]
     assert [g.next_rung for g in found] == [1, 2, 2]
@@ -103,7 +104,8 @@ def test_the_quality_gate_demotes_an_edge_that_exceeds_its_budget(cluster: Clust
         assert 1e-9 < gate.kl_mean < 1
     assert found[0].value_error is not None
     assert 1e-4 < found[0].value_error < 0.5
-    assert RunReport.from_json(result.report.to_json()).rows[0]["critic"].gate == found[-1]
+    assert report is not None
+    assert RunReport.from_json(report.to_json()).rows[0]["critic"].gate == found[-1]
     for stats in cluster.stats().values():
         assert stats["evidence_bytes"] < 8 << 20, "evidence goes when it has been judged"
 
