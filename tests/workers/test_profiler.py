@@ -386,9 +386,9 @@ SMALL = ProfileSettings(
 )
 
 
-def make_lab(family: str) -> Lab:
+def make_lab(family: str, cache_tokens: int = 2048) -> Lab:
     rig = tiny.Rig(tiny.build(family))
-    return Lab(rig.engine, rig.layout, rig.shape, stop_ids=frozenset(), cache_tokens=2048)
+    return Lab(rig.engine, rig.layout, rig.shape, stop_ids=frozenset(), cache_tokens=cache_tokens)
 
 
 def run(family: str) -> ProfileResult:
@@ -551,6 +551,27 @@ def test_equal_runs_give_equal_results() -> None:
     for field in dataclasses.fields(ProfileResult):
         if field.name not in skipped:
             assert getattr(a, field.name) == getattr(b, field.name), field.name
+
+
+def test_a_run_without_composites_chooses_by_single_spans() -> None:
+    torch.manual_seed(0)
+    alone = dataclasses.replace(SMALL, composites=0, cache_tokens=256)
+    with make_lab("llama") as lab:
+        result = Profiler(lab, TokenWriter(), "tiny", 3, alone).run()
+    assert result.cases == {"single": 3, "composite": 0}
+    assert result.curves.value_composite == ()
+    assert all(r.composite is None for r in (*result.starts, *result.ends, *result.rows))
+    assert result.profile.measured
+
+
+def test_a_small_cache_only_makes_smaller_groups() -> None:
+    texts = ["naive", "epic:k=4", "epic:k=8", "full_prefill"]
+    with make_lab("llama") as large, make_lab("llama", cache_tokens=96) as small:
+        pairs = [(lab, references(lab)[0]) for lab in (large, small)]
+        profile = tiny.Rig(large.engine.model).profile()
+        many, few = (lab.run(reference, texts, profile) for lab, reference in pairs)
+    assert [o.text for o in many] == [o.text for o in few] == texts
+    assert [o.reuse for o in many] == [o.reuse for o in few]
 
 
 def test_rows_average_over_prompts() -> None:

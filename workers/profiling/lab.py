@@ -220,8 +220,7 @@ class Lab:
         batch: list[int] = []
         used = 0
         for i, prompt in enumerate(prompts):
-            # Extents are whole blocks.
-            need = self.layout.blocks_for(len(prompt) + max_new_tokens) * self.layout.block_tokens
+            need = self._extent(len(prompt) + max_new_tokens)
             if batch and (len(batch) == BATCH or used + need > self.cache_tokens):
                 yield batch
                 batch, used = [], 0
@@ -229,6 +228,10 @@ class Lab:
             used += need
         if batch:
             yield batch
+
+    def _extent(self, tokens: int) -> int:
+        """Tokens that a sequence takes of the pool: whole blocks."""
+        return self.layout.blocks_for(tokens) * self.layout.block_tokens
 
     def segment(self, answer: Answer, key: SegmentKey, tokens: int) -> Upstream:
         """What the upstream agent publishes: the first `tokens` tokens of its answer, whose KV decoding left
@@ -340,8 +343,8 @@ class Lab:
         Raises:
             ConfigError: a text does not parse or cannot be run without transport.
         """
-        tokens = len(reference.prompt) + len(reference.continuation)
-        size = max(1, min(BATCH, _GROUP_TOKENS // tokens))
+        tokens = self._extent(len(reference.prompt) + len(reference.continuation))
+        size = max(1, min(BATCH, min(_GROUP_TOKENS, self.cache_tokens) // tokens))
         out: list[Outcome] = []
         for at in range(0, len(texts), size):
             group = texts[at : at + size]
