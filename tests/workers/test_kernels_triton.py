@@ -251,6 +251,7 @@ def test_value_deviation_of_known_vectors(device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("dim", [16, 64, 80])
 @on_devices
@@ -265,8 +266,9 @@ def test_rows_long_grid(dim: int, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @on_devices
-@settings(max_examples=150)
+@settings(max_examples=80)
 @drawn(data=st.data())
 def test_rows_of_any_shape(device: str, data: st.DataObject) -> None:
     require(device)
@@ -290,8 +292,9 @@ def test_rows_of_any_shape(device: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @on_devices
-@settings(max_examples=60)
+@settings(max_examples=40)
 @drawn(data=st.data())
 def test_relocate_and_deviation_of_any_shape(device: str, data: st.DataObject) -> None:
     require(device)
