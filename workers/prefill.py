@@ -41,6 +41,18 @@ class PulledSegment:
     num_tokens: int
     start: int
 
+    def rows(self, part: str, offsets: torch.Tensor) -> torch.Tensor:
+        """The per-token field "mass" or "checkpoint" at `offsets`, which ascend: [offsets, ...]."""
+        size = getattr(self.blocks[0], part).shape[0]
+        bounds = torch.searchsorted(offsets, torch.arange(len(self.blocks) + 1) * size).tolist()
+        return torch.cat(
+            [
+                getattr(block, part)[offsets[a:b] - i * size]
+                for i, (block, a, b) in enumerate(zip(self.blocks, bounds[:-1], bounds[1:], strict=True))
+                if a < b
+            ]
+        )
+
     def gather(self, part: str) -> torch.Tensor:
         """The per-token field "mass" or "checkpoint" of all tokens: [num_tokens, ...]."""
         return torch.cat([getattr(b, part) for b in self.blocks])[: self.num_tokens]
@@ -332,7 +344,7 @@ class Prefill:
                 f"(layer {self._model.checkpoint_layer} in this model's profile)."
             )
         needs = bool(selected.numel()) and start > 0
-        checkpoint = pulled.gather("checkpoint")[:count][selected] if needs else None
+        checkpoint = pulled.rows("checkpoint", selected) if needs else None
         return _Relayed(plan, selected, checkpoint, values)
 
     # -- rows ----------------------------------------------------------------------------------------------

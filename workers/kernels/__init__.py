@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from transport.errors import ConfigError
-from workers.kernels import reference
+from workers.kernels import cpu, reference
 from workers.kernels.cpu import attend_causal, attend_masked
 from workers.kernels.reference import (
     attend_explicit,
@@ -69,7 +69,8 @@ def relocate(
     source: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """Copy KV of one block into a cache, keys re-rotated; see `reference.relocate`."""
-    _implementation(out.device.type).relocate(source, cos, sin, out)
+    serves = cpu if out.device.type == "cpu" else _implementation(out.device.type)
+    serves.relocate(source, cos, sin, out)
 
 
 def attend_rows(
