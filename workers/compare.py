@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from transport.types import Outcome
 from workers.messages import Comparison, Reply, Request
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def compare_methods(
     again = replace(
         request,
         publish=False,
-        only_keys=frozenset(t.key for t in reply.transfers if t.transfer.outcome is Outcome.PULLED),
+        only_keys=reply.relayed_keys,
         prefix_limit=reply.prefix_tokens,
     )
     other = replace(request, id=f"{request.id}-base", method=base_method, publish=False, prefix_limit=None)

@@ -130,6 +130,7 @@ class Reply:
             recomputed in relayed spans, and all of relayed spans.
         flop_ratio_predicted: FLOPs of the prefill over full prefill's, predicted from the plan alone.
         flop_ratio: the same, of the rows that were computed.
+        relayed_keys: segments whose KV was used; a method may compute a span although its segment was pulled.
         span_costs: of every span that was relayed, or might have been but for its cost.
         output: what downstream slots get.
         notes: facts worth telling ("prompt segment not published: arena full").
@@ -165,6 +166,7 @@ class Reply:
     resolved_method: str = ""
     flop_ratio_predicted: float | None = None
     flop_ratio: float | None = None
+    relayed_keys: frozenset[SegmentKey] = frozenset()
     span_costs: tuple[SpanCost, ...] = ()
     healed_entries: int = 0
     healed_at_token: int | None = None

@@ -123,6 +123,7 @@ def build_reply(
         notes=tuple(turn.notes),
         flop_ratio_predicted=turn.prefill.flop_ratio_predicted,
         flop_ratio=turn.prefill.flop_ratio,
+        relayed_keys=frozenset(s.source.segment.key for s in turn.prefill.plan.spans if s.source),
         span_costs=span_costs(turn, turn.prefill, stages),
         healed_entries=turn.heal.entries if turn.heal else 0,
         healed_at_token=turn.heal.finished_at if turn.heal else None,

@@ -156,20 +156,36 @@ def test_threshold_zero_equals_full_prefill(family: str) -> None:
 
 SOLVE = "Solve this problem.\n{question}"
 CHECK = "You check solutions.\nProblem:\n{question}\nSolution:\n{solver}\nIs the solution right?"
-QUESTIONS = [
-    "A farmer has 17 sheep and buys 5 more every week. How many has he got after six weeks?",
-    "A train travels 60 miles every hour. How many hours does it need for 390 miles with one stop "
-    "of half an hour?",
-    "Maria bakes 12 trays with 8 loaves on each. She sells three quarters of them. How many are left over?",
+_TOPICS = [
+    ("farmer", "sheep", 17, 5),
+    ("baker", "loaves", 96, 8),
+    ("teacher", "books", 43, 6),
+    ("gardener", "tulips", 28, 9),
+    ("collector", "stamps", 64, 7),
+    ("fisherman", "nets", 12, 3),
+    ("potter", "bowls", 35, 4),
+    ("tailor", "shirts", 51, 2),
+    ("miller", "sacks", 22, 6),
+    ("painter", "frames", 19, 4),
+    ("printer", "cards", 75, 5),
 ]
-ANSWERS = [
-    " Let us think. Five sheep each week for six weeks are thirty sheep. With the seventeen that "
-    "he had at the start, he has forty-seven sheep.",
-    " We divide the distance by the speed. 390 by 60 is six and a half hours. With the stop of half an "
-    "hour the journey takes seven hours.",
-    " Twelve trays with eight loaves are ninety-six. Three quarters of them are seventy-two, so that "
-    "twenty-four loaves are left.",
-]
+"""Eight conversations to learn from, three to be corrected."""
+
+
+def _question(n: int) -> str:
+    who, what, start, more = _TOPICS[n]
+    # Longer ones first: an anchor serves spans that are no longer than itself.
+    tail = " Say how you found the number, and check it once more before you answer." if n < 8 else ""
+    return f"A {who} has {start} {what} and gets {more} more every week. How many after six weeks?{tail}"
+
+
+def _answer(n: int) -> str:
+    who, what, start, more = _TOPICS[n]
+    tail = " Counting again from the start gives the very same number, so it must be right." if n < 8 else ""
+    return (
+        f" In six weeks the {who} gets {6 * more} {what}. With the {start} from the start that makes "
+        f"{start + 6 * more}.{tail}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +209,18 @@ def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
 def _ask(one: Desk, n: int, method: str, **options: Any) -> Request:
     """The n-th question, with the upstream agent's answer published on `one`."""
     solver = one.agent.replay(
-        request("solver", SOLVE, question=QUESTIONS[n]),
-        tuple(one.agent.loaded.tokenizer.encode(ANSWERS[n], add_special_tokens=False)),
+        request("solver", SOLVE, question=_question(n)),
+        tuple(one.agent.loaded.tokenizer.encode(_answer(n), add_special_tokens=False)),
     )
     options.setdefault("max_new_tokens", 1)
-    return request("critic", CHECK, method, question=QUESTIONS[n], solver=solver.output, **options)
+    return request("critic", CHECK, method, question=_question(n), solver=solver.output, **options)
+
+
+def _keyed(one: Desk, ask: Request) -> int:
+    """Tokens of both slots that have KV somewhere."""
+    spans = [s for s in one.agent.render(ask).spans if s.key is not None]
+    assert [s.slot for s in spans] == ["question", "solver"]
+    return sum(len(s) for s in spans)
 
 
 def _kl(one: Desk, ask: Request, method: str) -> torch.Tensor:
@@ -213,15 +236,30 @@ def _kl(one: Desk, ask: Request, method: str) -> torch.Tensor:
 @pytest.mark.slow
 def test_the_third_question_is_corrected_by_the_first_two(pair: tuple[Desk, Desk]) -> None:
     one, _ = pair
-    replies = [one.agent.generate(_ask(one, n, "kvcomm:threshold=1")) for n in range(3)]
+    asked = [_ask(one, n, "kvcomm:threshold=1") for n in (0, 1, 8)]
+    replies = [one.agent.generate(ask) for ask in asked]
     # A cold start is dense; so is the second: one anchor says nothing about near and far.
     assert [r.relayed_tokens for r in replies[:2]] == [0, 0]
-    assert replies[2].relayed_tokens > 60
+    assert replies[2].relayed_tokens == _keyed(one, asked[2])
     assert replies[2].recomputed_entries == 0
     assert replies[2].reuse == 1.0
     stats = one.agent.stats()
     assert (stats["learned"], stats["corrected"], stats["strangers"]) == (4, 2, 4)
     assert stats["anchors"] == 4, "two slots, two questions; a corrected span teaches nothing"
+
+
+@pytest.mark.slow
+def test_anchors_of_other_conversations_come_nearer_to_full_prefill_than_no_repair(
+    pair: tuple[Desk, Desk],
+) -> None:
+    one, _ = pair
+    for n in range(8):
+        one.agent.score(_ask(one, n, "kvcomm:threshold=0"), ())
+    asked = [_ask(one, n, "kvcomm:threshold=1", max_new_tokens=17) for n in (8, 9, 10)]
+    naive = torch.stack([_kl(one, ask, "naive") for ask in asked])
+    ours = torch.stack([_kl(one, ask, "kvcomm:threshold=1") for ask in asked])
+    assert ours.sum() < naive.sum(), (ours.mean(1), naive.mean(1))
+    assert ours[:, 0].sum() < naive[:, 0].sum(), (ours[:, 0], naive[:, 0])
 
 
 @pytest.mark.slow
@@ -243,10 +281,10 @@ def test_a_replica_uses_anchors_that_another_has_learned(pair: tuple[Desk, Desk]
         one.agent.generate(_ask(one, n, "kvcomm:threshold=1"))
     two.agent.prepare(None, CHECK)
     assert two.agent.stats()["pulled"] == 4
-    ask = _ask(two, 2, "kvcomm:threshold=1", max_new_tokens=2)
+    ask = _ask(two, 8, "kvcomm:threshold=1", max_new_tokens=2)
     mine = two.agent.generate(replace(ask, publish=False))
     theirs = one.agent.generate(replace(ask, id="again", publish=False))
-    assert mine.relayed_tokens == theirs.relayed_tokens > 60
+    assert mine.relayed_tokens == theirs.relayed_tokens == _keyed(two, ask)
     assert mine.token_ids == theirs.token_ids
 
 
@@ -255,3 +293,18 @@ def test_a_request_that_leaves_nothing_behind_leaves_no_anchor(pair: tuple[Desk,
     one, _ = pair
     one.agent.generate(_ask(one, 0, "kvcomm", publish=False))
     assert one.agent.stats()["anchors"] == 0
+
+
+@pytest.mark.slow
+def test_a_comparison_repeats_what_the_run_chose(pair: tuple[Desk, Desk]) -> None:
+    """The second prompt is computed and becomes the second anchor; run again, it would be corrected."""
+    one, _ = pair
+    one.agent.generate(_ask(one, 0, "kvcomm:threshold=1"))
+    ask = _ask(one, 1, "kvcomm:threshold=1", max_new_tokens=4)
+    reply = one.agent.generate(ask)
+    assert (reply.relayed_tokens, reply.relayed_keys) == (0, frozenset())
+    assert len(reply.transfers) == 2
+    comparison = one.agent.compare(ask, reply, "full_prefill")
+    assert comparison.notes == ()
+    assert comparison.kl_mean < 1e-6
+    assert one.agent.generate(replace(ask, id="again", publish=False)).relayed_tokens == _keyed(one, ask)
