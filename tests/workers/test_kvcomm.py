@@ -300,7 +300,7 @@ def test_a_comparison_repeats_what_the_run_chose(pair: tuple[Desk, Desk]) -> Non
     """The second prompt is computed and becomes the second anchor; run again, it would be corrected."""
     one, _ = pair
     one.agent.generate(_ask(one, 0, "kvcomm:threshold=1"))
-    ask = _ask(one, 1, "kvcomm:threshold=1", max_new_tokens=4)
+    ask = _ask(one, 8, "kvcomm:threshold=1", max_new_tokens=4)
     reply = one.agent.generate(ask)
     assert (reply.relayed_tokens, reply.relayed_keys) == (0, frozenset())
     assert len(reply.transfers) == 2
