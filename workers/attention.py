@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from workers import kernels
+from workers.drift import Drift
 from workers.kv_cache import SequenceCache
 from workers.layers import AttentionSettings
 
@@ -98,6 +99,7 @@ class PartRows:
         positions: [rows] ascending int64.
         groups: how the rows are attended.
         contiguous: first position when the positions have no gap, else None.
+        drifts: (drift, rows of its probes within the part).
     """
 
     cache: SequenceCache
@@ -108,6 +110,7 @@ class PartRows:
     contiguous: int | None
     masses: tuple[MassSpan, ...]
     probe: Probe | None
+    drifts: list[tuple[Drift, torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -201,6 +204,9 @@ class RaggedAttention:
             self._write_singles(layer, key, value)
         for part in self.parts:
             a, b = part.start, part.stop
+            for drift, rows in part.drifts:
+                if drift.band[0] <= layer < drift.band[1]:
+                    drift.follow(part.cache, layer, key[:, a:b][:, rows], value[:, a:b][:, rows])
             _write(part, layer, key[:, a:b], value[:, a:b])
             if part.probe is not None and part.probe.layer == layer:
                 part.probe.query = query[:, a:b][:, part.positions >= part.probe.start].clone()

@@ -20,6 +20,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from workers.attention import MassSpan, PartRows, Probe, RaggedAttention, SingleRow, group_rows
+from workers.drift import Drift
 from workers.kv_cache import SequenceCache
 from workers.layers import Rotary, RotaryTables, linear, module_attention, prepare_layers
 
@@ -42,6 +43,7 @@ class Part:
         checkpoint_layer: save the input of this layer to `cache.checkpoint`; None = do not.
         masses: spans whose context mass is recorded.
         probe: queries wanted by the caller.
+        drifts: relayed spans whose other entries follow the probes among the rows.
         keep_hidden: return the hidden states with which rows left.
     """
 
@@ -55,6 +57,7 @@ class Part:
     checkpoint_layer: int | None = None
     masses: tuple[MassSpan, ...] = ()
     probe: Probe | None = None
+    drifts: tuple[Drift, ...] = ()
     keep_hidden: bool = False
 
     @property
@@ -223,7 +226,7 @@ class Engine:
             if isinstance(index, torch.Tensor):
                 positions = positions[index[start:stop] - rows.offsets[i]]
             where.append(positions)
-            if stop - start == 1 and self.device.type == "cpu" and part.probe is None:
+            if stop - start == 1 and self.device.type == "cpu" and part.probe is None and not part.drifts:
                 singles.append(SingleRow.of(part.cache, start, int(positions[0]), part.masses))
             else:
                 out.append(self._part_rows(part, start, stop, positions))
@@ -245,6 +248,7 @@ class Engine:
             contiguous=first if last - first == stop - start else None,
             masses=part.masses,
             probe=part.probe,
+            drifts=[(d, torch.searchsorted(positions, d.probes).to(self.device)) for d in part.drifts],
         )
 
     def _rotary_of(self, layer: int, hidden: torch.Tensor, positions: torch.Tensor) -> Rotary:

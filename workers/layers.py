@@ -116,9 +116,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight.T + bias. x: [rows, in]; weight: [out, in]; returns [rows, out], maybe not contiguous.
 
-    On a CPU in float32 the usual product takes up to twice the time of reading the weights when there are a few
-    rows (MKL splits the rows, and there are too few). Measured for this model's shapes on 2 cores: as a batch of
-    narrow products 0.6-0.7x the time at 4 and 8 rows, transposed 0.6-0.7x at 16 and 32.
+    On a CPU in float32 the usual product takes up to twice the time of reading the weights when there are a
+    few rows (MKL splits the rows: there are too few). Measured for SmolLM2 on 2 cores: as a batch
+    of narrow products 0.6-0.7x the time at 4 and 8 rows, transposed 0.6-0.7x at 16 and 32.
     """
     rows = x.shape[0]
     if x.device.type != "cpu" or not 3 <= rows < 48 or x.dtype != torch.float32:

@@ -21,6 +21,7 @@ from transport.errors import ConfigError
 from workers import kernels
 from workers.attention import MassSpan, Probe
 from workers.costs import ModelCosts, detection_cut, full_prefill_flops, plan_flops, rows_flops
+from workers.drift import Drift, span_drift
 from workers.engine import Part, PartResult
 from workers.kv_cache import SequenceCache
 from workers.layout import BlockViews
@@ -134,12 +135,14 @@ class _Relayed:
         selected: [selected] int64 offsets of the tokens that are recomputed (may be, where the run chooses).
         checkpoint: [selected, hidden_size] their states at band[0]; None where that is layer 0.
         values: [kv_heads, tokens, head_dim] reused values at the detection layer, where the run chooses.
+        drift: what entries that are not recomputed follow, if anything.
     """
 
     plan: SpanPlan
     selected: torch.Tensor
     checkpoint: torch.Tensor | None
     values: torch.Tensor | None = None
+    drift: Drift | None = None
 
     @property
     def span(self) -> Span:
@@ -258,7 +261,7 @@ class Prefill:
         """The next at most `max_rows` rows. Call `done` with its result before asking again."""
         stage = self._current
         a = stage.cursor
-        b = min(a + max_rows, stage.positions.shape[0])
+        b, drifts = self._part_end(stage, a, min(a + max_rows, stage.positions.shape[0]))
         positions = stage.positions[a:b]
         last = int(positions[-1]) == self.num_tokens - 1 and int(stage.exit[b - 1]) == self._model.num_layers
         probe = None
@@ -276,8 +279,22 @@ class Prefill:
             checkpoint_layer=self._model.checkpoint_layer,
             masses=self._masses,
             probe=probe,
+            drifts=drifts,
             keep_hidden=stage.keep_hidden,
         )
+
+    def _part_end(self, stage: _Stage, a: int, b: int) -> tuple[int, tuple[Drift, ...]]:
+        """Where a part that begins at row `a` ends, about `b`: rows of a span that drifts stay together, for
+        its entries move when its probes are computed, once. And the drifts of the part's spans."""
+        spans = [r.drift for r in self._relayed if r.drift is not None]
+        for drift in spans:
+            first, stop = torch.searchsorted(
+                stage.positions, torch.tensor([drift.start, drift.stop])
+            ).tolist()
+            if first < b < stop:
+                b = first if first > a else stop
+        low, high = int(stage.positions[a]), int(stage.positions[b - 1])
+        return b, tuple(d for d in spans if low < d.stop and d.start <= high)
 
     def done(self, part: Part, result: PartResult) -> tuple[int, int]:
         """Take a part's result.
@@ -330,11 +347,15 @@ class Prefill:
     def _keep(self, plan: SpanPlan, pulled: PulledSegment) -> _Relayed:
         """Resolve the selection where it is known now, and copy what later stages need."""
         count, start, select = len(plan.span), plan.band[0], plan.select
-        values = None
+        values = drift = None
         if plan.band[1] <= start:
             selected = torch.empty(0, dtype=torch.long)
         elif isinstance(select, TopMass | Positions):
-            selected = resolve_select(select, pulled.gather("mass")[:count])
+            selected, probes = resolve_select(select, pulled.gather("mass")[:count])
+            if plan.drift and probes.numel():
+                drift = span_drift(
+                    plan.span.start, count, selected, probes, plan.band, plan.drift, self._model.inv_freq
+                )
         else:
             selected = torch.arange(count)
             values = self.cache.values(select.layer)[:, plan.span.start : plan.span.stop].clone()
@@ -345,7 +366,7 @@ class Prefill:
             )
         needs = bool(selected.numel()) and start > 0
         checkpoint = pulled.rows("checkpoint", selected) if needs else None
-        return _Relayed(plan, selected, checkpoint, values)
+        return _Relayed(plan, selected, checkpoint, values, drift)
 
     # -- rows ----------------------------------------------------------------------------------------------
 

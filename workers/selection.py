@@ -37,25 +37,41 @@ class Detected:
     influence: Callable[[], torch.Tensor]
 
 
-def resolve_select(select: TopMass | Positions, mass: torch.Tensor) -> torch.Tensor:
-    """Offsets within the span that `select` names.
+MIN_PROBES = 4
+"""Fewer probes say too little about the other tokens of a span."""
+
+
+def resolve_select(select: TopMass | Positions, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets within the span that `select` names, and which of them are probes.
 
     Args:
         mass: [tokens] float32 context mass of the span's tokens.
 
     Returns:
-        [selected] int64, ascending.
+        selected: [selected] int64, ascending; probes: [probes] int64, ascending, all of them selected.
     """
     tokens = mass.shape[0]
+    none = torch.empty(0, dtype=torch.long)
     if isinstance(select, Positions):
-        return torch.tensor([o for o in select.offsets if o < tokens], dtype=torch.long)
+        return torch.tensor([o for o in select.offsets if o < tokens], dtype=torch.long), none
     budget = _budget(select.ratio, tokens)
     if budget == 0:
-        return torch.empty(0, dtype=torch.long)
+        return none, none
+    probes = max(MIN_PROBES, round(select.probes * tokens)) if select.probes else 0
+    if probes * 2 > budget or budget == tokens:
+        probes = 0
     scores = mass.detach().cpu().clone()
-    # The first tokens count within the budget, so that `ratio` alone bounds the cost.
-    scores[: min(select.first, budget)] = float("inf")
-    return torch.topk(scores, budget).indices.sort().values
+    # First tokens and probes count within the budget, so that `ratio` alone bounds the cost.
+    scores[: min(select.first, budget - probes)] = float("inf")
+    chosen = torch.zeros(tokens, dtype=torch.bool)
+    chosen[torch.topk(scores, budget - probes).indices] = True
+    spread = none
+    if probes:
+        rest = torch.nonzero(~chosen).flatten()
+        # The middles of equal parts of the rest.
+        spread = rest[((torch.arange(probes) + 0.5) * rest.shape[0] / probes).long()]
+        chosen[spread] = True
+    return torch.nonzero(chosen).flatten(), spread
 
 
 def probed_tokens(select: Choice) -> int:

@@ -67,10 +67,12 @@ class ModelProfile:
 @dataclass(frozen=True, slots=True)
 class TopMass:
     """Select by publish-time context mass: the first `first` tokens and then the largest masses, together
-    `ratio` of the span's tokens, rounded up."""
+    `ratio` of the span's tokens, rounded up. Of these, the share `probes` (of the span's tokens) is not taken
+    by mass but spread evenly over the rest, to see how tokens change that nobody had reason to recompute."""
 
     ratio: float
     first: int = 0
+    probes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class SpanPlan:
         band: layers [start, stop) in which the selected tokens are recomputed. Rows join at band[0] from the
             segment's checkpoint, or at layer 0 from their embedding.
         select: which tokens of the span. All spans of a plan that select at run time do it alike.
+        drift: factor with which the mean change of the probes is added to the entries that are not
+            recomputed; 0 = they stay as they are (`workers/drift.py`).
         correction: name of the method whose correction is added to the reused KV; the executor gets it with
             the bytes (`workers.prefill.Correction`). None = used as it is.
     """
@@ -124,6 +128,7 @@ class SpanPlan:
     source: Located | None = None
     band: tuple[int, int] = (0, 0)
     select: Select = Positions(())
+    drift: float = 0.0
     correction: str | None = None
 
     @property
@@ -202,12 +207,17 @@ def fresh(span: Span) -> SpanPlan:
 
 
 def rectify_hits(
-    spans: Sequence[Span], hits: Mapping[SegmentKey, Located], band: tuple[int, int], select: Select
+    spans: Sequence[Span],
+    hits: Mapping[SegmentKey, Located],
+    band: tuple[int, int],
+    select: Select,
+    *,
+    drift: float = 0.0,
 ) -> RectifyPlan:
     """Reuse every hit and recompute `select` of it in the layers of `band`; everything else is fresh."""
     return RectifyPlan(
         tuple(
-            SpanPlan(s, hits[s.key], band=band, select=select)
+            SpanPlan(s, hits[s.key], band=band, select=select, drift=drift)
             if s.key is not None and s.key in hits
             else fresh(s)
             for s in spans

@@ -25,6 +25,8 @@ class ContextMass:
         first: how many of the span's first tokens are always among them (they carry most deviation).
         start: first recomputed layer; must be 0 or the segment's checkpoint layer.
         end: layer from which entries are reused again.
+        probes: share of the span's tokens, within `ratio`, that is spread evenly instead of chosen by mass.
+        drift: factor with which their mean change is added to what is not recomputed (`workers/drift.py`).
     """
 
     name: ClassVar[str] = "context_mass"
@@ -42,8 +44,14 @@ class ContextMass:
     first: int | None = None
     start: int | None = None
     end: int | None = None
+    probes: float = 0.0
+    drift: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("probes", "drift"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"context_mass: {name}={value} is not between 0 and 1.")
         if self.ratio is not None and not 0 <= self.ratio <= 1:
             raise ConfigError(f"context_mass: ratio={self.ratio} is not between 0 and 1.")
         for name in ("first", "start", "end"):
@@ -59,5 +67,6 @@ class ContextMass:
         select = TopMass(
             ratio=profile.ratio if self.ratio is None else self.ratio,
             first=profile.first_tokens if self.first is None else self.first,
+            probes=self.probes,
         )
-        return rectify_hits(spans, hits, (start, end), select)
+        return rectify_hits(spans, hits, (start, end), select, drift=self.drift if self.probes else 0.0)
