@@ -49,21 +49,17 @@ SHORT_GRID = (
     Case(order="blind", first=3),
 )
 LONG_GRID = tuple(
-    Case(
-        groups=g, kv_heads=2, dim=d, rows=r, tokens=t, first=f, window=w, softcap=c, order=o, dtype=y, seed=n
-    )
-    for n, (g, d, (r, t), (f, w), c, o, y) in enumerate(
+    Case(groups=g, dim=d, rows=r, tokens=t, first=f, window=w, softcap=c, order=o, dtype=y, seed=n)
+    for n, (g, d, (r, t), (f, w), (c, o), y) in enumerate(
         itertools.product(
             (1, 2, 3, 8),
             (16, 64, 80),
-            ((1, 1), (1, 200), (50, 131)),
+            ((1, 1), (1, 200), (37, 131)),
             ((0, None), (9, 33)),
-            (None, 4.0),
-            ("scattered", "tail"),
-            (torch.float32, HALF, BRAIN),
+            ((None, "scattered"), (4.0, "tail")),
+            TOLERANCES,
         )
     )
-    if o == "scattered" or r <= t
 )
 
 
@@ -257,7 +253,7 @@ def test_value_deviation_of_known_vectors(device: str) -> None:
 @on_devices
 def test_rows_long_grid(dim: int, dtype: torch.dtype, device: str) -> None:
     cases = [c for c in LONG_GRID if c.dim == dim and c.dtype == dtype]
-    assert len(cases) > 50
+    assert len(cases) == 48
     for case in cases:
         try:
             check_rows(case, device)
