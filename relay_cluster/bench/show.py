@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay_cluster import console
-from relay_cluster.bench.common import DecayRow, Document, FidelityRow, Row, TimingRow
+from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, Row, TimingRow
 
 Column = tuple[str, Callable[[Any], str]]
 
@@ -49,13 +49,13 @@ _FIDELITY: tuple[Column, ...] = (
 )
 _TIMING: tuple[Column, ...] = (
     ("agent", lambda r: _number(r.agent, "d")),
-    ("spans", lambda r: f"{r.span_tokens} / {r.spans}"),
+    ("in spans", lambda r: f"{r.span_tokens}/{r.spans}"),
     ("prompt", lambda r: str(r.prompt_tokens)),
     ("cold", lambda r: _seconds(r.ttft_s_cold)),
     ("TTFT", lambda r: _seconds(r.ttft_s_median)),
     ("p90", lambda r: _seconds(r.ttft_s_p90)),
     ("speed-up", lambda r: f"{r.speedup:.2f}x"),
-    ("quoted", lambda r: f"{r.speedup_quoted:.2f}x"),
+    ("quoted", lambda r: "-" if r.quoted_against == BASE else f"{r.speedup_quoted:.2f}x"),
     ("of bound", lambda r: _number(r.over_bound, ".2f")),
     ("reuse", lambda r: _number(r.reuse, ".3f")),
     ("KL first", lambda r: _number(r.kl_first, ".4f")),
@@ -79,7 +79,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {TimingRow: _TIMING, FidelityRow: 
 def document_table(document: Document) -> Table:
     """One line per row, without columns that say nothing in any of them."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("method", style="bold", overflow="fold", max_width=34)
+    table.add_column("method", style="bold", overflow="fold", min_width=14, max_width=34)
     shown: list[Callable[[Any], str]] = []
     for name, cell in _COLUMNS[type(document.rows[0])] if document.rows else ():
         if any(cell(row) != "-" for row in document.rows):
