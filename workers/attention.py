@@ -204,9 +204,9 @@ class RaggedAttention:
             self._write_singles(layer, key, value)
         for part in self.parts:
             a, b = part.start, part.stop
-            for drift, rows in part.drifts:
+            for drift, probed in part.drifts:
                 if drift.band[0] <= layer < drift.band[1]:
-                    drift.follow(part.cache, layer, key[:, a:b][:, rows], value[:, a:b][:, rows])
+                    drift.follow(part.cache, layer, key[:, a:b][:, probed], value[:, a:b][:, probed])
             _write(part, layer, key[:, a:b], value[:, a:b])
             if part.probe is not None and part.probe.layer == layer:
                 part.probe.query = query[:, a:b][:, part.positions >= part.probe.start].clone()
