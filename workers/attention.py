@@ -223,7 +223,7 @@ class RaggedAttention:
 
     def _write_singles(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         keys, values = key.unbind(1), value.unbind(1)
-        torch._foreach_copy_(
+        torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]  (one call, not two a sequence)
             [t for one in self.singles for t in one.slots[layer]],
             [t for one in self.singles for t in (keys[one.row], values[one.row])],
         )

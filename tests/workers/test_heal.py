@@ -416,7 +416,6 @@ def test_strict_heals_within_its_steps_and_a_short_answer_behind_its_end(pair: t
     reply = two.agent.generate(asked)
     assert reply.healed_at_token is not None
     assert reply.healed_at_token <= 24
-    twenty = SamplingSettings(max_new_tokens=20)
     short = replace(
         asked,
         id="short",

@@ -38,7 +38,8 @@ def test_without_a_least_length_nothing_is_withheld() -> None:
 
 @pytest.mark.slow
 def test_an_answer_has_at_least_the_asked_length(one: Desk) -> None:
-    short = request("a", "What is the capital of France? Answer in one short sentence.", max_new_tokens=40, publish=False)
+    asked = "What is the capital of France? Answer in one short sentence."
+    short = request("a", asked, max_new_tokens=40, publish=False)
     stopped = one.agent.generate(short)
     assert stopped.finish_reason == "stop"
     least = len(stopped.token_ids) + 5

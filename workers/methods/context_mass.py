@@ -26,7 +26,9 @@ class ContextMass:
         start: first recomputed layer; must be 0 or the segment's checkpoint layer.
         end: layer from which entries are reused again.
         probes: share of the span's tokens, within `ratio`, that is spread evenly instead of chosen by mass.
-        drift: factor with which their mean change is added to what is not recomputed (`workers/drift.py`).
+        drift: factor with which their mean change is added to what is not recomputed (`workers/drift.py`),
+            in prompts with several relayed spans; drift_one: in prompts with one. (One span behind computed
+            text changes less as a whole, so the mean of its probes says less.)
     """
 
     name: ClassVar[str] = "context_mass"
@@ -46,9 +48,10 @@ class ContextMass:
     end: int | None = None
     probes: float = 0.0
     drift: float = 0.0
+    drift_one: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("probes", "drift"):
+        for name in ("probes", "drift", "drift_one"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"context_mass: {name}={value} is not between 0 and 1.")
@@ -69,4 +72,6 @@ class ContextMass:
             first=profile.first_tokens if self.first is None else self.first,
             probes=self.probes,
         )
-        return rectify_hits(spans, hits, (start, end), select, drift=self.drift if self.probes else 0.0)
+        relayed = sum(s.key is not None and s.key in hits for s in spans)
+        drift = self.drift if relayed > 1 else self.drift_one
+        return rectify_hits(spans, hits, (start, end), select, drift=drift if self.probes else 0.0)
