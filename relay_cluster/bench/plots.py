@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ _COLORS = (
 )
 _BASES = ("full_prefill", "transformers")
 _LEAST_KL = 1e-6
-"""Smaller distances are drawn here: the axis is logarithmic."""
+"""Smaller distances are rounding: such a method is exact, and a logarithmic axis has no place for it."""
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -82,7 +83,7 @@ def _draw_timing(figure: Figure, rows: Rows) -> None:
         bounds = [(x, 1 / r["flop_ratio"]) for x, r in zip(at, found, strict=True) if r["flop_ratio"]]
         if label not in _BASES and bounds:
             left.scatter(*zip(*bounds, strict=True), marker="_", s=90, color=_INK, linewidths=1.2, zorder=3)
-        points = [(r["speedup"], max(_LEAST_KL, r["kl32_mean"])) for r in found if r["kl32_mean"] is not None]
+        points = [(r["speedup"], r["kl32_mean"]) for r in found if (r["kl32_mean"] or 0) > _LEAST_KL]
         if label not in _BASES and points:
             right.scatter(*zip(*points, strict=True), color=color, s=34, label=label, alpha=0.85)
     left.axhline(1, color=_FAINT, linewidth=0.8)
@@ -108,6 +109,7 @@ def _shape_name(shape: tuple[Any, ...]) -> str:
 
 
 def _draw_fidelity(figure: Figure, rows: Rows) -> None:
+    """Points, not bars: a logarithmic axis has no zero for a bar to start from."""
     panels = figure.subplots(1, 2, sharey=True)
     wanted = (
         ("kl_first_mean", "KL of the first token (nats)"),
@@ -115,23 +117,43 @@ def _draw_fidelity(figure: Figure, rows: Rows) -> None:
     )
     kinds = [k for k in ("single", "composite") if any(r["spans"] == k for r in rows)]
     series = {k: v for k, v in _series(rows).items() if k not in _BASES}
-    height = 0.8 / max(1, len(kinds))
     for axes, (key, title) in zip(panels, wanted, strict=True):
-        for n, kind in enumerate(kinds):
-            for y, found in enumerate(series.values()):
-                for row in found:
-                    if row["spans"] == kind:
-                        value = max(_LEAST_KL, row[key])
-                        at = y - 0.4 + (n + 0.5) * height
-                        axes.barh(at, value, height * 0.9, color=_COLORS[n], linewidth=0)
-                        axes.text(value * 1.1, at, f"{row[key]:.4f}", va="center", fontsize=7, color=_FAINT)
+        values = [r[key] for found in series.values() for r in found if r[key] > _LEAST_KL]
+        low, high = min(values, default=_LEAST_KL) / 1.6, max(values, default=1.0) * 2.6
+        for y, found in enumerate(series.values()):
+            axes.axhline(y, color="#e2e8f0", linewidth=0.8, zorder=0)
+            for row in found:
+                if row["spans"] in kinds:
+                    _point(
+                        axes, row[key], y + 0.22 * (kinds.index(row["spans"]) - 0.5), low, row["spans"], kinds
+                    )
         axes.set_xscale("log")
+        axes.set_xlim(low, high)
         axes.set_xlabel(title, fontsize=9, color=_FAINT)
         _tidy(axes)
     panels[0].set_yticks(range(len(series)), list(series), fontsize=9)
-    panels[0].invert_yaxis()
-    handles = [panels[1].barh(0, 0, color=_COLORS[n], label=kind) for n, kind in enumerate(kinds)]
+    panels[0].set_ylim(len(series) - 0.4, -0.6)
+    handles = [
+        Line2D([], [], color=_COLORS[n], marker="o", linestyle="", label=kind) for n, kind in enumerate(kinds)
+    ]
     panels[1].legend(handles=handles, fontsize=8, frameon=False, loc="lower right")
+
+
+def _point(axes: Axes, value: float, y: float, low: float, kind: str, kinds: Sequence[str]) -> None:
+    color = _COLORS[kinds.index(kind)]
+    if value <= _LEAST_KL:
+        axes.text(low * 1.05, y, "exact", va="center", fontsize=7, color=color)
+        return
+    axes.scatter([value], [y], s=38, color=color, zorder=3)
+    axes.annotate(
+        f"{value:.4f}",
+        (value, y),
+        xytext=(7, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7,
+        color=_FAINT,
+    )
 
 
 def _draw_decay(figure: Figure, rows: Rows) -> None:
@@ -160,7 +182,7 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color("#cbd5e1")
-    axes.tick_params(axis="both", labelsize=8, colors=_FAINT, length=0)
+    axes.tick_params(axis="both", which="both", labelsize=8, colors=_FAINT, length=0)
 
 
 _DRAW: Mapping[str, Callable[[Figure, Rows], None]] = {
