@@ -87,7 +87,7 @@ def _draw_curves(axes: Axes, result: ProfileResult) -> None:
     axes.set_xlabel("layer", fontsize=9, color=_FAINT)
     axes.set_ylabel("mean 1 - cos", fontsize=9, color=_FAINT)
     _title(axes, "Deviation of decode KV from full prefill's")
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.2, 0.94), frameon=False)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.33, 1.0), frameon=False)
     _tidy(axes)
 
 
@@ -101,8 +101,8 @@ def _draw_correlation(axes: Axes, result: ProfileResult) -> None:
     bar.ax.tick_params(labelsize=8, length=0, colors=_FAINT)
     axes.set_xlabel("layer", fontsize=9, color=_FAINT)
     axes.set_ylabel("layer", fontsize=9, color=_FAINT)
-    what = "Rank correlation of the tokens' value deviations"
-    _title(axes, f"{what} (layer {profile.detection_layer}: {result.picks.correlation:.2f})")
+    mean = f"{result.picks.correlation:.2f} at layer {profile.detection_layer}"
+    _title(axes, f"Rank correlation between layers ({mean})")
     _tidy(axes)
 
 

@@ -70,7 +70,7 @@ def calibration(result: ProfileResult, settings: ProfileSettings, run: ProfileRu
                 "is recomputed; L_end: earliest end that adds at most as much; L_det: best mean rank "
                 "correlation with the layers up to L_end, within `detection_window` of the layers above "
                 "L_start. balanced: least FLOPs within (1 - margin) of the targets; fast: least FLOPs within "
-                "(1 - margin) of relay_caching's own errors."
+                "(1 - paired_margin) of relay_caching's own errors."
             ),
         },
         "picks": {

@@ -55,14 +55,17 @@ BASELINES: tuple[str, ...] = (
 )
 GRID: tuple[str, ...] = (
     *(
-        f"context_mass:ratio={ratio}+first={first}+start={{start}}+end={{end}}"
-        for ratio in (0.05, 0.08, 0.12, 0.16, 0.2, 0.3)
-        for first in (4, 16)
+        f"context_mass:ratio={ratio}+first=16+start={{start}}+end={{end}}"
+        for ratio in (0.05, 0.08, 0.12, 0.16, 0.2, 0.3, 0.4)
     ),
-    *(f"context_mass:ratio={ratio}+first=16+start={{start}}+end={{layers}}" for ratio in (0.08, 0.16)),
+    *(f"context_mass:ratio={ratio}+first=4+start={{start}}+end={{end}}" for ratio in (0.12, 0.2)),
     *(
-        f"context_mass:ratio={ratio}+first=16+start={{earlier}}+end={{end}}"
-        for ratio in (0.05, 0.08, 0.12, 0.16, 0.2)
+        f"context_mass:ratio={ratio}+first=16+start={{start}}+end={{layers}}"
+        for ratio in (0.12, 0.16, 0.2, 0.3, 0.4)
+    ),
+    *(
+        f"context_mass:ratio={ratio}+first=16+start={{earlier}}+end={{layers}}"
+        for ratio in (0.12, 0.2, 0.3, 0.4)
     ),
 )
 """Method texts that are tried by default. {start}, {earlier}, {end}, {det}, {layers} stand for L_start, the

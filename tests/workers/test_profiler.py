@@ -118,7 +118,7 @@ def row(
     )
 
 
-RULE = Rule(target_single=0.004, target_composite=0.008, share=0.25, margin=0.5)
+RULE = Rule(target_single=0.004, target_composite=0.008, share=0.25, margin=0.5, paired_margin=0.5)
 
 
 def test_l_start_is_the_latest_checkpoint_before_the_error_rises() -> None:
@@ -201,6 +201,21 @@ def test_an_unmet_target_is_said_and_the_most_faithful_row_taken() -> None:
     chosen = choose.choose_presets([row(0.005, 0.9, text="closest")], {4: reference}, RULE)
     assert (chosen.balanced.row.text, chosen.balanced.met) == ("closest", False)
     assert chosen.fast.row is reference, "it is no worse than itself"
+
+
+def test_where_the_target_is_out_of_reach_the_closer_checkpoint_wins() -> None:
+    references = {2: row(0.006, 0.8, start=2), 4: row(0.007, 0.5, start=4)}
+    rows = [*references.values(), row(0.003, 0.9, start=2, text="closer"), row(0.0035, 0.1, start=4)]
+    chosen = choose.choose_presets(rows, references, RULE)
+    assert (chosen.checkpoint_layer, chosen.balanced.row.text, chosen.balanced.met) == (2, "closer", False)
+
+
+def test_the_margins_are_of_their_own_presets() -> None:
+    reference = row(0.004, 0.9)
+    rows = [row(0.0035, 0.2, text="near"), row(0.0019, 0.4, text="far")]
+    rule = dataclasses.replace(RULE, paired_margin=0.1)
+    chosen = choose.choose_presets(rows, {4: reference}, rule)
+    assert (chosen.fast.row.text, chosen.balanced.row.text) == ("near", "far")
 
 
 def test_a_single_span_alone_does_not_buy_a_preset() -> None:

@@ -8,8 +8,10 @@
    among the first few (`detection_window`), since a detecting method recomputes all tokens up to it.
 4. Presets: of the rows that fit one checkpoint layer (they start there or at layer 0), `balanced` is the
    cheapest whose errors stay within (1 - margin) of the targets, `fast` the cheapest whose errors stay within
-   (1 - margin) of `relay_caching`'s own, at that layer, in the same run; where none does, `relay_caching`
-   itself. Of several checkpoint layers the one with the cheaper `balanced`, then the cheaper `fast`, wins.
+   (1 - paired_margin) of `relay_caching`'s own, at that layer, in the same run; where none does,
+   `relay_caching` itself. Where nothing keeps the targets, `balanced` is the most faithful row. Of several
+   checkpoint layers one that keeps the targets (or comes closest) wins, then the cheaper `balanced`, then
+   the cheaper `fast`.
 
 Errors are mean KL over teacher-forced tokens, on single spans and on composites; both must hold. A row's cost
 is the mean of its FLOPs, as shares of full prefill's, on the two kinds of prompts that its errors come from.
@@ -32,7 +34,9 @@ class Rule:
         target_single, target_composite: mean KL (nats per token) that `balanced` must keep, on prompts with
             one relayed span and with several.
         share: part of a target that the choice of a layer may use up by itself.
-        margin: part of a limit that a preset must leave free, for the scatter between calibration and use.
+        margin: part of the targets that `balanced` must leave free, for the scatter between calibration and
+            use. paired_margin: the same for `fast`, whose limit was measured on the very same prompts, so
+            that most of the scatter is common to both.
         detection_window: L_det is at most this share of the layers above L_start (at least two layers).
     """
 
@@ -40,6 +44,7 @@ class Rule:
     target_composite: float = 0.012
     share: float = 0.25
     margin: float = 0.15
+    paired_margin: float = 0.05
     detection_window: float = 0.1
 
 
@@ -148,7 +153,7 @@ def target_limits(rule: Rule) -> Limits:
 
 def reference_limits(reference: Row, rule: Rule) -> Limits:
     """What `fast` must keep: the errors of `relay_caching`'s own row, margin included."""
-    keep = 1 - rule.margin
+    keep = 1 - rule.paired_margin
     composite = math.inf if reference.composite is None else reference.composite.kl_mean * keep
     return Limits(reference.single.kl_mean * keep, composite)
 
@@ -232,10 +237,11 @@ def choose_presets(rows: Sequence[Row], references: Mapping[int, Row], rule: Rul
     if not references:
         raise RelayError("no relay_caching row was measured, and `fast` is defined by it.")
     options = [_presets_at(layer, rows, reference, rule) for layer, reference in references.items()]
+    limits = target_limits(rule)
     return min(
         options,
         key=lambda c: (
-            not c.balanced.met,
+            max(1.0, limits.excess(c.balanced.row)),
             c.balanced.row.cost,
             c.fast.row.cost,
             -c.checkpoint_layer,
