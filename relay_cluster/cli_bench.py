@@ -32,8 +32,8 @@ bench_app = typer.Typer(
     ),
 )
 
-QUICK_METHODS = "full_prefill,naive,epic,relay_caching,auto:fast,auto"
-QUICK_CHAIN_METHODS = "full_prefill,relay_caching,auto"
+QUICK_METHODS = "full_prefill,naive,relay_caching,auto:fast,auto"
+QUICK_FEW_METHODS = "full_prefill,relay_caching,auto"
 
 _Methods = Annotated[
     str | None,
@@ -169,7 +169,7 @@ def chain(
     from relay_cluster.bench.common import method_list
     from relay_cluster.config import ClusterConfig
 
-    chosen = method_list(methods or (QUICK_CHAIN_METHODS if quick else None))
+    chosen = method_list(methods or (QUICK_FEW_METHODS if quick else None))
     config = _cluster_config(ClusterConfig.load(cluster) if cluster else None, model, threads)
     tasks = _prepare(data, json_file, plot, config.model)
     from relay_cluster.bench.chain import ChainSettings, run_chain
@@ -243,7 +243,7 @@ def fidelity(
 
     if answers and no_greedy:
         raise ConfigError("--answers judges free-running answers, which --no-greedy leaves out")
-    chosen = method_list(methods or (QUICK_METHODS if quick else None))
+    chosen = method_list(methods or (QUICK_FEW_METHODS if quick else None))
     tasks = _prepare(data, json_file, plot, model)
     from relay_cluster.bench.fidelity import FidelitySettings, run_fidelity
 
@@ -251,7 +251,7 @@ def fidelity(
         methods=chosen,
         model=model,
         samples=samples or (3 if quick else 64),
-        span_tokens=span_tokens or (40 if quick else 128),
+        span_tokens=span_tokens or (32 if quick else 128),
         heal=heal,
         greedy=not no_greedy,
         answers=answers,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -26,9 +26,12 @@ def _seconds(value: float | None) -> str:
     return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _name(row: Row) -> str:
-    """Method with the parameters that the user may want to see; presets by their name alone."""
-    return row.method if row.method.startswith("auto") or not row.params else f"{row.method}:{row.params}"
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Methods by name; with their parameters where one name stands for several settings."""
+    settings: dict[str, set[str]] = {}
+    for row in rows:
+        settings.setdefault(row.method, set()).add(row.params)
+    return [f"{r.method}:{r.params}" if len(settings[r.method]) > 1 else r.method for r in rows]
 
 
 _FIDELITY: tuple[Column, ...] = (
@@ -86,12 +89,12 @@ def document_table(document: Document) -> Table:
             table.add_column(name, justify="right", no_wrap=True)
             shown.append(cell)
     shape: object = None
-    for row in document.rows:
+    for name, row in zip(_names(document.rows), document.rows, strict=True):
         now = _shape(row)
         if shape not in (None, now):
             table.add_section()
         shape = now
-        table.add_row(Text(_name(row)), *(cell(row) for cell in shown))
+        table.add_row(Text(name), *(cell(row) for cell in shown))
     return table
 
 
