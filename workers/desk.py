@@ -13,6 +13,7 @@ from typing import Self
 
 from transport.arena import Arena
 from transport.auto import make_transport
+from transport.base import Transport
 from transport.directory.local import LocalDirectory
 from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, WorkerId
@@ -35,14 +36,17 @@ class Desk:
     arena: Arena
     directory: LocalDirectory
     owner: Owner
+    transport: Transport
 
     def clear(self) -> None:
         """Give up every segment that nobody reads."""
         self.agent.store.evict(blocks=self.arena.num_blocks)
 
     def close(self) -> None:
-        """Stop the worker. Idempotent."""
+        """Stop the worker and let go of its memory. Idempotent."""
         self.agent.close()
+        # Or the backend, which finds arenas of this process by name, would keep this one for ever.
+        self.transport.close()
 
     def __enter__(self) -> Self:
         return self
@@ -107,4 +111,4 @@ def open_desk(
         pull_timeout_s=transport_settings.pull_timeout_s,
     )
     agent = AgentWorker(owner.worker, owner.node, loaded, profile, settings or WorkerSettings(), store)
-    return Desk(agent, arena, shared, owner)
+    return Desk(agent, arena, shared, owner, transport)

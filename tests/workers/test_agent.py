@@ -41,7 +41,7 @@ def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
         stats = one.arena.stats()
         assert stats.used == held, "landing blocks were not given back"
         assert stats.quarantined == 0
-        one.agent.close()
+        one.close()
     assert directory.stats()["leases"] == 0
 
 
@@ -84,7 +84,7 @@ def test_exact_prefix_is_bit_identical_to_full_prefill(loaded: LoadedModel) -> N
     reply = one.agent.generate(replace(reused, prefix_limit=128))
     assert (reply.prefix_tokens, reply.fresh_entries) == (128, (reply.prompt_tokens - 128) * 30)
     whole = one.agent.generate(reused)
-    one.agent.close()
+    one.close()
     assert whole.prefix_tokens == whole.prompt_tokens - 1
     assert whole.token_ids == reply.token_ids
 
@@ -167,7 +167,7 @@ def test_a_segment_that_was_evicted_is_computed_and_said(pair: tuple[Desk, Desk]
 def test_a_full_arena_costs_the_segment_but_not_the_answer(loaded: LoadedModel) -> None:
     tiny = desk("w9", loaded, LocalDirectory(), arena_blocks=1)
     reply = tiny.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=70, question=QUESTION))
-    tiny.agent.close()
+    tiny.close()
     assert len(reply.token_ids) == 70
     assert any("not published" in note for note in reply.notes)
 
@@ -246,7 +246,7 @@ def test_a_long_prefill_does_not_hold_up_decoding(loaded: LoadedModel) -> None:
         )
         during = len(seen) - before
         running.result(timeout=120)
-    one.agent.close()
+    one.close()
     assert during >= min(38, long.prompt_tokens // 64 - 1)
 
 
@@ -310,7 +310,7 @@ def test_a_span_that_is_faster_to_compute_is_not_pulled(loaded: LoadedModel) -> 
     assert two.agent.generate(replace(again, only_keys=keys)).relayed_tokens == relayed.relayed_tokens
     for each in (one, two, always):
         assert each.agent.pool.free_blocks == each.agent.pool.num_blocks
-        each.agent.close()
+        each.close()
     assert directory.stats()["leases"] == 0
 
 

@@ -376,7 +376,7 @@ def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
     yield desks
     for one in desks:
         assert one.agent.pool.free_blocks == one.agent.pool.num_blocks, "a request kept its cache"
-        one.agent.close()
+        one.close()
     assert directory.stats()["leases"] == 0
 
 

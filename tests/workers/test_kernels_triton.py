@@ -246,7 +246,7 @@ def test_value_deviation_of_known_vectors(device: str) -> None:
 # ---------------------------------------------------------------------------------------------- the long grid
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("dim", [16, 64, 80])
@@ -261,7 +261,7 @@ def test_rows_long_grid(dim: int, dtype: torch.dtype, device: str) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.timeout(900)
 @on_devices
 @settings(max_examples=80)
@@ -287,7 +287,7 @@ def test_rows_of_any_shape(device: str, data: st.DataObject) -> None:
     check_rows(case, device, splits=data.draw(st.sampled_from([1, 1, 2, 3, 16]), "splits"))
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.timeout(900)
 @on_devices
 @settings(max_examples=40)
@@ -304,7 +304,7 @@ def test_relocate_and_deviation_of_any_shape(device: str, data: st.DataObject) -
     check_deviation(dtype, layers, tokens, dim, device, noise=data.draw(st.floats(0, 10), "noise"))
 
 
-@pytest.mark.slow
+@pytest.mark.grid
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_within_the_limits_of_devices(arch: int, tmp_path: Path) -> None:

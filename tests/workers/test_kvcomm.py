@@ -202,7 +202,7 @@ def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
     for one in desks:
         assert one.agent.pool.free_blocks == one.agent.pool.num_blocks, "a request kept its cache"
         assert one.arena.stats().used == sum(len(s.blocks) for s in one.agent.store.segments())
-        one.agent.close()
+        one.close()
     assert directory.stats()["leases"] == 0
 
 
