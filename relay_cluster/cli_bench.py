@@ -309,7 +309,7 @@ def decay(
     settings = DecaySettings(
         method=method,
         model=model,
-        queries=queries or (16 if quick else 500),
+        queries=queries or (12 if quick else 500),
         span_tokens=span_tokens or (128 if quick else 256),
         fresh_tokens=fresh_tokens,
         window=window or (4 if quick else 50),
