@@ -21,6 +21,7 @@ def rows(document: Document) -> dict[str, TimingRow]:
     return {row.method: row for row in document.rows if isinstance(row, TimingRow)}
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("spans", [1, 4])
 def test_ttft_measures_every_method_on_the_same_prompts(spans: int) -> None:
     from relay_cluster.bench.ttft import TtftSettings, run_ttft
@@ -63,6 +64,7 @@ def test_too_few_fresh_tokens_for_the_template_are_refused() -> None:
         run_ttft(settings, load_tasks([]))
 
 
+@pytest.mark.bench
 def test_fidelity_is_the_same_again_with_kept_answers_or_new_ones(tmp_path: Path) -> None:
     from relay_cluster.bench.fidelity import FidelitySettings, run_fidelity
 
@@ -87,6 +89,7 @@ def test_fidelity_is_the_same_again_with_kept_answers_or_new_ones(tmp_path: Path
     assert found["naive", "all"].reuse == 1
 
 
+@pytest.mark.bench
 def test_healing_brings_the_tail_to_full_prefill() -> None:
     from relay_cluster.bench.fidelity import FidelitySettings, run_fidelity
 
@@ -101,6 +104,7 @@ def test_healing_brings_the_tail_to_full_prefill() -> None:
     assert row.kl64_tail_mean is None or row.kl64_tail_mean < 1e-6
 
 
+@pytest.mark.bench
 def test_decay_evicts_and_still_relays() -> None:
     from relay_cluster.bench.decay import DecaySettings, run_decay
 
@@ -124,6 +128,7 @@ def test_decay_without_eviction_is_refused() -> None:
         run_decay(DecaySettings(method="naive", queries=4, arena_spans=4), load_tasks([]))
 
 
+@pytest.mark.bench
 @pytest.mark.ray
 def test_chain_has_the_transfer_of_every_span_inside_the_time() -> None:
     from relay_cluster.bench.chain import ChainSettings, run_chain
