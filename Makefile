@@ -75,7 +75,7 @@ test: lint model ## lint and every test but the long ones of the two targets bel
 	$(BIN)/python -m pytest -m "not grid and not bench" --durations=15
 
 test-bench: model ## whole benchmark runs on small settings; minutes
-	$(BIN)/python -m pytest -m bench tests/relay_cluster
+	$(BIN)/python -m pytest -m bench
 
 test-grid: $(STAMP) ## the kernels' long grid under Triton's interpreter; minutes
 	$(BIN)/python -m pytest -m grid tests/workers

@@ -248,6 +248,7 @@ def test_the_third_question_is_corrected_by_the_first_two(pair: tuple[Desk, Desk
     assert stats["anchors"] == 4, "two slots, two questions; a corrected span teaches nothing"
 
 
+@pytest.mark.bench
 @pytest.mark.slow
 def test_anchors_of_other_conversations_come_nearer_to_full_prefill_than_no_repair(
     pair: tuple[Desk, Desk],

@@ -86,28 +86,6 @@ class CompileOnly:
         return compile_
 
 
-class CompileOnly:
-    """Stands where a kernel does in the wrappers' own launch: `kernel[grid](...)` compiles and reports."""
-
-    def __init__(self, kernel: Any, case: Case, arch: int) -> None:
-        self._kernel, self._case, self._arch = kernel, case, arch
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def compile_(*args: Any, **options: Any) -> None:
-            done = self._kernel.warmup(*args, grid=grid, **options)
-            facts = {
-                "kernel": self._kernel.__name__,
-                "case": str(self._case),
-                "arch": self._arch,
-                "tile": [options.get(k) for k in ("BLOCK_M", "BLOCK_N", "num_warps")],
-                "shared_bytes": done.metadata.shared,
-                "stack_bytes": _stack_bytes(done.asm["cubin"]),
-            }
-            print(json.dumps(facts), flush=True)  # noqa: T201
-
-        return compile_
-
-
 def compile_all(arch: int) -> None:
     """Compile every kernel of every case for compute capability `arch` (80, 90...)."""
     driver.set_active(Described(arch))
