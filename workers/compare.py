@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -38,8 +38,7 @@ def compare_methods(
     # The last token of a short answer is its stop token: it is predicted, but nothing after it.
     forced = base.token_ids[: min(POSITIONS, len(base.token_ids)) - 1]
     notes: list[str] = []
-    kl: list[float] = []
-    top1 = 0.0
+    found = Agreement((), ())
     for i in range(max(1, repeats - 1)):
         ours = agent.score(replace(again, id=f"{request.id}-again{i}"), forced)
         theirs = agent.score(replace(other, id=f"{request.id}-base{i}"), forced)
@@ -49,15 +48,15 @@ def compare_methods(
                 f"repeat {i + 1} of the comparison relayed {ours.relayed_tokens} tokens, the run itself "
                 f"{reply.relayed_tokens}: a segment was no longer there"
             )
-        kl, top1 = agent.on_engine(lambda a=theirs.logits, b=ours.logits: _measure(a, b))
+        found = agent.on_engine(lambda a=theirs.logits, b=ours.logits: agreement(a, b))
     return Comparison(
         method=base_method,
         samples=tuple(samples),
-        top1=top1,
-        kl_first=kl[0],
-        kl_mean=sum(kl) / len(kl),
-        kl_p90=sorted(kl)[min(len(kl) - 1, int(0.9 * len(kl)))],
-        positions=len(kl),
+        top1=found.top1,
+        kl_first=found.kl[0],
+        kl_mean=found.kl_mean,
+        kl_p90=sorted(found.kl)[min(len(found.kl) - 1, int(0.9 * len(found.kl)))],
+        positions=len(found.kl),
         base=base,
         notes=tuple(notes),
     )
@@ -70,7 +69,27 @@ def kl_divergence(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp_min(0).float()
 
 
-def _measure(reference: torch.Tensor, other: torch.Tensor) -> tuple[list[float], float]:
-    """(KL per position, share of positions with the same most likely token)."""
-    same = (reference.argmax(-1) == other.argmax(-1)).float().mean()
-    return kl_divergence(reference, other).tolist(), float(same)
+class Agreement(NamedTuple):
+    """How near distributions are to a reference, position by position.
+
+    Attributes:
+        kl: KL(reference || other) in nats; same: whether the most likely token is the same.
+    """
+
+    kl: tuple[float, ...]
+    same: tuple[bool, ...]
+
+    @property
+    def kl_mean(self) -> float:
+        return sum(self.kl) / len(self.kl)
+
+    @property
+    def top1(self) -> float:
+        """Share of the positions with the same most likely token."""
+        return sum(self.same) / len(self.same)
+
+
+def agreement(reference: torch.Tensor, other: torch.Tensor) -> Agreement:
+    """Compare logits [positions, vocab] with those of the reference."""
+    same = (reference.argmax(-1) == other.argmax(-1)).tolist()
+    return Agreement(tuple(kl_divergence(reference, other).tolist()), tuple(same))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from workers.compare import kl_divergence
+from workers.compare import agreement
 from workers.messages import Distance, Request
 from workers.settings import SamplingSettings
 
@@ -48,15 +48,15 @@ def again(request: Request, method: str, *, sampling: SamplingSettings | None = 
 
 def distance(agent: AgentWorker, method: str, scored: Scored, reference: torch.Tensor) -> Distance:
     """Compare what `score` gave for a method with the reference logits of the same prompt and answer."""
-    kl, same = agent.on_engine(lambda: measure(reference, scored.logits))
+    found = agent.on_engine(lambda: agreement(reference, scored.logits))
     return Distance(
         method,
-        kl,
-        same,
+        found.kl,
+        found.same,
         scored.reuse,
         scored.relayed_tokens,
-        getattr(scored, "flop_ratio_predicted", None),
-        getattr(scored, "flop_ratio", None),
+        scored.flop_ratio_predicted,
+        scored.flop_ratio,
     )
 
 
@@ -75,9 +75,3 @@ def distances(
         distance(agent, method, agent.score(again(request, method), answer[:-1]), reference)
         for method in methods
     )
-
-
-def measure(reference: torch.Tensor, other: torch.Tensor) -> tuple[tuple[float, ...], tuple[bool, ...]]:
-    """(KL per position in nats, same most likely token per position); logits [positions, vocab]."""
-    same = (reference.argmax(-1) == other.argmax(-1)).tolist()
-    return tuple(kl_divergence(reference, other).tolist()), tuple(same)

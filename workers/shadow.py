@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from workers import kernels
-from workers.compare import kl_divergence
+from workers.compare import agreement
 from workers.kv_cache import SequenceCache
 from workers.messages import ShadowCheck
 from workers.methods.base import RectifyPlan
@@ -137,13 +137,12 @@ def judge(
         layers, errors: value errors, and the layers they are of.
         method: that was judged.
     """
-    kl = kl_divergence(reference, ours)
-    same = (reference.argmax(-1) == ours.argmax(-1)).float().mean()
+    found = agreement(reference, ours)
     return ShadowCheck(
         method=method,
         tokens=ours.shape[0],
-        kl_first=float(kl[0]),
-        kl_mean=float(kl.mean()),
-        top1=float(same),
+        kl_first=found.kl[0],
+        kl_mean=found.kl_mean,
+        top1=found.top1,
         value_errors=tuple(zip(layers, errors, strict=True)),
     )

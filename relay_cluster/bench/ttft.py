@@ -33,8 +33,9 @@ from relay_cluster.bench.texts import Tasks, TextPool
 from relay_cluster.bench.timing import POSITIONS, timing_row
 from transport.errors import ConfigError
 from workers.agent import AgentWorker
+from workers.compare import agreement
 from workers.desk import Desk, load_for_desk, open_desk
-from workers.fidelity import again, distance, measure, reference_answer, reference_logits
+from workers.fidelity import again, distance, reference_answer, reference_logits
 from workers.messages import Distance, Request
 from workers.methods.base import ModelProfile
 from workers.model import LoadedModel
@@ -302,7 +303,7 @@ class _Bench:
         seconds = self._agent.on_engine(lambda: plain.first_logits(prompt.token_ids)[0])
         if which not in found.distances:
             logits = self._agent.on_engine(lambda: plain.logits(prompt.token_ids, prompt.answer[:-1]))
-            kl, same = self._agent.on_engine(lambda: measure(prompt.reference, logits))
+            kl, same = self._agent.on_engine(lambda: agreement(prompt.reference, logits))
             found.distances[which] = Distance(TRANSFORMERS, kl, same, None, 0, 1.0, 1.0)
         return seconds
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from transport.types import Incarnation, Located, NodeId, Owner, Segment, SegmentKey, WorkerId
-from workers.compare import kl_divergence
+from workers.compare import agreement
 from workers.costs import ModelCosts, full_prefill_flops, plan_flops
 from workers.methods import parse_reuse
 from workers.methods.base import ModelProfile, Span
@@ -143,14 +143,13 @@ def measure(
 
 
 def _sample(reference: Reference, outcome: Outcome) -> _Sample:
-    kl = kl_divergence(reference.logits, outcome.logits)
-    same = (reference.logits.argmax(-1) == outcome.logits.argmax(-1)).float()
+    found = agreement(reference.logits, outcome.logits)
     full = outcome.flops_full
     return _Sample(
-        kl_first=float(kl[0]),
-        kl_mean=float(kl.mean()),
-        top1=float(same.mean()),
-        first_mismatch=not bool(same[0]),
+        kl_first=found.kl[0],
+        kl_mean=found.kl_mean,
+        top1=found.top1,
+        first_mismatch=not found.same[0],
         outcome=(
             outcome.start,
             outcome.end,
