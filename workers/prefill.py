@@ -1,7 +1,8 @@
 """One executor for every plan: turns a `RectifyPlan` and pulled KV into the parts of ragged steps.
 
     load()       rotate the pulled keys by the shift and scatter K, V into the sequence's cache
-    next_part()  rows to compute next, in ascending positions, at most `max_rows` of them
+    next_part()  rows to compute next, in ascending positions, at most `max_rows` of them unless a span
+                 drifts
     done()       takes a part's result; after the last part the first logits are there
 
 A selection that only the run can make (`workers/selection.py`) cuts the prefill in two stages: all rows up to
@@ -258,7 +259,8 @@ class Prefill:
         return stage.positions.shape[0] - stage.cursor
 
     def next_part(self, max_rows: int) -> Part:
-        """The next at most `max_rows` rows. Call `done` with its result before asking again."""
+        """The next rows: at most `max_rows`, or all rows of one span that drifts where they are more (they
+        are never cut). Call `done` with its result before asking again."""
         stage = self._current
         a = stage.cursor
         b, drifts = self._part_end(stage, a, min(a + max_rows, stage.positions.shape[0]))

@@ -29,7 +29,9 @@ class WorkerSettings:
         threads: CPU threads for torch; 0 means all cores of the node.
         cache_tokens: size of the KV cache, in tokens over all requests of the worker.
         max_rows_per_step: cap on the rows (tokens x sequences) of one step, so that a long prefill does not
-            hold up the decode of other requests.
+            hold up the decode of other requests. A step may have more: decode rows are never held back,
+            prefill gets at least 16 rows, and the rows of a relayed span whose other entries follow its
+            probes (`drift` of context_mass) are never cut, however many they are.
         max_sequences: requests computed at once; more of them wait in the queue.
         prefix_cache_bytes: budget of the exact local prefix cache.
         anchor_bytes: budget of the anchors of `kvcomm`; 0 turns them off, and it then computes every span.
