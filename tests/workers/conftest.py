@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.workers import tiny
+from tests.workers.rigs import Desk, load, two_desks
+from workers.model import LoadedModel
 
 
 @pytest.fixture(params=sorted(tiny.FAMILIES))
@@ -27,3 +29,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    """The embedded model."""
+    return load()
+
+
+@pytest.fixture
+def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
+    """Two workers of the embedded model; see `two_desks`."""
+    with two_desks(loaded) as desks:
+        yield desks

@@ -4,6 +4,8 @@ network."""
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transport.directory.local import LocalDirectory
@@ -14,7 +16,7 @@ from workers.profile import load_profile
 from workers.segment import SlotValue
 from workers.settings import DEFAULT_MODEL, SamplingSettings, WorkerSettings
 
-__all__ = ["QUESTION", "Desk", "desk", "load", "request"]
+__all__ = ["QUESTION", "Desk", "desk", "load", "request", "two_desks"]
 
 QUESTION = (
     "A farmer has 17 sheep and buys 5 more every week. After six weeks he sells half of his flock to a "
@@ -45,6 +47,23 @@ def desk(
         settings=WorkerSettings(**{"cache_tokens": 4096, **settings}),
         directory=directory,
     )
+
+
+@contextmanager
+def two_desks(loaded: LoadedModel, *, arena_blocks: int = 40) -> Iterator[tuple[Desk, Desk]]:
+    """Two workers that share a directory. At the end nothing may be leased, and every block is accounted
+    for."""
+    directory = LocalDirectory()
+    desks = tuple(desk(name, loaded, directory, arena_blocks=arena_blocks) for name in ("w0", "w1"))
+    yield desks[0], desks[1]
+    for one in desks:
+        assert one.agent.pool.free_blocks == one.agent.pool.num_blocks, "a request kept its cache"
+        held = sum(len(s.blocks) for s in one.agent.store.segments())
+        stats = one.arena.stats()
+        assert stats.used == held, "landing blocks were not given back"
+        assert stats.quarantined == 0
+        one.close()
+    assert directory.stats()["leases"] == 0
 
 
 def request(

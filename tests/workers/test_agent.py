@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.workers.rigs import QUESTION, Desk, desk, load, request
+from tests.workers.rigs import QUESTION, Desk, desk, request
 from transport.directory.local import LocalDirectory
 from transport.errors import Cancelled, ConfigError, PipelineError, PromptTooLong
 from workers.model import LoadedModel
@@ -22,27 +21,6 @@ pytestmark = pytest.mark.slow
 
 SOLVE = "Solve this problem.\n{question}"
 CHECK = "Problem:\n{question}\nSolution:\n{solver}\nIs the solution right?"
-
-
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return load()
-
-
-@pytest.fixture
-def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
-    """Two workers that share a directory. At the end nothing may be leased, and every cache block is free."""
-    directory = LocalDirectory()
-    desks = desk("w0", loaded, directory), desk("w1", loaded, directory)
-    yield desks
-    for one in desks:
-        assert one.agent.pool.free_blocks == one.agent.pool.num_blocks, "a request kept its cache"
-        held = sum(len(s.blocks) for s in one.agent.store.segments())
-        stats = one.arena.stats()
-        assert stats.used == held, "landing blocks were not given back"
-        assert stats.quarantined == 0
-        one.close()
-    assert directory.stats()["leases"] == 0
 
 
 def _generate_plain(loaded: LoadedModel, ids: tuple[int, ...], count: int) -> list[int]:

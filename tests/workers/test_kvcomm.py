@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workers import tiny
-from tests.workers.rigs import Desk, desk, load, request
-from transport.directory.local import LocalDirectory
+from tests.workers.rigs import Desk, request, two_desks
 from transport.errors import ConfigError
 from transport.types import Incarnation, Located, NodeId, Owner, Segment, SegmentKey, WorkerId
 from workers.compare import kl_divergence
@@ -188,22 +187,11 @@ def _answer(n: int) -> str:
     )
 
 
-@pytest.fixture(scope="module")
-def loaded() -> LoadedModel:
-    return load()
-
-
 @pytest.fixture
 def pair(loaded: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
-    """Two replicas that share a directory. At the end nothing is leased, and all memory is accounted for."""
-    directory = LocalDirectory()
-    desks = tuple(desk(n, loaded, directory, arena_blocks=100) for n in ("w0", "w1"))
-    yield desks[0], desks[1]
-    for one in desks:
-        assert one.agent.pool.free_blocks == one.agent.pool.num_blocks, "a request kept its cache"
-        assert one.arena.stats().used == sum(len(s.blocks) for s in one.agent.store.segments())
-        one.close()
-    assert directory.stats()["leases"] == 0
+    """Two replicas with room for anchors."""
+    with two_desks(loaded, arena_blocks=100) as desks:
+        yield desks
 
 
 def _ask(one: Desk, n: int, method: str, **options: Any) -> Request:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.workers.rigs import QUESTION, Desk, desk, load, request
+from tests.workers.rigs import QUESTION, Desk, desk, request
 from transport.directory.local import LocalDirectory
 from transport.errors import CacheTooSmall
+from workers.model import LoadedModel
 from workers.sampling import Sampler
 from workers.settings import SamplingSettings
 
@@ -18,8 +19,8 @@ SOLVE = "Solve this problem.\n{question}"
 
 
 @pytest.fixture(scope="module")
-def one() -> Iterator[Desk]:
-    with desk("w0", load(), LocalDirectory()) as opened:
+def one(loaded: LoadedModel) -> Iterator[Desk]:
+    with desk("w0", loaded, LocalDirectory()) as opened:
         yield opened
         agent = opened.agent
         assert agent.pool.free_blocks == agent.pool.num_blocks, "a request kept its cache"
