@@ -32,7 +32,7 @@ from workers.break_even import Speeds, estimate_relays
 from workers.compare import compare_methods
 from workers.costs import model_costs
 from workers.engine import Engine
-from workers.heal import Heal, first_stale, strict_rows
+from workers.heal import Heal, chunk_rows, first_stale
 from workers.kv_cache import CachePool, copy_out
 from workers.messages import Comparison, Published, Reply, Request, ShadowCheck
 from workers.methods import parse_reuse
@@ -599,16 +599,14 @@ class AgentWorker:
         reuse, publish = turn.reuse, turn.request.publish
         if reuse.heal is HealMode.OFF:
             return None
-        ids, rows = turn.prompt.token_ids, reuse.heal_rows
-        if turn.request.method.strip().startswith("auto:strict"):
-            rows = strict_rows(rows, len(ids) - (turn.stale_from or 0))
+        ids = turn.prompt.token_ids
         masses = (*self._masses(turn, turn.prefill.plan), decoded_mass(turn.prefill))
         return Heal(
             turn.cache,
             ids,
             turn.stale_from,
             mode=reuse.heal,
-            rows=rows,
+            rows=chunk_rows(reuse.heal_rows, reuse.heal_steps, len(ids) - (turn.stale_from or 0)),
             num_layers=self.loaded.num_layers,
             finish_rows=self.settings.heal_finish_rows if publish and reuse.heal is HealMode.ALWAYS else 0,
             checkpoint_layer=self.profile.checkpoint_layer,

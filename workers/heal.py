@@ -25,8 +25,6 @@ from workers.kv_cache import SequenceCache
 from workers.methods.base import HealMode, RectifyPlan
 from workers.segment import digest_tokens
 
-STRICT_STEPS = 24
-"""Decode steps within which `auto:strict` heals a prompt."""
 MIN_ROWS = 2
 """Every decode step adds one stale entry: a chunk of one row would never catch up."""
 
@@ -151,6 +149,7 @@ def first_stale(plan: RectifyPlan, token_ids: Sequence[int]) -> int | None:
     return None
 
 
-def strict_rows(rows: int, stale: int) -> int:
-    """Rows of a chunk such that `stale` entries, and those decoded meanwhile, heal in STRICT_STEPS steps."""
-    return max(rows, math.ceil((stale + STRICT_STEPS) / STRICT_STEPS))
+def chunk_rows(rows: int, steps: int, stale: int) -> int:
+    """Rows of a chunk: `rows`, or as many more as it takes to heal `stale` entries, and those decoded
+    meanwhile, in `steps` decode steps (0: in any number)."""
+    return rows if steps == 0 else max(rows, math.ceil((stale + steps) / steps))

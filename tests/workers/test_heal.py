@@ -17,7 +17,7 @@ from transport.errors import RelayError
 from workers.attention import MassSpan
 from workers.compare import kl_divergence
 from workers.engine import Part
-from workers.heal import Heal, first_stale, strict_rows
+from workers.heal import Heal, chunk_rows, first_stale
 from workers.kv_cache import SequenceCache
 from workers.methods import parse_method
 from workers.methods.base import HealMode, RectifyPlan, Span, SpanPlan
@@ -347,15 +347,17 @@ def test_what_was_made_under_the_same_context_at_the_same_place_is_not_stale() -
     assert (heal.stale(3), heal.finished_at) == (0, 0)
 
 
+@pytest.mark.parametrize("within", [1, 5, 24])
 @pytest.mark.parametrize("stale", [1, 23, 24, 25, 700, 2048])
-def test_strict_healing_ends_in_24_steps(stale: int) -> None:
-    rows, left, steps = strict_rows(2, stale), stale, 0
+def test_healing_ends_within_the_steps_asked_for(stale: int, within: int) -> None:
+    rows, left, steps = chunk_rows(2, within, stale), stale, 0
     while left > 0:
         left -= rows
         steps += 1
         left += left > 0
-    assert steps <= 24
-    assert strict_rows(4096, stale) == 4096
+    assert steps <= within
+    assert chunk_rows(4096, within, stale) == 4096
+    assert chunk_rows(7, 0, stale) == 7, "no number of steps: any will do"
 
 
 # -- the real model ------------------------------------------------------------------------------------------
@@ -396,10 +398,15 @@ def test_the_real_model_answers_and_publishes_as_if_nothing_had_been_relayed(pai
 def test_strict_heals_within_its_steps_and_a_short_answer_behind_its_end(pair: tuple[Desk, Desk]) -> None:
     one, two = pair
     first = one.agent.generate(request("solver", SOLVE, "auto", max_new_tokens=70, question=QUESTION))
-    asked = request("critic", CHECK, "auto:strict", max_new_tokens=30, question=QUESTION, solver=first.output)
+    # Chunks of two rows would take ten times as long: the number of steps makes them larger.
+    asked = request(
+        "critic", CHECK, "auto:strict+heal_rows=2", max_new_tokens=30, question=QUESTION, solver=first.output
+    )
     reply = two.agent.generate(asked)
     assert reply.healed_at_token is not None
     assert reply.healed_at_token <= 24
+    again = two.agent.generate(replace(asked, id="again", method=reply.resolved_method))
+    assert (again.healed_at_token, again.healed_entries) == (reply.healed_at_token, reply.healed_entries)
     short = replace(
         asked,
         id="short",

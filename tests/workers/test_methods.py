@@ -51,12 +51,23 @@ def test_the_resolved_text_names_every_parameter() -> None:
     )
     assert (
         parse_reuse("auto:strict+heal_rows=32", PROFILE).text
-        == "relay_caching:tau_diff=1.25+tau_down=1.45+suffix=10+start=2+det=4+end=11+heal=always+heal_rows=32"
+        == "relay_caching:tau_diff=1.25+tau_down=1.45+suffix=10+start=2+det=4+end=11"
+        "+heal=always+heal_rows=32+heal_steps=24"
     )
+    assert parse_reuse("naive:heal=idle").text == "naive:heal=idle+heal_rows=64+heal_steps=0"
     assert parse_reuse("naive").text == "naive"
 
 
-@pytest.mark.parametrize("name", [*method_names(), *(f"{n}:heal=idle+heal_rows=7" for n in METHODS)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *method_names(),
+        *(f"{n}:heal=idle+heal_rows=7+heal_steps=9" for n in METHODS),
+        "auto:strict+heal_rows=7",
+        "auto:strict+heal=off",
+        "naive:heal_rows=7",
+    ],
+)
 def test_a_resolved_text_parses_to_the_same_reuse(name: str) -> None:
     once = parse_reuse(name, PROFILE)
     assert parse_reuse(once.text) == once
@@ -75,12 +86,13 @@ def test_numbers_survive_the_text(ratio: float, first: int) -> None:
         ("nave", 'Did you mean "naive"?'),
         ("auto:fats", 'Did you mean "auto:fast"?'),
         ("auto:slow", "auto:strict"),
-        ("naive:ratio=1", 'no parameter "ratio" \\(it has: heal, heal_rows\\)'),
+        ("naive:ratio=1", 'no parameter "ratio" \\(it has: heal, heal_rows, heal_steps\\)'),
         ("context_mass:ratio", "name:key=value"),
         ("context_mass:ratio=much", "not a number"),
         ("context_mass:ratio=nan", "between 0 and 1"),
         ("naive:heal=sometimes", "off, idle, always"),
         ("naive:heal_rows=0", "at least 1"),
+        ("naive:heal=always+heal_steps=-1", "heal_steps=-1 must be at least 0"),
     ],
 )
 def test_a_wrong_text_says_what_would_be_right(text: str, says: str) -> None:

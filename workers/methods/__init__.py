@@ -7,6 +7,7 @@ A method is written as one of
     auto, auto:<preset>          what the profile names; `auto` is auto:balanced, auto:strict also heals
     ...+heal=off|idle|always     of any of them: make the cache exact after the first token
     ...+heal_rows=N              rows that one healing chunk recomputes
+    ...+heal_steps=N             larger chunks where the prompt would not be healed within N decode steps
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ AUTO = "auto"
 PRESETS = ("fast", "balanced", "strict")
 HEAL_ROWS = 64
 """Rows of a healing chunk unless `heal_rows=` says otherwise."""
+STRICT_ITEMS = ("heal=always", "heal_steps=24")
+"""What auto:strict adds to its method, unless that says otherwise."""
+_HEAL_KEYS = {"heal": "str", "heal_rows": "int", "heal_steps": "int"}
+"""Keys of every method, and their types."""
 
 
 def method_names() -> list[str]:
@@ -61,20 +66,21 @@ def parse_reuse(text: str, profile: ModelProfile | None = None) -> Reuse:
     """
     name, _, rest = text.strip().partition(":")
     items = [item for item in rest.split("+") if item]
-    heal: HealMode | None = None
     if name == AUTO:
         preset = items.pop(0) if items and "=" not in items[0] else "balanced"
         name, preset_items = _preset(preset, profile)
         items = preset_items + items
-        heal = HealMode.ALWAYS if preset == "strict" else None
     cls = _load(name)
     params = _parse_items(name, cls, items)
-    mode = _heal_mode(params.pop("heal", heal or HealMode.OFF))
-    rows = _heal_rows(params.pop("heal_rows", HEAL_ROWS))
+    mode = _heal_mode(params.pop("heal", HealMode.OFF))
+    rows = _at_least(1, "heal_rows", params.pop("heal_rows", HEAL_ROWS))
+    steps = _at_least(0, "heal_steps", params.pop("heal_steps", 0))
+    if mode is HealMode.OFF:
+        rows, steps = HEAL_ROWS, 0
     if profile is not None:
         params = _fill(cls, params, profile)
     method = cast("ReuseMethod", cls(**params))
-    return Reuse(method, mode, rows, _describe(method, mode, rows))
+    return Reuse(method, mode, rows, steps, _describe(method, mode, rows, steps))
 
 
 def check_presets(presets: Mapping[str, str]) -> None:
@@ -102,7 +108,8 @@ def _preset(preset: str, profile: ModelProfile | None) -> tuple[str, list[str]]:
         raise ConfigError(f'"{AUTO}" has no preset "{preset}".{hint} Presets: {known}.')
     presets = SAFE_PRESETS if profile is None else profile.presets
     name, _, rest = presets.get(preset, presets["balanced"]).strip().partition(":")
-    return name, [item for item in rest.split("+") if item]
+    healing = STRICT_ITEMS if preset == "strict" else ()
+    return name, [*healing, *(item for item in rest.split("+") if item)]
 
 
 def _load(name: str) -> Any:
@@ -117,7 +124,7 @@ def _load(name: str) -> Any:
 
 def _parse_items(name: str, cls: Any, items: list[str]) -> dict[str, Any]:
     """Values by parameter; later ones win, so that a request may correct a preset."""
-    types = {f.name: str(f.type) for f in dataclasses.fields(cls)} | {"heal": "str", "heal_rows": "int"}
+    types = {f.name: str(f.type) for f in dataclasses.fields(cls)} | _HEAL_KEYS
     params: dict[str, Any] = {}
     for item in items:
         key, equals, value = item.partition("=")
@@ -146,10 +153,10 @@ def _heal_mode(text: str) -> HealMode:
     return HealMode(text)
 
 
-def _heal_rows(rows: int) -> int:
-    if rows < 1:
-        raise ConfigError(f"heal_rows={rows} must be at least 1.")
-    return rows
+def _at_least(least: int, key: str, value: int) -> int:
+    if value < least:
+        raise ConfigError(f"{key}={value} must be at least {least}.")
+    return value
 
 
 def _fill(cls: Any, params: dict[str, Any], profile: ModelProfile) -> dict[str, Any]:
@@ -158,9 +165,9 @@ def _fill(cls: Any, params: dict[str, Any], profile: ModelProfile) -> dict[str, 
     return {key: getattr(profile, attribute) for key, attribute in from_profile.items()} | params
 
 
-def _describe(method: ReuseMethod, heal: HealMode, heal_rows: int) -> str:
+def _describe(method: ReuseMethod, heal: HealMode, heal_rows: int, heal_steps: int) -> str:
     values = {f.name: getattr(method, f.name) for f in dataclasses.fields(cast("Any", method))}
     items = [f"{key}={value}" for key, value in values.items() if value is not None]
     if heal is not HealMode.OFF:
-        items += [f"heal={heal}", f"heal_rows={heal_rows}"]
+        items += [f"heal={heal}", f"heal_rows={heal_rows}", f"heal_steps={heal_steps}"]
     return f"{method.name}:{'+'.join(items)}" if items else method.name

@@ -191,13 +191,16 @@ class Reuse:
     Attributes:
         method: makes the plan.
         heal: whether the cache becomes exact after the first token.
-        heal_rows: rows that one healing chunk recomputes.
+        heal_rows: rows that one healing chunk recomputes, at least.
+        heal_steps: decode steps within which the prompt is to be healed: chunks are as large as that takes.
+            0: any number, and chunks of `heal_rows`.
         text: the whole setting in words, every known parameter included; parses to the same again.
     """
 
     method: ReuseMethod
     heal: HealMode
     heal_rows: int
+    heal_steps: int
     text: str
 
 
