@@ -312,9 +312,22 @@ class StepLoop:
 
     def _compute(self, work: list[tuple[Sequence, Part]]) -> list[PartResult | None]:
         """Results of all parts; None for a sequence that failed. When a step breaks, its parts are run one by
-        one (they only write to their own rows), so that one bad request does not end the others."""
+        one, so that one bad request does not end the others.
+
+        That is safe because a part touches no cache but its own sequence's, and there what the broken step
+        has done already is done again with the same outcome:
+            keys, values, checkpoints   of the part's rows are overwritten.
+            drift                       moves the other entries of a span, in each layer just before its
+                                        probes' entries are written. Where they were written, the probes do
+                                        not change again, up to rounding, and nothing moves. (A step that
+                                        breaks between the two, in one and the same layer, moves them twice.)
+            attention mass              of the part's rows is added to, so it is put back first; healing has
+                                        zeroed its rows' before the step.
+        """
         if not work:
             return []
+        masses = [_row_masses(part) for _, part in work if part.masses] if len(work) > 1 else []
+        before = [mass.clone() for mass in masses]
         try:
             return list(self._engine.step([part for _, part in work]))
         except Exception as error:
@@ -323,6 +336,8 @@ class StepLoop:
                 log.exception("a step failed")
                 return [None]
             log.warning("a step of %d parts failed (%r); running them one by one", len(work), error)
+        for mass, was in zip(masses, before, strict=True):
+            mass.copy_(was)
         return [self._compute([one])[0] for one in work]
 
     def _parts(self, share: Share) -> list[Part]:
@@ -413,6 +428,11 @@ class StepLoop:
 def decoded_mass(prefill: Prefill) -> MassSpan:
     """The mass span of whatever is decoded after a prompt."""
     return MassSpan(prefill.num_tokens, 1 << 60)
+
+
+def _row_masses(part: Part) -> torch.Tensor:
+    """[positions from the first to the last row] view of the context mass."""
+    return part.cache.mass[int(part.positions[0]) : int(part.positions[-1]) + 1]
 
 
 @contextmanager

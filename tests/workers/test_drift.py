@@ -104,6 +104,17 @@ def test_chunks_do_not_change_what_the_span_follows(family: str, max_rows: int) 
     assert all(r.drift is not None for r in prefill._relayed)
 
 
+def test_a_part_that_is_run_twice_leaves_what_one_run_leaves(family: str) -> None:
+    """By the second run the probes' entries are written, so that their change is nothing but rounding."""
+    rig = tiny.Rig(tiny.build(family))
+    rig.model.set_attn_implementation("relay_cluster")
+    _, still = rig.run(parse_method(METHOD.replace("drift=1", "drift=0")), _pieces(rig), max_rows=33)
+    _, once = rig.run(parse_method(METHOD), _pieces(rig), max_rows=33)
+    _, twice = rig.run(parse_method(METHOD), _pieces(rig), max_rows=33, times=2)
+    assert (once.cache.kv - twice.cache.kv)[..., :100, :].abs().max() < 1e-5
+    assert (once.cache.kv - still.cache.kv)[..., :100, :].abs().max() > 1e-2, "there is a drift"
+
+
 def test_drift_changes_what_is_reused_and_costs_no_rows() -> None:
     rig = tiny.Rig(tiny.build("llama"))
     pieces = _pieces(rig)

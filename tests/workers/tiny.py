@@ -147,8 +147,10 @@ class Rig:
         *,
         max_rows: int = 1 << 20,
         profile: ModelProfile | None = None,
+        times: int = 1,
     ) -> tuple[torch.Tensor, Prefill]:
-        """Prefill a prompt of (ids, segment or None) pieces with `method`; returns (last logits, prefill)."""
+        """Prefill a prompt of (ids, segment or None) pieces with `method`; returns (last logits, prefill).
+        Every part is computed `times` times."""
         self.model.set_attn_implementation("relay_cluster")
         ids, spans, hits, pulled = [], [], {}, {}
         for piece_ids, source in pieces:
@@ -165,7 +167,8 @@ class Rig:
         )
         while not prefill.finished:
             part = prefill.next_part(max_rows)
-            prefill.done(part, self.engine.step([part])[0])
+            results = [self.engine.step([part])[0] for _ in range(times)]
+            prefill.done(part, results[-1])
         assert prefill.logits is not None
         return prefill.logits, prefill
 
