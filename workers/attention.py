@@ -109,7 +109,7 @@ class PartRows:
     groups: list[RowGroup]
     contiguous: int | None
     masses: tuple[MassSpan, ...]
-    probe: Probe | None
+    probes: tuple[Probe, ...]
     drifts: list[tuple[Drift, torch.Tensor]]
 
 
@@ -208,8 +208,9 @@ class RaggedAttention:
                 if drift.band[0] <= layer < drift.band[1]:
                     drift.follow(part.cache, layer, key[:, a:b][:, probed], value[:, a:b][:, probed])
             _write(part, layer, key[:, a:b], value[:, a:b])
-            if part.probe is not None and part.probe.layer == layer:
-                part.probe.query = query[:, a:b][:, part.positions >= part.probe.start].clone()
+            for probe in part.probes:
+                if probe.layer == layer:
+                    probe.query = query[:, a:b][:, part.positions >= probe.start].clone()
             for group in part.groups:
                 r = slice(a + group.rows.start, a + group.rows.stop)
                 self._attend(part, group, layer, query[:, r], settings, out[r])

@@ -118,7 +118,19 @@ def plan_flops(costs: ModelCosts, plan: RectifyPlan, prefix_tokens: int = 0) -> 
         prefix_tokens: leading tokens that come from the exact prefix cache.
     """
     spans = sum(span_flops(costs, span_plan, prefix_tokens) for span_plan in plan.spans)
-    return spans + costs.head_flops
+    return spans + _look_flops(costs, plan, prefix_tokens) + costs.head_flops
+
+
+def _look_flops(costs: ModelCosts, plan: RectifyPlan, prefix_tokens: int) -> float:
+    """What looking ahead adds: the fresh tokens' layers that are computed twice."""
+    if plan.look is None:
+        return 0.0
+    band = (plan.look.back, plan.look.layers[-1] + 1)
+    return sum(
+        _run_flops(costs, max(s.span.start, prefix_tokens), s.span.stop, band)
+        for s in plan.spans
+        if s.source is None
+    )
 
 
 def span_flops(costs: ModelCosts, plan: SpanPlan, prefix_tokens: int = 0) -> float:

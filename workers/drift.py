@@ -24,15 +24,18 @@ class Drift:
     Attributes:
         start, stop: positions of the span.
         probes: [probes] int64 positions, ascending, on the CPU.
+        at: [probes] int64 the same from the span's start, where the cache is.
         band: layers [start, end) in which the probes are computed.
         factor: share of the probes' mean change that is added.
         kept: [tokens, 1]; 1 where an entry is not recomputed, else 0.
-        cos, sin: [layers or 1, tokens, rotary_dim / 2] float32; rotation from the span's start to a token.
+        cos, sin: [layers or 1, tokens, rotary_dim] float32; rotation from the span's start to a token, halves
+            paired the Hugging Face way, the minus of the first half in `sin`.
     """
 
     start: int
     stop: int
     probes: torch.Tensor
+    at: torch.Tensor
     band: tuple[int, int]
     factor: float
     kept: torch.Tensor
@@ -42,30 +45,39 @@ class Drift:
     def follow(self, cache: SequenceCache, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Move the span's entries of one layer, before the probes' new entries are written.
 
+        Once these are written, doing it again moves nothing: the probes no longer differ from the cache.
+
         Args:
             key, value: [kv_heads, probes, head_dim]; the probes' new entries, keys rotated.
         """
         table = min(layer, self.cos.shape[0] - 1)
         cos, sin = self.cos[table], self.sin[table]
-        half = cos.shape[-1]
+        width = cos.shape[-1]
         keys = cache.keys(layer)[:, self.start : self.stop]
         values = cache.values(layer)[:, self.start : self.stop]
-        at = (self.probes - self.start).to(keys.device)
-        change = key.float() - keys[:, at].float()
-        first, second = change[..., :half], change[..., half : 2 * half]
+        change = key.float() - keys[:, self.at].float()
+        turning = change[..., :width]
         # Turned back by R(-(p - start)), so that changes at different positions can be averaged.
-        mean_first = (first * cos[at] + second * sin[at]).mean(1, keepdim=True).mul_(self.factor)
-        mean_second = (second * cos[at] - first * sin[at]).mean(1, keepdim=True).mul_(self.factor)
-        kept = self.kept.to(keys.dtype)
-        cos, sin = (cos * self.kept).to(keys.dtype), (sin * self.kept).to(keys.dtype)
-        mean_first, mean_second = mean_first.to(keys.dtype), mean_second.to(keys.dtype)
-        keys[..., :half].addcmul_(cos, mean_first).addcmul_(sin, mean_second, value=-1)
-        keys[..., half : 2 * half].addcmul_(cos, mean_second).addcmul_(sin, mean_first)
-        if change.shape[-1] > 2 * half:
-            rest = change[..., 2 * half :].mean(1, keepdim=True).mul_(self.factor)
-            keys[..., 2 * half :].addcmul_(kept, rest.to(keys.dtype))
-        moved = (value.float() - values[:, at].float()).mean(1, keepdim=True).mul_(self.factor)
-        values.addcmul_(kept, moved.to(values.dtype))
+        back = turning * cos[self.at] - _swapped(turning) * sin[self.at]
+        mean = back.mean(1, keepdim=True).mul_(self.factor)
+        dtype = keys.dtype
+        # Whole rows, not halves of them: on a CPU half the time, which is 5 % of a sparse step over 2,048
+        # tokens.
+        turned = keys[..., :width]
+        turned.addcmul_((cos * self.kept).to(dtype), mean.to(dtype))
+        turned.addcmul_((sin * self.kept).to(dtype), _swapped(mean).to(dtype))
+        kept = self.kept.to(dtype)
+        if change.shape[-1] > width:
+            rest = change[..., width:].mean(1, keepdim=True).mul_(self.factor)
+            keys[..., width:].addcmul_(kept, rest.to(dtype))
+        moved = (value.float() - values[:, self.at].float()).mean(1, keepdim=True).mul_(self.factor)
+        values.addcmul_(kept, moved.to(dtype))
+
+
+def _swapped(x: torch.Tensor) -> torch.Tensor:
+    """The halves of the last dimension, exchanged."""
+    half = x.shape[-1] // 2
+    return torch.cat((x[..., half:], x[..., :half]), -1)
 
 
 def span_drift(
@@ -87,13 +99,15 @@ def span_drift(
     kept = torch.ones((tokens, 1), device=device)
     kept[selected.to(device)] = 0
     angle = torch.arange(tokens, device=device).double()[:, None] * inv_freq.double()[:, None, :]
+    cos, sin = angle.cos().float(), angle.sin().float()
     return Drift(
         start,
         start + tokens,
         probes + start,
+        probes.to(device),
         band,
         factor,
         kept,
-        angle.cos().float(),
-        angle.sin().float(),
+        torch.cat((cos, cos), -1),
+        torch.cat((-sin, sin), -1),
     )

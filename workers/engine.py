@@ -42,7 +42,7 @@ class Part:
         logits_rows: indices of rows whose logits are wanted; their exit must be L.
         checkpoint_layer: save the input of this layer to `cache.checkpoint`; None = do not.
         masses: spans whose context mass is recorded.
-        probe: queries wanted by the caller.
+        probes: queries wanted by the caller.
         drifts: relayed spans whose other entries follow the probes among the rows.
         keep_hidden: return the hidden states with which rows left.
     """
@@ -56,7 +56,7 @@ class Part:
     logits_rows: tuple[int, ...] = ()
     checkpoint_layer: int | None = None
     masses: tuple[MassSpan, ...] = ()
-    probe: Probe | None = None
+    probes: tuple[Probe, ...] = ()
     drifts: tuple[Drift, ...] = ()
     keep_hidden: bool = False
 
@@ -226,7 +226,7 @@ class Engine:
             if isinstance(index, torch.Tensor):
                 positions = positions[index[start:stop] - rows.offsets[i]]
             where.append(positions)
-            if stop - start == 1 and self.device.type == "cpu" and part.probe is None and not part.drifts:
+            if stop - start == 1 and self.device.type == "cpu" and not part.probes and not part.drifts:
                 singles.append(SingleRow.of(part.cache, start, int(positions[0]), part.masses))
             else:
                 out.append(self._part_rows(part, start, stop, positions))
@@ -247,7 +247,7 @@ class Engine:
             groups=groups,
             contiguous=first if last - first == stop - start else None,
             masses=part.masses,
-            probe=part.probe,
+            probes=part.probes,
             drifts=[(d, torch.searchsorted(positions, d.probes).to(self.device)) for d in part.drifts],
         )
 

@@ -105,12 +105,12 @@ class _Unknown(Exception):
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """RMS norm over the last dimension (arXiv 1910.07467). x: [..., dim]; a new tensor of the same shape."""
-    if x.device.type != "cpu" or x.shape[0] > 16 or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
-    # torch composes it of ten operators on a CPU: a third of the time for a few rows, 4 % of a decode step.
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    out = x * scale.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-    return out if weight is None else out.mul_(weight)
+    # torch composes it of ten operators on a CPU: 1.4x the time at 226 rows, 2.2x at 1,024.
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().mul_(1 / x.shape[-1])
+    scale = scale.add_(eps).rsqrt_()
+    return x * scale if weight is None else (x * weight).mul_(scale)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

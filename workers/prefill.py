@@ -6,8 +6,9 @@
     done()       takes a part's result; after the last part the first logits are there
 
 A selection that only the run can make (`workers/selection.py`) cuts the prefill in two stages: all rows up to
-the detection layer, then the chosen ones and the fresh ones. Chunks may be cut anywhere: a row only sees
-earlier positions. Knows nothing of transport, time or other requests.
+the detection layer, then the chosen ones and the fresh ones. So does a plan that looks ahead: the fresh rows
+alone, then the chosen ones and the fresh ones again. Chunks may be cut anywhere: a row only sees earlier
+positions. Knows nothing of transport, time or other requests.
 """
 
 from __future__ import annotations
@@ -114,7 +115,10 @@ class _Stage:
 
     Attributes:
         index: [rows] int64 into `_Rows`; None = all of them.
-        keep_hidden: whether a stage follows; `kept` then collects the states with which rows leave.
+        watch: layers in which the queries of the `suffix` last prompt tokens are kept.
+        keep_hidden: whether a stage follows that goes on from here; `kept` then collects the states with
+            which rows leave.
+        looks: whether the fresh rows look ahead, and start again in the next stage.
     """
 
     positions: torch.Tensor
@@ -123,7 +127,10 @@ class _Stage:
     relayed: torch.Tensor
     hidden: torch.Tensor | None
     index: torch.Tensor | None = None
+    watch: tuple[int, ...] = ()
+    suffix: int = 0
     keep_hidden: bool = False
+    looks: bool = False
     cursor: int = 0
     kept: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
 
@@ -137,6 +144,8 @@ class _Relayed:
         checkpoint: [selected, hidden_size] their states at band[0]; None where that is layer 0.
         values: [kv_heads, tokens, head_dim] reused values at the detection layer, where the run chooses.
         drift: what entries that are not recomputed follow, if anything.
+        mass: [tokens] context mass while the prefill looks ahead; nothing is selected yet, and `checkpoint`
+            has the states of all tokens.
     """
 
     plan: SpanPlan
@@ -144,6 +153,7 @@ class _Relayed:
     checkpoint: torch.Tensor | None
     values: torch.Tensor | None = None
     drift: Drift | None = None
+    mass: torch.Tensor | None = None
 
     @property
     def span(self) -> Span:
@@ -205,7 +215,7 @@ class Prefill:
         self._masses = masses
         self._choice = _run_time_choice(plan)
         self._cut = None if self._choice is None else detection_cut(self._choice)
-        self._relayed: list[_Relayed] = []
+        self._relayed: dict[int, _Relayed] = {}
         self._probes: list[Probe] = []
         self._rows: _Rows | None = None
         self._stage: _Stage | None = None
@@ -219,7 +229,6 @@ class Prefill:
             pulled: index of the span in the plan -> its bytes; they may be freed when this returns.
             corrections: index of every span whose plan names a correction -> that correction.
         """
-        relayed: dict[int, _Relayed] = {}
         for i, span_plan in enumerate(self.plan.spans):
             span = span_plan.span
             if span_plan.source is not None:
@@ -227,11 +236,11 @@ class Prefill:
             if span_plan.correction is not None:
                 (corrections or {})[i].apply(self.cache.kv[:, :, :, span.start : span.stop], span.start)
             if span_plan.source is not None:
-                relayed[i] = self._keep(span_plan, pulled[i])
-        self._relayed = list(relayed.values())
-        self.counts.relayed = self._model.num_layers * sum(len(r.span) for r in self._relayed)
-        self._rows = self._lay_out(relayed)
-        self._stage = self._first_stage(self._rows)
+                self._relayed[i] = self._keep(span_plan, pulled[i])
+        self.counts.relayed = self._model.num_layers * sum(len(r.span) for r in self._relayed.values())
+        self._rows = self._lay_out()
+        looks = any(r.mass is not None for r in self._relayed.values())
+        self._stage = self._looking_stage(self._rows) if looks else self._first_stage(self._rows)
 
     @property
     def finished(self) -> bool:
@@ -266,10 +275,8 @@ class Prefill:
         b, drifts = self._part_end(stage, a, min(a + max_rows, stage.positions.shape[0]))
         positions = stage.positions[a:b]
         last = int(positions[-1]) == self.num_tokens - 1 and int(stage.exit[b - 1]) == self._model.num_layers
-        probe = None
-        if stage.keep_hidden and self._choice is not None and (wanted := probed_tokens(self._choice)):
-            probe = Probe(self._choice.layer, max(0, self.num_tokens - wanted))
-            self._probes.append(probe)
+        probes = tuple(Probe(layer, max(0, self.num_tokens - stage.suffix)) for layer in stage.watch)
+        self._probes += probes
         return Part(
             cache=self.cache,
             positions=positions,
@@ -279,8 +286,9 @@ class Prefill:
             hidden=None if stage.hidden is None else stage.hidden[a:b],
             logits_rows=(b - a - 1,) if last else (),
             checkpoint_layer=self._model.checkpoint_layer,
-            masses=self._masses,
-            probe=probe,
+            # Rows that are computed again would add their mass twice.
+            masses=() if stage.looks else self._masses,
+            probes=probes,
             drifts=drifts,
             keep_hidden=stage.keep_hidden,
         )
@@ -288,7 +296,7 @@ class Prefill:
     def _part_end(self, stage: _Stage, a: int, b: int) -> tuple[int, tuple[Drift, ...]]:
         """Where a part that begins at row `a` ends, about `b`: rows of a span that drifts stay together, for
         its entries move when its probes are computed, once. And the drifts of the part's spans."""
-        spans = [r.drift for r in self._relayed if r.drift is not None]
+        spans = [r.drift for r in self._relayed.values() if r.drift is not None]
         for drift in spans:
             first, stop = torch.searchsorted(
                 stage.positions, torch.tensor([drift.start, drift.stop])
@@ -321,6 +329,8 @@ class Prefill:
             stage.kept.append(result.hidden)
             if b == stage.positions.shape[0]:
                 self._stage = self._second_stage(stage)
+        elif stage.looks and b == stage.positions.shape[0]:
+            self._stage = self._stage_after_look()
         if part.logits_rows:
             self.logits = result.logits[-1]
         return fresh, rectified
@@ -349,43 +359,52 @@ class Prefill:
     def _keep(self, plan: SpanPlan, pulled: PulledSegment) -> _Relayed:
         """Resolve the selection where it is known now, and copy what later stages need."""
         count, start, select = len(plan.span), plan.band[0], plan.select
-        values = drift = None
+        values = drift = mass = None
         if plan.band[1] <= start:
-            selected = torch.empty(0, dtype=torch.long)
+            wanted = selected = _NONE
+        elif isinstance(select, TopMass) and self.plan.look is not None:
+            wanted, selected = torch.arange(count), _NONE
+            mass = pulled.gather("mass")[:count]
         elif isinstance(select, TopMass | Positions):
-            selected, probes = resolve_select(select, pulled.gather("mass")[:count])
-            if plan.drift and probes.numel():
-                drift = span_drift(
-                    plan.span.start, count, selected, probes, plan.band, plan.drift, self._model.inv_freq
-                )
+            selected, drift = self._select(plan, pulled.gather("mass")[:count])
+            wanted = selected
         else:
-            selected = torch.arange(count)
+            wanted = selected = torch.arange(count)
             values = self.cache.values(select.layer)[:, plan.span.start : plan.span.stop].clone()
-        if selected.numel() and start not in (0, self._model.checkpoint_layer):
+        if wanted.numel() and start not in (0, self._model.checkpoint_layer):
             raise ConfigError(
                 f"a band cannot start at layer {start}: rows join at layer 0 or at the checkpoint "
                 f"(layer {self._model.checkpoint_layer} in this model's profile)."
             )
-        needs = bool(selected.numel()) and start > 0
-        checkpoint = pulled.rows("checkpoint", selected) if needs else None
-        return _Relayed(plan, selected, checkpoint, values, drift)
+        checkpoint = pulled.rows("checkpoint", wanted) if wanted.numel() and start > 0 else None
+        return _Relayed(plan, selected, checkpoint, values, drift, mass)
+
+    def _select(self, plan: SpanPlan, scores: torch.Tensor) -> tuple[torch.Tensor, Drift | None]:
+        """Offsets to recompute by `scores` [tokens], and what the other entries follow."""
+        assert isinstance(plan.select, TopMass | Positions)  # the others are chosen in `_chosen`
+        selected, probes = resolve_select(plan.select, scores)
+        if not plan.drift or not probes.numel():
+            return selected, None
+        span, model = plan.span, self._model
+        drift = span_drift(span.start, len(span), selected, probes, plan.band, plan.drift, model.inv_freq)
+        return selected, drift
 
     # -- rows ----------------------------------------------------------------------------------------------
 
-    def _lay_out(self, relayed: Mapping[int, _Relayed]) -> _Rows:
+    def _lay_out(self) -> _Rows:
         """Rows of all spans in the plan's order, which is that of their positions."""
         positions, counts, facts = list[torch.Tensor](), list[int](), list[tuple[int, int, bool, bool]]()
         states: list[tuple[int, torch.Tensor]] = []
         total = 0
         for i, plan in enumerate(self.plan.spans):
-            span, found = plan.span, relayed.get(i)
+            span, found = plan.span, self._relayed.get(i)
             if found is None:
                 rows = torch.arange(max(span.start, self.prefix_tokens), max(span.stop, self.prefix_tokens))
                 facts.append((0, self._model.num_layers, False, False))
             else:
                 rows = span.start + found.selected
                 facts.append((*plan.band, True, found.values is not None))
-                if found.checkpoint is not None:
+                if found.checkpoint is not None and found.selected.numel():
                     states.append((total, found.checkpoint))
             positions.append(rows)
             counts.append(rows.shape[0])
@@ -403,6 +422,8 @@ class Prefill:
         if cut is None or cut >= self._model.num_layers or not self._relayed:
             return _Stage(rows.positions, rows.enter, rows.end, rows.relayed, rows.hidden)
         index = torch.nonzero(rows.enter < cut).flatten()
+        assert self._choice is not None  # it makes the cut
+        suffix = probed_tokens(self._choice)
         return _Stage(
             rows.positions[index],
             rows.enter[index],
@@ -410,8 +431,51 @@ class Prefill:
             rows.relayed[index],
             None if rows.hidden is None else rows.hidden[index.to(rows.hidden.device)],
             index,
+            watch=(self._choice.layer,) if suffix else (),
+            suffix=suffix,
             keep_hidden=True,
         )
+
+    def _looking_stage(self, rows: _Rows) -> _Stage:
+        """The fresh rows, up to where attention was seen."""
+        look = self.plan.look
+        assert look is not None  # only then does anything wait for it
+        exit_ = torch.full_like(rows.enter, look.layers[-1] + 1)
+        return _Stage(
+            rows.positions,
+            rows.enter,
+            exit_,
+            rows.relayed,
+            None,
+            watch=look.layers,
+            suffix=look.suffix,
+            looks=True,
+        )
+
+    def _stage_after_look(self) -> _Stage:
+        """The rows that a look selects, and the fresh ones again."""
+        look = self.plan.look
+        assert look is not None  # this is behind a look
+        attended = torch.stack([self._influence(layer) for layer in look.layers]).mean(0)
+        self._probes.clear()
+        for i, waiting in self._relayed.items():
+            if waiting.mass is None:
+                continue
+            span, states = waiting.span, waiting.checkpoint
+            scores = waiting.mass.cpu() * attended[span.start : span.stop].sqrt()
+            selected, drift = self._select(waiting.plan, scores)
+            checkpoint = None if states is None else states[selected.to(states.device)]
+            self._relayed[i] = _Relayed(waiting.plan, selected, checkpoint, drift=drift)
+        rows = self._rows = self._lay_out()
+        if look.back and not self._masses:
+            # With masses wanted, the layers below count towards them, so they are computed again too.
+            fresh = torch.nonzero(~rows.relayed).flatten()
+            states = self.cache.checkpoint[rows.positions[fresh].to(self.cache.checkpoint.device)]
+            if rows.hidden is None:
+                rows.hidden = states.new_empty((rows.positions.shape[0], states.shape[1]))
+            rows.hidden[fresh.to(states.device)] = states
+            rows.enter[fresh] = look.back
+        return _Stage(rows.positions, rows.enter, rows.end, rows.relayed, rows.hidden)
 
     def _second_stage(self, first: _Stage) -> _Stage:
         """Rows that go on behind the detection layer, or start there: all but the ones not chosen."""
@@ -441,7 +505,7 @@ class Prefill:
         """[pending rows] bool, over all spans that left the choice to the run."""
         choice = self._choice
         assert choice is not None  # only then is there a second stage
-        spans = [r for r in self._relayed if r.values is not None]
+        spans = [r for r in self._relayed.values() if r.values is not None]
         now = self.cache.values(choice.layer)
         found = Detected(
             torch.cat([r.values for r in spans if r.values is not None], dim=1),
@@ -457,14 +521,18 @@ class Prefill:
     def _influence(self, layer: int) -> torch.Tensor:
         """[num_tokens] attention received from the probed rows, summed over heads and rows."""
         first = self._current
-        probed = (first.positions >= self._probes[0].start) & (first.enter <= layer)
-        query = torch.cat([p.query for p in self._probes if p.query is not None], dim=1)
+        probes = [p for p in self._probes if p.layer == layer]
+        probed = (first.positions >= probes[0].start) & (first.enter <= layer)
+        query = torch.cat([p.query for p in probes if p.query is not None], dim=1)
         positions = first.positions[probed].to(query.device)
         mask = kernels.position_mask(positions, 0, self.num_tokens, None, query.dtype)
         keys = self.cache.keys(layer)[:, : self.num_tokens]
         scaling = query.shape[-1] ** -0.5 if self._model.scaling is None else self._model.scaling
         _, probabilities = kernels.attend_explicit(query, keys, keys, scaling=scaling, mask=mask)
         return probabilities.sum(dim=(0, 1)).cpu()
+
+
+_NONE = torch.empty(0, dtype=torch.long)
 
 
 def _run_time_choice(plan: RectifyPlan) -> Choice | None:

@@ -101,7 +101,7 @@ def test_chunks_do_not_change_what_the_span_follows(family: str, max_rows: int) 
     whole, _ = rig.run(parse_method(METHOD), pieces)
     cut, prefill = rig.run(parse_method(METHOD), pieces, max_rows=max_rows)
     assert (whole - cut).abs().max() < 1e-4
-    assert all(r.drift is not None for r in prefill._relayed)
+    assert all(r.drift is not None for r in prefill._relayed.values())
 
 
 def test_a_part_that_is_run_twice_leaves_what_one_run_leaves(family: str) -> None:

@@ -48,6 +48,7 @@ def test_a_text_is_resolved_with_the_profile(text: str, method: object, heal: st
 def test_the_resolved_text_names_every_parameter() -> None:
     assert parse_reuse("auto:fast", PROFILE).text == (
         "context_mass:ratio=0.07+first=16+start=2+end=11+probes=0.0+drift=0.0+drift_one=0.0"
+        "+look=0+look_from=10.0"
     )
     assert (
         parse_reuse("auto:strict+heal_rows=32", PROFILE).text

@@ -48,11 +48,6 @@ __all__ = [
 ]
 
 
-def serving(device: torch.device) -> str:
-    """Name of the implementation that serves tensors on `device`."""
-    return "triton" if device.type == "cuda" else "reference"
-
-
 @functools.cache
 def _implementation(device_type: str) -> Any:
     if device_type != "cuda":

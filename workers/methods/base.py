@@ -138,16 +138,36 @@ class SpanPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """A look ahead at what the prompt's end reads, before `TopMass` selects.
+
+    The fresh tokens are computed up to the last of `layers` over the relayed KV as it is, and again
+    afterwards. Tokens then rank by their context mass times the square root of the attention that they get in
+    `layers`.
+
+    Attributes:
+        layers: ascending; attention counts in these. suffix: how many of the prompt's last tokens give it.
+        back: layer at which the fresh tokens start again: nothing below it depends on the selection.
+    """
+
+    layers: tuple[int, ...]
+    suffix: int
+    back: int
+
+
+@dataclass(frozen=True, slots=True)
 class RectifyPlan:
     """A plan for a whole prompt.
 
     Attributes:
         spans: tile the prompt without gap or overlap.
         use_prefix_cache: whether the leading fresh tokens may come from the exact local prefix cache.
+        look: how the run helps to rank what `TopMass` selects; None = by what the segments carry alone.
     """
 
     spans: tuple[SpanPlan, ...]
     use_prefix_cache: bool = True
+    look: Look | None = None
 
 
 class ReuseMethod(Protocol):
@@ -216,6 +236,7 @@ def rectify_hits(
     select: Select,
     *,
     drift: float = 0.0,
+    look: Look | None = None,
 ) -> RectifyPlan:
     """Reuse every hit and recompute `select` of it in the layers of `band`; everything else is fresh."""
     return RectifyPlan(
@@ -224,5 +245,6 @@ def rectify_hits(
             if s.key is not None and s.key in hits
             else fresh(s)
             for s in spans
-        )
+        ),
+        look=look,
     )

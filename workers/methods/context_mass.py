@@ -2,7 +2,8 @@
 
 A token's KV changes with the prefix only as far as the token attended to the prefix. The upstream agent
 recorded that attention mass while it decoded, so the set to repair is known when the segment is published: no
-detection layers and no pass over all tokens.
+detection layers and no pass over all tokens. Where a prompt relays much more than it computes, a look ahead
+(`Look`) adds what its end reads.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import ClassVar
 
 from transport.errors import ConfigError
 from transport.types import Located, SegmentKey
-from workers.methods.base import ModelProfile, RectifyPlan, Span, TopMass, rectify_hits
+from workers.methods.base import Look, ModelProfile, RectifyPlan, Span, TopMass, rectify_hits
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,11 @@ class ContextMass:
         drift: factor with which their mean change is added to what is not recomputed (`workers/drift.py`),
             in prompts with several relayed spans; drift_one: in prompts with one. (One span behind computed
             text changes less as a whole, so the mean of its probes says less.)
+        look: rank tokens also by the attention that they get from so many of the prompt's last tokens; 0 =
+            do not look. It costs the fresh tokens' way to `look_layer`.
+        look_layer: last layer whose attention counts; None = three fifths of the way.
+        look_from: look only where so many tokens are relayed for each that is computed behind the first of
+            them: else more would be spent on looking than a better choice saves.
     """
 
     name: ClassVar[str] = "context_mass"
@@ -49,6 +55,9 @@ class ContextMass:
     probes: float = 0.0
     drift: float = 0.0
     drift_one: float = 0.0
+    look: int = 0
+    look_layer: int | None = None
+    look_from: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("probes", "drift", "drift_one"):
@@ -57,7 +66,7 @@ class ContextMass:
                 raise ConfigError(f"context_mass: {name}={value} is not between 0 and 1.")
         if self.ratio is not None and not 0 <= self.ratio <= 1:
             raise ConfigError(f"context_mass: ratio={self.ratio} is not between 0 and 1.")
-        for name in ("first", "start", "end"):
+        for name in ("first", "start", "end", "look", "look_layer", "look_from"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ConfigError(f"context_mass: {name}={value} must not be negative.")
@@ -74,4 +83,22 @@ class ContextMass:
         )
         relayed = sum(s.key is not None and s.key in hits for s in spans)
         drift = self.drift if relayed > 1 else self.drift_one
-        return rectify_hits(spans, hits, (start, end), select, drift=drift if self.probes else 0.0)
+        look = self._look(spans, hits, start, profile.num_layers) if 0 < select.ratio < 1 else None
+        return rectify_hits(spans, hits, (start, end), select, drift=drift if self.probes else 0.0, look=look)
+
+    def _look(
+        self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], start: int, num_layers: int
+    ) -> Look | None:
+        last = 3 * num_layers // 5 if self.look_layer is None else self.look_layer
+        if self.look and last >= num_layers - 1:
+            raise ConfigError(
+                f"context_mass: look_layer={last} must lie below the last of the model's {num_layers} layers."
+            )
+        tokens = [(len(s), s.key is not None and s.key in hits) for s in spans]
+        behind = tokens[next((i for i, (_, hit) in enumerate(tokens) if hit), len(tokens)) :]
+        relayed = sum(n for n, hit in behind if hit)
+        fresh = sum(n for n, hit in behind if not hit)
+        if not self.look or not relayed or relayed < self.look_from * fresh:
+            return None
+        # Neighbouring layers say much the same; three of them make the ranking steadier than one.
+        return Look(tuple(layer for layer in (last - 4, last - 2, last) if layer >= 0), self.look, start)
