@@ -88,38 +88,6 @@ def position_mask(
     return mask.masked_fill_(hidden, NEG_INF)
 
 
-def attend(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scaling: float,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
-) -> torch.Tensor:
-    """Attention of rows over keys; grouped-query heads are expanded by views only.
-
-    Args:
-        query: [heads, rows, head_dim]; keys, values: [kv_heads, tokens, head_dim].
-        mask: [rows, tokens] additive, or None. causal: rows == tokens and row i sees keys 0 .. i.
-
-    Returns:
-        [heads, rows, head_dim]
-    """
-    heads, rows, dim = query.shape
-    kv_heads, tokens, _ = keys.shape
-    groups = heads // kv_heads
-    out = F.scaled_dot_product_attention(
-        query.reshape(kv_heads, groups, rows, dim),
-        keys[:, None].expand(kv_heads, groups, tokens, dim),
-        values[:, None].expand(kv_heads, groups, tokens, dim),
-        attn_mask=mask,
-        is_causal=causal,
-        scale=scaling,
-    )
-    return out.reshape(heads, rows, dim)
-
-
 def attend_explicit(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -129,7 +97,12 @@ def attend_explicit(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like `attend`, by explicit scores: needed for soft-capped logits and where probabilities are wanted.
+    """Attention of rows over keys by explicit scores: for soft-capped logits, and where probabilities are
+    wanted.
+
+    Args:
+        query: [heads, rows, head_dim]; keys, values: [kv_heads, tokens, head_dim].
+        mask: [rows, tokens] additive, or None. softcap: of the scores, or None.
 
     Returns:
         out: [heads, rows, head_dim]; probabilities: [kv_heads, groups * rows, tokens] float32.
@@ -150,7 +123,7 @@ def attend_explicit(
 def log_sum_exp(
     query: torch.Tensor, keys: torch.Tensor, *, scaling: float, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """log of the sum over keys of exp(score). Shapes as in `attend`.
+    """log of the sum over keys of exp(score). Shapes as in `attend_explicit`.
 
     Returns:
         [heads, rows] float32
@@ -161,42 +134,6 @@ def log_sum_exp(
     if mask is not None:
         scores = scores + mask.repeat(heads // kv_heads, 1)
     return torch.logsumexp(scores, dim=-1).reshape(heads, rows)
-
-
-def attend_with_lse(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    *,
-    scaling: float,
-    mask: torch.Tensor | None = None,
-    causal: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like `attend`, and the log-sum-exp of every row's scores, which the flash kernel has anyway.
-
-    Returns:
-        out: [heads, rows, head_dim]; lse: [heads, rows] float32.
-    """
-    heads, rows, dim = query.shape
-    kv_heads, tokens, _ = keys.shape
-    if query.device.type != "cpu":
-        out = attend(query, keys, values, scaling=scaling, mask=mask, causal=causal)
-        if causal:
-            mask = position_mask(torch.arange(rows, device=query.device), 0, tokens, None, query.dtype)
-        return out, log_sum_exp(query, keys, scaling=scaling, mask=mask)
-    groups = heads // kv_heads
-    # The operator behind scaled_dot_product_attention on CPU; only this form returns the log-sum-exp.
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-    out, lse = flash(
-        query.reshape(kv_heads, groups, rows, dim),
-        keys[:, None].expand(kv_heads, groups, tokens, dim),
-        values[:, None].expand(kv_heads, groups, tokens, dim),
-        0.0,
-        causal,
-        attn_mask=mask,
-        scale=scaling,
-    )
-    return out.reshape(heads, rows, dim), lse.reshape(heads, rows).float()
 
 
 def _row_scores(
