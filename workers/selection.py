@@ -37,10 +37,6 @@ class Detected:
     influence: Callable[[], torch.Tensor]
 
 
-MIN_PROBES = 4
-"""Fewer probes say too little about the other tokens of a span."""
-
-
 def resolve_select(select: TopMass | Positions, mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Offsets within the span that `select` names, and which of them are probes.
 
@@ -54,17 +50,13 @@ def resolve_select(select: TopMass | Positions, mass: torch.Tensor) -> tuple[tor
     none = torch.empty(0, dtype=torch.long)
     if isinstance(select, Positions):
         return torch.tensor([o for o in select.offsets if o < tokens], dtype=torch.long), none
-    budget = _budget(select.ratio, tokens)
-    if budget == 0:
+    first, probes, ranked = select.budget(tokens)
+    if not first + probes + ranked:
         return none, none
-    probes = max(MIN_PROBES, round(select.probes * tokens)) if select.probes else 0
-    if probes * 2 > budget or budget == tokens:
-        probes = 0
     scores = mass.detach().cpu().clone()
-    # First tokens and probes count within the budget, so that `ratio` alone bounds the cost.
-    scores[: min(select.first, budget - probes)] = float("inf")
+    scores[:first] = float("inf")
     chosen = torch.zeros(tokens, dtype=torch.bool)
-    chosen[torch.topk(scores, budget - probes).indices] = True
+    chosen[torch.topk(scores, first + ranked).indices] = True
     spread = none
     if probes:
         rest = torch.nonzero(~chosen).flatten()

@@ -20,7 +20,7 @@ from workers.prefill import Prefill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-METHOD = "context_mass:ratio=0.3+first=2+start=2+end=5+probes=0.1+drift=1+look=6+look_layer=3+look_from=1"
+METHOD = "context_mass:ratio=0.3+first=1+start=2+end=5+probes=0.1+drift=1+look=6+look_layer=3+look_from=1"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def test_the_choice_is_mass_times_root_of_attention() -> None:
         scores.masked_fill_(torch.arange(n)[None] > torch.arange(start, n)[:, None], float("-inf"))
         seen[probe.layer] = scores.softmax(-1).sum((0, 1))
     attended = torch.stack(list(seen.values())).mean(0).sqrt()
-    method = METHOD.replace("probes=0.1", "probes=0").replace("first=2", "first=0")
+    method = METHOD.replace("probes=0.1", "probes=0").replace("first=1", "first=0")
     _, prefill = rig.run(parse_method(method), pieces)
     at = 0
     for i, (piece, source) in enumerate(pieces):
@@ -134,6 +134,15 @@ def test_what_looking_costs_is_counted() -> None:
     assert with_look.predicted_flops - without.predicted_flops == pytest.approx(extra)
     # Selected tokens lie elsewhere, so they see more or fewer keys; that is all that may differ.
     assert with_look.actual_flops - without.actual_flops == pytest.approx(extra, rel=0.1)
+
+
+def test_where_it_looks_it_may_recompute_less() -> None:
+    rig = tiny.Rig(tiny.build("llama"))
+    pieces = _pieces(rig)
+    method = METHOD.replace("probes=0.1", "probes=0") + "+look_ratio=0.25"
+    assert [len(v) for v in _selected(rig.run(parse_method(method), pieces)[1]).values()] == [10, 9]
+    far = method.replace("look_from=1", "look_from=99")
+    assert [len(v) for v in _selected(rig.run(parse_method(far), pieces)[1]).values()] == [12, 10]
 
 
 def test_mass_of_fresh_text_is_counted_once() -> None:
@@ -174,5 +183,7 @@ def test_it_looks_only_where_that_pays() -> None:
     assert looks(METHOD.replace("look_from=1", "look_from=4.8"))
     assert not looks(METHOD.replace("look_from=1", "look_from=4.9"))
     assert not looks(METHOD.replace("ratio=0.3", "ratio=1"))
+    assert not looks(METHOD.replace("first=1", "first=9")), "most of them are not a matter of rank"
+    assert not looks(METHOD + "+look_ratio=0.05"), "1 to 2 tokens a span"
     with pytest.raises(ConfigError, match="look_layer=5 must lie below the last of the model's 6 layers"):
         looks(METHOD.replace("look_layer=3", "look_layer=5"))

@@ -7,10 +7,11 @@ layers a .. b-1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from transport.types import Located, SegmentKey
 
@@ -64,6 +65,25 @@ class ModelProfile:
     presets: Mapping[str, str] = field(default_factory=lambda: dict(SAFE_PRESETS))
 
 
+MIN_PROBES = 4
+"""Fewer probes say too little about the other tokens of a span."""
+MAX_PROBES = 24
+"""More of them do not make a mean much surer, however long the span; what they would cost goes to tokens that
+are ranked."""
+
+
+class Budget(NamedTuple):
+    """How many tokens of a span are recomputed: `first` ones, `probes`, and the best `ranked` ones."""
+
+    first: int
+    probes: int
+    ranked: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
 @dataclass(frozen=True, slots=True)
 class TopMass:
     """Select by publish-time context mass: the first `first` tokens and then the largest masses, together
@@ -73,6 +93,16 @@ class TopMass:
     ratio: float
     first: int = 0
     probes: float = 0.0
+
+    def budget(self, tokens: int) -> Budget:
+        """For a span of `tokens` tokens. First tokens and probes count within `ratio`, so that it alone
+        bounds the cost."""
+        total = min(tokens, math.ceil(self.ratio * tokens))
+        probes = min(MAX_PROBES, max(MIN_PROBES, round(self.probes * tokens))) if self.probes else 0
+        if probes * 2 > total or total == tokens:
+            probes = 0
+        first = min(self.first, total - probes)
+        return Budget(first, probes, total - probes - first)
 
 
 @dataclass(frozen=True, slots=True)

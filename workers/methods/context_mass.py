@@ -9,7 +9,7 @@ detection layers and no pass over all tokens. Where a prompt relays much more th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from transport.errors import ConfigError
@@ -31,7 +31,9 @@ class ContextMass:
             in prompts with several relayed spans; drift_one: in prompts with one. (One span behind computed
             text changes less as a whole, so the mean of its probes says less.)
         look: rank tokens also by the attention that they get from so many of the prompt's last tokens; 0 =
-            do not look. It costs the fresh tokens' way to `look_layer`.
+            do not look. It costs the fresh tokens' way to `look_layer`, so it is done only where half of the
+            tokens to recompute are a matter of rank (not first tokens or probes).
+        look_ratio: `ratio` where it looks, and knows better; None = the same.
         look_layer: last layer whose attention counts; None = three fifths of the way.
         look_from: look only where so many tokens are relayed for each that is computed behind the first of
             them: else more would be spent on looking than a better choice saves.
@@ -56,6 +58,7 @@ class ContextMass:
     drift: float = 0.0
     drift_one: float = 0.0
     look: int = 0
+    look_ratio: float | None = None
     look_layer: int | None = None
     look_from: float = 10.0
 
@@ -64,8 +67,10 @@ class ContextMass:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"context_mass: {name}={value} is not between 0 and 1.")
-        if self.ratio is not None and not 0 <= self.ratio <= 1:
-            raise ConfigError(f"context_mass: ratio={self.ratio} is not between 0 and 1.")
+        for name in ("ratio", "look_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"context_mass: {name}={value} is not between 0 and 1.")
         for name in ("first", "start", "end", "look", "look_layer", "look_from"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -81,24 +86,29 @@ class ContextMass:
             first=profile.first_tokens if self.first is None else self.first,
             probes=self.probes,
         )
-        relayed = sum(s.key is not None and s.key in hits for s in spans)
-        drift = self.drift if relayed > 1 else self.drift_one
-        look = self._look(spans, hits, start, profile.num_layers) if 0 < select.ratio < 1 else None
+        relayed = [s for s in spans if s.key is not None and s.key in hits]
+        drift = self.drift if len(relayed) > 1 else self.drift_one
+        look = None
+        looking = select if self.look_ratio is None else replace(select, ratio=self.look_ratio)
+        if self._looks(spans, relayed, looking):
+            look, select = self._look(start, profile.num_layers), looking
         return rectify_hits(spans, hits, (start, end), select, drift=drift if self.probes else 0.0, look=look)
 
-    def _look(
-        self, spans: Sequence[Span], hits: Mapping[SegmentKey, Located], start: int, num_layers: int
-    ) -> Look | None:
+    def _looks(self, spans: Sequence[Span], relayed: Sequence[Span], select: TopMass) -> bool:
+        """Whether looking ahead pays."""
+        if not self.look or not relayed or select.ratio >= 1:
+            return False
+        tokens = sum(len(s) for s in relayed)
+        fresh = spans[-1].stop - relayed[0].start - tokens
+        budgets = [select.budget(len(s)) for s in relayed]
+        ranked = sum(b.ranked for b in budgets)
+        return tokens >= self.look_from * fresh and 2 * ranked >= sum(b.total for b in budgets) > 0
+
+    def _look(self, start: int, num_layers: int) -> Look:
         last = 3 * num_layers // 5 if self.look_layer is None else self.look_layer
-        if self.look and last >= num_layers - 1:
+        if last >= num_layers - 1:
             raise ConfigError(
                 f"context_mass: look_layer={last} must lie below the last of the model's {num_layers} layers."
             )
-        tokens = [(len(s), s.key is not None and s.key in hits) for s in spans]
-        behind = tokens[next((i for i, (_, hit) in enumerate(tokens) if hit), len(tokens)) :]
-        relayed = sum(n for n, hit in behind if hit)
-        fresh = sum(n for n, hit in behind if not hit)
-        if not self.look or not relayed or relayed < self.look_from * fresh:
-            return None
         # Neighbouring layers say much the same; three of them make the ranking steadier than one.
         return Look(tuple(layer for layer in (last - 4, last - 2, last) if layer >= 0), self.look, start)
