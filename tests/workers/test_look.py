@@ -184,6 +184,5 @@ def test_it_looks_only_where_that_pays() -> None:
     assert not looks(METHOD.replace("look_from=1", "look_from=4.9"))
     assert not looks(METHOD.replace("ratio=0.3", "ratio=1"))
     assert not looks(METHOD.replace("first=1", "first=9")), "most of them are not a matter of rank"
-    assert not looks(METHOD + "+look_ratio=0.05"), "1 to 2 tokens a span"
     with pytest.raises(ConfigError, match="look_layer=5 must lie below the last of the model's 6 layers"):
         looks(METHOD.replace("look_layer=3", "look_layer=5"))
