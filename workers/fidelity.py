@@ -19,7 +19,8 @@ from workers.messages import Distance, Request
 from workers.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from workers.agent import AgentWorker, Scored
+    from workers.agent import AgentWorker
+    from workers.turn import Scored
 
 BASE = "full_prefill"
 

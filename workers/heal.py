@@ -137,7 +137,7 @@ def first_stale(plan: RectifyPlan, token_ids: Sequence[int]) -> int | None:
     are exact.
 
     A relayed span is exact where its segment was made under the very context that it has here, at the same
-    position (its variant is the plain digest of that context: `agent.py` marks any other).
+    position (its variant is the plain digest of that context: `publishing.py` marks any other).
     """
     for span_plan in plan.spans:
         if span_plan.source is None:

@@ -89,21 +89,31 @@ class CachePool:
         with self._changed:
             return sum(n for _, n in self._free)
 
-    def allocate(
-        self, num_tokens: int, *, timeout_s: float, cancelled: threading.Event | None = None
-    ) -> SequenceCache:
-        """Reserve an extent for `num_tokens`, waiting for other sequences to end if need be.
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks of an extent for `num_tokens`."""
+        return self._layout.blocks_for(max(1, num_tokens))
+
+    def allocate(self, num_tokens: int, *, timeout_s: float) -> SequenceCache:
+        """Reserve an extent for `num_tokens`; see `allocate_all`."""
+        return self.allocate_all([num_tokens], timeout_s=timeout_s)[0]
+
+    def allocate_all(
+        self, num_tokens: Sequence[int], *, timeout_s: float, cancelled: Sequence[threading.Event] = ()
+    ) -> list[SequenceCache]:
+        """Reserve an extent for each of them, waiting for other sequences to end if need be. All or none: two
+        that held some and waited for more would wait for each other.
 
         Raises:
-            CacheTooSmall: it can never fit.
+            CacheTooSmall: they can never fit.
             CacheFull: no room within `timeout_s`.
-            Cancelled: `cancelled` was set while waiting.
+            Cancelled: one of `cancelled` was set while waiting.
         """
-        blocks = self._layout.blocks_for(max(1, num_tokens))
-        if blocks > self.num_blocks:
+        blocks = [self.blocks_for(n) for n in num_tokens]
+        total = sum(num_tokens)
+        if sum(blocks) > self.num_blocks:
             raise CacheTooSmall(
-                f"a request of {num_tokens} tokens needs {blocks} cache blocks, the worker has "
-                f"{self.num_blocks} in all. Raise worker.cache_tokens or shorten the prompt."
+                f"{total} tokens need {sum(blocks)} cache blocks, the worker has {self.num_blocks} in all. "
+                "Raise worker.cache_tokens or shorten the prompt."
             )
         deadline = time.monotonic() + timeout_s
         ticket = object()
@@ -112,15 +122,15 @@ class CachePool:
             try:
                 while True:
                     # Only the first in line may take, or a long prompt would starve behind short ones.
-                    first = self._take(blocks) if self._waiting[0] is ticket else None
-                    if first is not None:
-                        return self._sequence(first, blocks)
+                    firsts = self._take_all(blocks) if self._waiting[0] is ticket else None
+                    if firsts is not None:
+                        return [self._sequence(a, n) for a, n in zip(firsts, blocks, strict=True)]
                     left = deadline - time.monotonic()
-                    if cancelled is not None and cancelled.is_set():
+                    if any(event.is_set() for event in cancelled):
                         raise Cancelled("the request was cancelled while it waited for KV cache memory.")
                     if left <= 0:
                         raise CacheFull(
-                            f"no room for {num_tokens} tokens in the KV cache within {timeout_s:.1f} s. "
+                            f"no room for {total} tokens in the KV cache within {timeout_s:.1f} s. "
                             "Raise worker.cache_tokens or send fewer requests at once."
                         )
                     self._changed.wait(min(left, 0.2))
@@ -139,6 +149,17 @@ class CachePool:
                     merged.append((start, count))
             self._free = merged
             self._changed.notify_all()
+
+    def _take_all(self, blocks: Sequence[int]) -> list[int] | None:
+        """First blocks of extents of so many each; None, and nothing is taken, unless all of them fit."""
+        before, firsts = list(self._free), list[int]()
+        for count in blocks:
+            first = self._take(count)
+            if first is None:
+                self._free = before
+                return None
+            firsts.append(first)
+        return firsts
 
     def _take(self, blocks: int) -> int | None:
         for i, (start, count) in enumerate(self._free):

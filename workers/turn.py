@@ -1,4 +1,4 @@
-"""One request while it runs, and the reply that it ends in. Facts only: no decisions, no waiting."""
+"""One request while it runs, and what it ends in: a reply or scores. Facts only: no decisions, no waiting."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import threading
 import time
 from dataclasses import dataclass, field
+
+import torch
 
 from transport.types import NodeId, SegmentKey, WorkerId
 from workers.anchors import Match
@@ -126,6 +128,49 @@ def build_reply(
         relayed_keys=frozenset(s.source.segment.key for s in turn.prefill.plan.spans if s.source),
         span_costs=span_costs(turn, turn.prefill, stages),
         healed_entries=turn.heal.entries if turn.heal else 0,
+        healed_at_token=turn.heal.finished_at if turn.heal else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A prompt and a continuation, teacher-forced.
+
+    Attributes:
+        ttft_s: seconds to the first logits.
+        logits: [1 + continuation, vocab] float32.
+        relayed_tokens: tokens taken from segments; prefix_tokens: from the exact local prefix cache.
+        reuse: share of the relayed (token, layer) entries that were not recomputed; None when there are none.
+        resolved_method: the request's method with every parameter.
+        flop_ratio_predicted, flop_ratio: FLOPs of the prefill over full prefill's, from the plan alone and as
+            computed.
+        healed_at_token: index of the first row of logits that came from an exact cache; None where healing
+            was off or did not get so far.
+    """
+
+    ttft_s: float
+    logits: torch.Tensor
+    relayed_tokens: int
+    prefix_tokens: int = 0
+    reuse: float | None = None
+    resolved_method: str = ""
+    flop_ratio_predicted: float | None = None
+    flop_ratio: float | None = None
+    healed_at_token: int | None = None
+
+
+def build_scored(turn: Turn, sequence: Sequence) -> Scored:
+    """The facts of a sequence that was scored to its end."""
+    prefill = sequence.prefill
+    return Scored(
+        sequence.first_logits_at - turn.clock.arrived,
+        sequence.scored,
+        sum(len(s.span) for s in prefill.plan.spans if s.source),
+        prefix_tokens=prefill.prefix_tokens,
+        reuse=prefill.counts.reuse,
+        resolved_method=turn.reuse.text,
+        flop_ratio_predicted=prefill.flop_ratio_predicted,
+        flop_ratio=prefill.flop_ratio,
         healed_at_token=turn.heal.finished_at if turn.heal else None,
     )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -92,6 +94,33 @@ def test_answers_together_are_those_of_each_alone_and_the_same_again(one: Desk) 
     # One pass for the prompts, one for each later token, shared by all.
     assert one.agent.engine.counters.weight_passes - passes <= 17
     assert together() == alone
+
+
+@pytest.mark.slow
+def test_batches_and_other_requests_wait_for_each_other_and_end(loaded: LoadedModel) -> None:
+    """The cache holds little more than a batch, and another request has some of it when the batch comes: the
+    batch waits until that one is through. A second batch waits for the first."""
+    asked = [
+        request("s", SOLVE, max_new_tokens=12, publish=False, question=f"{i}. {QUESTION}") for i in range(3)
+    ]
+    other = request("o", SOLVE, max_new_tokens=40, publish=False, question=QUESTION)
+    with desk("w1", loaded, LocalDirectory(), cache_tokens=64 * 7, max_sequences=4) as one:
+        size = loaded.layout.blocks_for
+        batch = sum(size(len(one.agent.render(r)) + 12) for r in asked)
+        alone = size(len(one.agent.render(other)) + 40)
+        assert batch <= one.agent.pool.num_blocks < batch + alone, "they do not fit together"
+        started = threading.Event()
+        with ThreadPoolExecutor(3) as threads:
+            single = threads.submit(one.agent.generate, other, lambda *_: started.set())
+            assert started.wait(60)
+            batches = [
+                threads.submit(one.agent.generate_all, [replace(r, id=f"{r.id}-{i}") for r in asked])
+                for i in range(2)
+            ]
+            assert len(single.result(timeout=100).token_ids) == 40
+            first, second = ([r.token_ids for r in b.result(timeout=100)] for b in batches)
+        assert first == second
+        assert one.agent.pool.free_blocks == one.agent.pool.num_blocks
 
 
 @pytest.mark.slow

@@ -1,0 +1,151 @@
+"""What a request leaves behind for later ones: exact prefixes, anchors, and segments of shared inputs and of
+the answer.
+
+    first token   remember(): the prompt's exact prefix, anchors of `kvcomm`, inputs that were computed here
+    answer out    answer(): inputs that healing has made exact meanwhile, then the answer itself
+
+Nothing here can fail a request: what could not be kept or published becomes a note in its reply. It knows
+nothing of steps, slots or how the answer was made.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from transport.errors import RelayError
+from transport.types import SegmentKey, WorkerId
+from workers.anchoring import Anchoring, OnEngine
+from workers.attention import MassSpan
+from workers.kv_cache import copy_out
+from workers.messages import Published
+from workers.methods.base import RectifyPlan
+from workers.methods.kvcomm import KVComm
+from workers.prefix_cache import PrefixCache
+from workers.segment import SlotValue, digest_tokens
+from workers.store import SegmentStore
+from workers.turn import Turn
+
+log = logging.getLogger(__name__)
+
+
+class Publishing:
+    """Publishes for the requests of one worker.
+
+    Args:
+        worker: who publishes.
+        space: of the model's segments.
+        min_segment_tokens: shorter answers are not published.
+        on_engine: runs tensor work on the engine's thread.
+    """
+
+    def __init__(
+        self,
+        worker: WorkerId,
+        space: str,
+        store: SegmentStore,
+        prefixes: PrefixCache,
+        anchors: Anchoring,
+        *,
+        min_segment_tokens: int,
+        on_engine: OnEngine,
+    ) -> None:
+        self._worker = worker
+        self._space = space
+        self._store = store
+        self._prefixes = prefixes
+        self._anchors = anchors
+        self._min_segment_tokens = min_segment_tokens
+        self._on_engine = on_engine
+
+    def remember(self, turn: Turn) -> None:
+        """After the first token: keep the exact prefix, learn anchors, publish inputs computed here."""
+        assert turn.prefill is not None  # there is a first token
+        relayed = [s.span.start for s in turn.prefill.plan.spans if s.source]
+        exact = min(relayed, default=len(turn.prompt.token_ids))
+        try:
+            self._on_engine(lambda: self._prefixes.store(turn.prompt.token_ids[:exact], turn.cache))
+        except RelayError as error:
+            turn.notes.append(f"the exact prefix was not kept: {error}")
+        self.learn_anchors(turn)
+        self._inputs(turn, held_back=False)
+
+    def learn_anchors(self, turn: Turn) -> None:
+        """After the first token: let `kvcomm` keep what computed spans showed, and exchange anchors with
+        other workers."""
+        method, matches = turn.reuse.method, turn.matches
+        assert turn.prefill is not None  # there is a first token
+        if not isinstance(method, KVComm) or not matches:
+            return
+        plan = turn.prefill.plan
+        try:
+            learned = self._on_engine(lambda: self._anchors.learn(method, plan, matches, turn.cache))
+        except RelayError as error:
+            turn.notes.append(f"no anchor was learned: {error}")
+            return
+        turn.matches = {}
+        self._anchors.sync(method, {m.context for m in matches.values()}, learned)
+
+    def answer(self, turn: Turn, output: SlotValue) -> None:
+        """After the last token: publish the inputs that were waiting for healing, and the answer."""
+        if turn.heal is not None:
+            self._inputs(turn, held_back=True)
+        if output.kv_tokens >= self._min_segment_tokens:
+            assert output.token_ids is not None  # an answer is made of ids
+            key = SegmentKey(self._space, digest_tokens(output.token_ids[: output.kv_tokens]))
+            self._publish(turn, key, len(turn.prompt.token_ids), output.kv_tokens, None)
+
+    def _inputs(self, turn: Turn, *, held_back: bool) -> None:
+        """Publish shared inputs that were computed here.
+
+        held_back: False: those that can be published at once. True: those that healing was going to make
+            exact, which is worth waiting for until the answer is there.
+        """
+        assert turn.prefill is not None  # there is a first token
+        if not turn.request.publish_inputs:
+            return
+        for plan in turn.prefill.plan.spans:
+            span = plan.span
+            stale = turn.stale_from is not None and span.start > turn.stale_from
+            if (stale and turn.heal is not None) is not held_back:
+                continue
+            # A prefix-cached token has no checkpoint or mass here, so only spans that were computed whole
+            # qualify. (Nor does a slot that ends the prompt, whose key covers one token more than its span.)
+            whole = span.key is not None and span.key.digest == digest_tokens(turn.prompt.tokens_of(span))
+            # A span that was computed although it is there (a stranger to its anchors) stays as it is: two
+            # variants of one base would not be near each other.
+            whole = whole and span.key not in turn.acquired.hits
+            if plan.source is None and span.key and whole and span.start >= turn.prefill.prefix_tokens:
+                self._publish(turn, span.key, span.start, len(span), span.slot)
+
+    def _publish(self, turn: Turn, key: SegmentKey, start: int, tokens: int, slot: str | None) -> None:
+        try:
+            segment = self._store.publish(
+                key,
+                lambda blocks: self._on_engine(lambda: copy_out(turn.cache, start, tokens, blocks)),
+                start=start,
+                num_tokens=tokens,
+                producer=f"{turn.request.agent}@{self._worker}",
+                variant=_variant(turn, start, tokens),
+            )
+        except RelayError as error:
+            # The answer is still right; downstream agents will compute this text themselves.
+            what = f"slot {slot}" if slot else "the answer"
+            log.warning("%s not published: %s", what, error, extra={"request": turn.request.id})
+            turn.notes.append(f"{what} was not published ({type(error).__name__}): {error}")
+            return
+        turn.published.append(Published(slot, key, tokens, len(segment.blocks), segment.nbytes))
+
+
+def input_masses(plan: RectifyPlan) -> tuple[MassSpan, ...]:
+    """Spans of a plan whose context mass is needed if they are to be published: shared inputs that are
+    computed here."""
+    return tuple(
+        MassSpan(s.span.start, s.span.stop) for s in plan.spans if s.source is None and s.span.key is not None
+    )
+
+
+def _variant(turn: Turn, start: int, tokens: int) -> str:
+    """Names the context under which a segment was made; marked where that context was itself only
+    rectified, and has not been healed since."""
+    exact = turn.exact_up_to(start + tokens)
+    return digest_tokens(turn.prompt.token_ids[:start]).hex() + ("" if exact else f"~{turn.reuse.text}")
