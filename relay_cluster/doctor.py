@@ -82,7 +82,7 @@ def this_machine() -> MachineReport:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gib=round(psutil.virtual_memory().total / (1 << 30), 1),
         gpus=_gpus(),
-        platform=platform.platform(),
+        platform=f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         python=platform.python_version(),
         torch=version_of("torch"),
         ray=version_of("ray"),

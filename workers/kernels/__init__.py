@@ -43,7 +43,6 @@ __all__ = [
     "relocate",
     "rotate_keys",
     "rotation",
-    "serving",
     "value_deviation",
 ]
 
