@@ -105,7 +105,10 @@ def test_a_batch_that_waits_is_cancelled_by_any_of_its_requests(
     inside = door.admit(arrivals("a", *((1, 1, 1) if blocks == (1, 1) else (6,))))
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(door.admit, arrivals("b", *blocks))
+        deadline = time.monotonic() + 10
+        # Nothing says when a call begins to wait; polled, for at most so long.
         while door.running < len(inside) + 2:
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         assert door.cancel("b-1")
         with pytest.raises(Cancelled):
@@ -140,7 +143,7 @@ def test_batches_and_single_requests_never_wait_for_each_other(pool: CachePool) 
         with lock:
             inside += size
             most = max(most, inside)
-        time.sleep(draw.random() * 0.004)
+        time.sleep(draw.random() * 0.004)  # stays inside, so that calls overlap, each time for another while
         with lock:
             inside -= size
         end(door, turns)

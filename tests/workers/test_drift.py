@@ -79,25 +79,13 @@ def test_probes_are_spread_within_the_budget(ratio: float, probes: float, mass: 
     assert 2 * len(spread) <= len(chosen)
 
 
-def _pieces(rig: tiny.Rig) -> list:
-    texts = [tiny.tokens(n, n) for n in (40, 33)]
-    segments = [rig.segment(tiny.tokens(9, 50 + i), t) for i, t in enumerate(texts)]
-    return [
-        (tiny.tokens(12, 7), None),
-        (texts[0], segments[0]),
-        (tiny.tokens(5, 8), None),
-        (texts[1], segments[1]),
-        (tiny.tokens(10, 9), None),
-    ]
-
-
 METHOD = "context_mass:ratio=0.5+first=2+probes=0.2+drift=1"
 
 
 @pytest.mark.parametrize("max_rows", [7, 16, 33])
 def test_chunks_do_not_change_what_the_span_follows(family: str, max_rows: int) -> None:
     rig = tiny.Rig(tiny.build(family))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
     whole, _ = rig.run(parse_method(METHOD), pieces)
     cut, prefill = rig.run(parse_method(METHOD), pieces, max_rows=max_rows)
     assert (whole - cut).abs().max() < 1e-4
@@ -108,16 +96,16 @@ def test_a_part_that_is_run_twice_leaves_what_one_run_leaves(family: str) -> Non
     """By the second run the probes' entries are written, so that their change is nothing but rounding."""
     rig = tiny.Rig(tiny.build(family))
     rig.model.set_attn_implementation("relay_cluster")
-    _, still = rig.run(parse_method(METHOD.replace("drift=1", "drift=0")), _pieces(rig), max_rows=33)
-    _, once = rig.run(parse_method(METHOD), _pieces(rig), max_rows=33)
-    _, twice = rig.run(parse_method(METHOD), _pieces(rig), max_rows=33, times=2)
+    _, still = rig.run(parse_method(METHOD.replace("drift=1", "drift=0")), rig.two_spans(), max_rows=33)
+    _, once = rig.run(parse_method(METHOD), rig.two_spans(), max_rows=33)
+    _, twice = rig.run(parse_method(METHOD), rig.two_spans(), max_rows=33, times=2)
     assert (once.cache.kv - twice.cache.kv)[..., :100, :].abs().max() < 1e-5
     assert (once.cache.kv - still.cache.kv)[..., :100, :].abs().max() > 1e-2, "there is a drift"
 
 
 def test_drift_changes_what_is_reused_and_costs_no_rows() -> None:
     rig = tiny.Rig(tiny.build("llama"))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
     without, still = rig.run(parse_method(METHOD.replace("drift=1", "drift=0")), pieces)
     logits, moved = rig.run(parse_method(METHOD), pieces)
     assert moved.counts.rectified == still.counts.rectified

@@ -42,18 +42,6 @@ class _Chosen:
         )
 
 
-def _pieces(rig: tiny.Rig) -> list:
-    texts = [tiny.tokens(n, n) for n in (40, 33)]
-    segments = [rig.segment(tiny.tokens(9, 50 + i), t) for i, t in enumerate(texts)]
-    return [
-        (tiny.tokens(12, 7), None),
-        (texts[0], segments[0]),
-        (tiny.tokens(5, 8), None),
-        (texts[1], segments[1]),
-        (tiny.tokens(10, 9), None),
-    ]
-
-
 def _selected(prefill: Prefill) -> dict[int, list[int]]:
     return {i: r.selected.tolist() for i, r in prefill._relayed.items()}
 
@@ -61,7 +49,7 @@ def _selected(prefill: Prefill) -> dict[int, list[int]]:
 def test_after_the_look_it_is_the_same_prefill_with_other_tokens(family: str) -> None:
     """Starting again at the checkpoint from the states of the first pass changes nothing."""
     rig = tiny.Rig(tiny.build(family))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
     logits, prefill = rig.run(parse_method(METHOD.replace("drift=1", "drift=0")), pieces)
     chosen = _selected(prefill)
     assert [len(v) for v in chosen.values()] == [12, 10]
@@ -76,7 +64,7 @@ def test_after_the_look_it_is_the_same_prefill_with_other_tokens(family: str) ->
 def test_the_choice_is_mass_times_root_of_attention() -> None:
     """Against attention written out by hand over a naive prefill's cache."""
     rig = tiny.Rig(tiny.build("llama"))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
     _, naive = rig.run(parse_method("naive"), pieces)
     n, start = naive.num_tokens, naive.num_tokens - 6
     seen: dict[int, torch.Tensor] = {}
@@ -114,7 +102,7 @@ def test_the_choice_is_mass_times_root_of_attention() -> None:
 @pytest.mark.parametrize("max_rows", [7, 16, 33])
 def test_chunks_do_not_change_what_is_chosen(family: str, max_rows: int) -> None:
     rig = tiny.Rig(tiny.build(family))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
     whole, first = rig.run(parse_method(METHOD), pieces)
     cut, second = rig.run(parse_method(METHOD), pieces, max_rows=max_rows)
     assert _selected(first) == _selected(second)
@@ -123,7 +111,7 @@ def test_chunks_do_not_change_what_is_chosen(family: str, max_rows: int) -> None
 
 def test_what_looking_costs_is_counted() -> None:
     rig = tiny.Rig(tiny.build("llama"))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
     _, with_look = rig.run(parse_method(METHOD), pieces)
     _, without = rig.run(parse_method(METHOD.replace("look=6", "look=0")), pieces)
     fresh = 12 + 5 + 10
@@ -138,7 +126,7 @@ def test_what_looking_costs_is_counted() -> None:
 
 def test_where_it_looks_it_may_recompute_less() -> None:
     rig = tiny.Rig(tiny.build("llama"))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
     method = METHOD.replace("probes=0.1", "probes=0") + "+look_ratio=0.25"
     assert [len(v) for v in _selected(rig.run(parse_method(method), pieces)[1]).values()] == [10, 9]
     far = method.replace("look_from=1", "look_from=99")
@@ -147,35 +135,19 @@ def test_where_it_looks_it_may_recompute_less() -> None:
 
 def test_mass_of_fresh_text_is_counted_once() -> None:
     rig = tiny.Rig(tiny.build("llama"))
-    pieces = _pieces(rig)
+    pieces = rig.two_spans()
 
-    def masses(method: object) -> tuple[torch.Tensor, Prefill]:
-        ids = [i for piece, _ in pieces for i in piece]
-        spans, hits, at = [], {}, 0
-        for piece, source in pieces:
-            key = None if source is None else source[0].segment.key
-            spans.append(Span(at, at + len(piece), None, key))
-            hits |= {} if source is None else {key: source[0]}
-            at += len(piece)
-        plan = method.plan(spans, hits, rig.profile())  # pyright: ignore[reportAttributeAccessIssue]
-        cache = rig.pool.allocate(len(ids), timeout_s=5)
-        cache.mass.zero_()
-        prefill = Prefill(plan, ids, cache, rig.shape, masses=(MassSpan(90, 100),))
-        prefill.load({i: pieces[i][1][1] for i, s in enumerate(plan.spans) if s.source is not None})
-        while not prefill.finished:
-            part = prefill.next_part(1 << 20)
-            prefill.done(part, rig.engine.step([part])[0])
-        return cache.mass[90:100].clone(), prefill
-
-    looked, prefill = masses(parse_method(METHOD.replace("drift=1", "drift=0")))
-    expected, _ = masses(_Chosen(_selected(prefill), (2, 5)))
+    masses = (MassSpan(90, 100),)
+    _, looked = rig.run(parse_method(METHOD.replace("drift=1", "drift=0")), pieces, masses=masses)
+    _, plain = rig.run(_Chosen(_selected(looked), (2, 5)), pieces, masses=masses)
+    expected = plain.cache.mass[90:100]
     assert expected.min() > 0
-    assert (looked - expected).abs().max() < 1e-5
+    assert (looked.cache.mass[90:100] - expected).abs().max() < 1e-5
 
 
 def test_it_looks_only_where_that_pays() -> None:
     rig = tiny.Rig(tiny.build("llama"))
-    pieces = _pieces(rig)  # 73 relayed tokens, 15 fresh ones behind the first of them
+    pieces = rig.two_spans()  # 73 relayed tokens, 15 fresh ones behind the first of them
 
     def looks(method: str) -> bool:
         return rig.run(parse_method(method), pieces)[1].plan.look is not None
@@ -184,5 +156,8 @@ def test_it_looks_only_where_that_pays() -> None:
     assert not looks(METHOD.replace("look_from=1", "look_from=4.9"))
     assert not looks(METHOD.replace("ratio=0.3", "ratio=1"))
     assert not looks(METHOD.replace("first=1", "first=9")), "most of them are not a matter of rank"
-    with pytest.raises(ConfigError, match="look_layer=5 must lie below the last of the model's 6 layers"):
+    with pytest.raises(ConfigError, match="look_layer=5 must lie between start=2 and the last but one"):
         looks(METHOD.replace("look_layer=3", "look_layer=5"))
+    with pytest.raises(ConfigError, match="look_layer=1 must lie between start=2"):
+        looks(METHOD.replace("look_layer=3", "look_layer=1"))
+    assert looks(METHOD.replace("look_layer=3", "look_layer=2"))

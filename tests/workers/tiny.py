@@ -140,6 +140,18 @@ class Rig:
         owner = Owner(WorkerId("up"), Incarnation(1), NodeId("n"))
         return Located(segment, owner), PulledSegment(tuple(blocks), count, start)
 
+    def two_spans(self) -> list[tuple[list[int], tuple[Located, PulledSegment] | None]]:
+        """Pieces of a prompt for `run`: 12 fresh tokens, 40 relayed, 5 fresh, 33 relayed, 10 fresh."""
+        texts = [tokens(n, n) for n in (40, 33)]
+        segments = [self.segment(tokens(9, 50 + i), t) for i, t in enumerate(texts)]
+        return [
+            (tokens(12, 7), None),
+            (texts[0], segments[0]),
+            (tokens(5, 8), None),
+            (texts[1], segments[1]),
+            (tokens(10, 9), None),
+        ]
+
     def run(
         self,
         method: Any,
@@ -148,9 +160,10 @@ class Rig:
         max_rows: int = 1 << 20,
         profile: ModelProfile | None = None,
         times: int = 1,
+        masses: tuple[MassSpan, ...] = (),
     ) -> tuple[torch.Tensor, Prefill]:
         """Prefill a prompt of (ids, segment or None) pieces with `method`; returns (last logits, prefill).
-        Every part is computed `times` times."""
+        Every part is computed `times` times; the mass of `masses` is recorded."""
         self.model.set_attn_implementation("relay_cluster")
         ids, spans, hits, pulled = [], [], {}, {}
         for piece_ids, source in pieces:
@@ -161,7 +174,7 @@ class Rig:
                 hits[source[0].segment.key], pulled[source[0].segment.key] = source
         plan = method.plan(spans, hits, profile or self.profile())
         cache = self.pool.allocate(len(ids), timeout_s=5)
-        prefill = Prefill(plan, ids, cache, self.shape)
+        prefill = Prefill(plan, ids, cache, self.shape, masses=masses)
         prefill.load(
             {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None}
         )

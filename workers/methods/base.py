@@ -184,6 +184,12 @@ class Look:
     suffix: int
     back: int
 
+    def __post_init__(self) -> None:
+        if self.layers[-1] < self.back:
+            raise ValueError(
+                f"a look that ends at layer {self.layers[-1]} has no states of layer {self.back}."
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class RectifyPlan:

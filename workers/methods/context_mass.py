@@ -34,7 +34,7 @@ class ContextMass:
             do not look. It costs the fresh tokens' way to `look_layer`, so it is done only where half of the
             tokens to recompute are a matter of rank (not first tokens or probes).
         look_ratio: `ratio` where it looks, and knows better; None = the same.
-        look_layer: last layer whose attention counts; None = three fifths of the way.
+        look_layer: last layer whose attention counts, not below `start`; None = three fifths of the way.
         look_from: look only where so many tokens are relayed for each that is computed behind the first of
             them: else more would be spent on looking than a better choice saves.
     """
@@ -105,10 +105,12 @@ class ContextMass:
         return tokens >= self.look_from * fresh and 2 * ranked >= sum(b.total for b in budgets) > 0
 
     def _look(self, start: int, num_layers: int) -> Look:
-        last = 3 * num_layers // 5 if self.look_layer is None else self.look_layer
-        if last >= num_layers - 1:
+        last = max(start, 3 * num_layers // 5) if self.look_layer is None else self.look_layer
+        # Below `start` there is no state yet from which the fresh tokens could start again.
+        if not start <= last < num_layers - 1:
             raise ConfigError(
-                f"context_mass: look_layer={last} must lie below the last of the model's {num_layers} layers."
+                f"context_mass: look_layer={last} must lie between start={start} and the last but one of the "
+                f"model's {num_layers} layers."
             )
         # Neighbouring layers say much the same; three of them make the ranking steadier than one.
         return Look(tuple(layer for layer in (last - 4, last - 2, last) if layer >= 0), self.look, start)
