@@ -22,6 +22,8 @@ class TransportSettings:
         backend: "auto" takes nixl where both ends have it, else tcp, and says why.
         arena_bytes: hard budget for published and landing blocks of one worker.
         block_tokens: tokens per block.
+        layer_groups: parts in which a block travels, each with some of the layers: computing starts when the
+            first one is there. 1 = a block travels whole.
         pull_timeout_s: deadline of one pull, verification included.
         connect_timeout_s: deadline for reaching a peer the first time.
         bind_host: address on which the tcp backend listens. "auto": loopback for a one-node cluster,
@@ -31,6 +33,7 @@ class TransportSettings:
     backend: Backend = "auto"
     arena_bytes: Annotated[int, Ge(1 * MIB)] = 512 * MIB
     block_tokens: Annotated[int, Ge(1)] = 64
+    layer_groups: Annotated[int, Ge(1)] = 6
     pull_timeout_s: Annotated[float, Gt(0)] = 5.0
     connect_timeout_s: Annotated[float, Gt(0)] = 3.0
     bind_host: str = "auto"

@@ -226,6 +226,7 @@ def _load(spec: WorkerSpec) -> tuple[Any, Any]:
         tenant=spec.tenant,
         checkpoint_layer=profile.checkpoint_layer,
         block_tokens=spec.transport.block_tokens,
+        layer_groups=spec.transport.layer_groups,
     )
     return loaded, profile
 

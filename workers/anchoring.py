@@ -32,7 +32,7 @@ from workers.kv_cache import SequenceCache
 from workers.layout import BlockViews, KVLayout
 from workers.methods.base import RectifyPlan, Span
 from workers.methods.kvcomm import KVComm
-from workers.prefill import PulledSegment
+from workers.pulled import PulledSegment
 from workers.segment import PromptTemplate
 from workers.store import Acquired, SegmentStore
 

@@ -31,7 +31,7 @@ import torch
 
 from workers import kernels
 from workers.methods.kvcomm import AnchorCandidate, KVComm
-from workers.prefill import PulledSegment
+from workers.pulled import PulledSegment
 
 KEY_GROUP = 64
 """Tokens that share a key channel's scale in 8 bits: one outlier token costs its neighbours only."""

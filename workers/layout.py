@@ -1,8 +1,9 @@
-"""The bytes of a block: `[layer][k|v][kv_head][token][head_dim]`, then the checkpoint, then the context mass.
+"""The bytes of a block: context mass, then the checkpoint, then `[layer][k|v][kv_head][token][head_dim]`.
 
 One place computes offsets, so that writer and reader cannot disagree. Keys are stored rotated, at the
-positions `Segment.start .. start + num_tokens`. The block is contiguous, so a layer group is a sub-range of
-it.
+positions `Segment.start .. start + num_tokens`. What is needed to choose rows comes first, and layers in
+their order, so that a block can travel in *parts*: the first has mass, checkpoint and the first layers, every
+other one the next layers.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Final
 
 import torch
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+_ALIGN: Final = 64
+"""Bytes to which the fields of a block are aligned: whole cache lines, and vector loads of any kernel."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class KVLayout:
         dtype: torch dtype name ("float32").
         block_tokens: tokens per block.
         checkpoint_layer: layer whose input is stored as checkpoint.
+        layer_groups: parts in which a block travels; the layers are shared out among them.
     """
 
     num_layers: int
@@ -49,6 +54,7 @@ class KVLayout:
     dtype: str
     block_tokens: int
     checkpoint_layer: int
+    layer_groups: int = 1
 
     @cached_property
     def torch_dtype(self) -> torch.dtype:
@@ -65,7 +71,7 @@ class KVLayout:
     @property
     def block_nbytes(self) -> int:
         """Payload bytes of one block."""
-        return (self.kv_numel + self.checkpoint_numel) * self.torch_dtype.itemsize + self.block_tokens * 4
+        return self._kv_start + self.kv_numel * self.torch_dtype.itemsize
 
     @property
     def fingerprint(self) -> str:
@@ -73,20 +79,44 @@ class KVLayout:
         text = repr((LAYOUT_VERSION, sorted(asdict(self).items())))
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
+    @cached_property
+    def part_layers(self) -> tuple[int, ...]:
+        """Layers that are complete when part i has come, beside all parts before it; ascending, the last one
+        is all layers."""
+        groups = max(1, min(self.layer_groups, self.num_layers))
+        return tuple((i + 1) * self.num_layers // groups for i in range(groups))
+
+    @cached_property
+    def parts(self) -> tuple[int, ...]:
+        """Bytes of every part; together `block_nbytes`."""
+        per_layer = self.kv_numel // self.num_layers * self.torch_dtype.itemsize
+        before = (0, *self.part_layers[:-1])
+        sizes = [(b - a) * per_layer for a, b in zip(before, self.part_layers, strict=True)]
+        return (self._kv_start + sizes[0], *sizes[1:])
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
     def views(self, payload: torch.Tensor) -> BlockViews:
-        """Windows into `payload`, a uint8 tensor of `block_nbytes` bytes, aligned to 16."""
-        item = self.torch_dtype.itemsize
-        kv_end = self.kv_numel * item
-        checkpoint_end = kv_end + self.checkpoint_numel * item
+        """Windows into `payload`, a uint8 tensor of `block_nbytes` bytes, aligned to 64."""
+        start = self._checkpoint_start
+        stop = start + self.checkpoint_numel * self.torch_dtype.itemsize
         return BlockViews(
-            kv=payload[:kv_end]
+            kv=payload[self._kv_start : self.block_nbytes]
             .view(self.torch_dtype)
             .view(self.num_layers, 2, self.num_kv_heads, self.block_tokens, self.head_dim),
-            checkpoint=payload[kv_end:checkpoint_end]
-            .view(self.torch_dtype)
-            .view(self.block_tokens, self.hidden_size),
-            mass=payload[checkpoint_end : self.block_nbytes].view(torch.float32),
+            checkpoint=payload[start:stop].view(self.torch_dtype).view(self.block_tokens, self.hidden_size),
+            mass=payload[: self.block_tokens * 4].view(torch.float32),
         )
+
+    @property
+    def _checkpoint_start(self) -> int:
+        return _aligned(self.block_tokens * 4)
+
+    @property
+    def _kv_start(self) -> int:
+        return _aligned(self._checkpoint_start + self.checkpoint_numel * self.torch_dtype.itemsize)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN

@@ -105,6 +105,7 @@ def load_model(
     tenant: str = "default",
     checkpoint_layer: int = 0,
     block_tokens: int = 64,
+    layer_groups: int = 1,
     cache_dir: str | Path | None = None,
     progress: embedded.Progress | None = None,
 ) -> LoadedModel:
@@ -116,6 +117,7 @@ def load_model(
         tenant: whose data it serves; part of `space`, so that tenants never share KV.
         checkpoint_layer: layer whose input segments carry (from the model's profile).
         block_tokens: tokens per KV block.
+        layer_groups: parts in which a block travels.
         cache_dir, progress: see `resolve`.
 
     Raises:
@@ -127,7 +129,13 @@ def load_model(
     check_supported(config)
     where = _choose_device(device)
     number = _choose_dtype(dtype, where, config)
-    layout = kv_layout(config, dtype=number, block_tokens=block_tokens, checkpoint_layer=checkpoint_layer)
+    layout = kv_layout(
+        config,
+        dtype=number,
+        block_tokens=block_tokens,
+        checkpoint_layer=checkpoint_layer,
+        layer_groups=layer_groups,
+    )
     with _errors_of(str(name_or_path)), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=number, use_safetensors=True)
@@ -411,7 +419,12 @@ def inverse_frequencies(model: Any, layer: int | str) -> torch.Tensor:
 
 
 def kv_layout(
-    config: Any, *, dtype: torch.dtype, block_tokens: int = 64, checkpoint_layer: int = 0
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    block_tokens: int = 64,
+    checkpoint_layer: int = 0,
+    layer_groups: int = 1,
 ) -> KVLayout:
     """Layout of the model's KV blocks. Raises ModelError when the checkpoint layer is not one of its
     layers."""
@@ -429,6 +442,7 @@ def kv_layout(
         dtype=str(dtype).removeprefix("torch."),
         block_tokens=block_tokens,
         checkpoint_layer=checkpoint_layer,
+        layer_groups=layer_groups,
     )
 
 

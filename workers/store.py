@@ -38,7 +38,7 @@ from transport.types import (
     WorkerId,
 )
 from workers.layout import BlockViews, KVLayout
-from workers.prefill import PulledSegment
+from workers.pulled import PulledSegment
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from workers.kv_cache import CachePool, SequenceCache
 from workers.layout import KVLayout
 from workers.methods.base import ModelProfile, Span
 from workers.model import inverse_frequencies
-from workers.prefill import Prefill, PrefillModel, PulledSegment
+from workers.prefill import Prefill, PrefillModel
+from workers.pulled import PulledSegment
 from workers.segment import digest_tokens
 
 VOCAB = 99

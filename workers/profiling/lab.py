@@ -32,7 +32,8 @@ from workers.kv_cache import CachePool, SequenceCache, copy_out
 from workers.layout import BlockViews, KVLayout
 from workers.methods import parse_reuse
 from workers.methods.base import ModelProfile, RectifyPlan, SpanPlan
-from workers.prefill import Prefill, PrefillModel, PulledSegment
+from workers.prefill import Prefill, PrefillModel
+from workers.pulled import PulledSegment
 from workers.sampling import Sampler
 from workers.scheduler import FailedEvent, FinishedEvent, StepLoop
 from workers.scheduler import Sequence as LoopSequence
