@@ -1,13 +1,8 @@
-"""A worker's side of the relay: find, lease, pull and publish segments.
+"""A worker's side of the relay: find, lease and pull segments; what it publishes and holds is `holding.py`.
 
 Sits between the engine's KV cache and the transport room. Segment bytes live in the worker's arena; a pulled
 segment borrows landing blocks from the same arena until it has been scattered, and a segment that this worker
-holds itself is pinned for that time.
-
-    block:  allocated --sealed--> held --evicted--> free
-                                   '--evicted while pinned--> doomed --last pin gone--> free
-
-Knows nothing of prompts or methods.
+holds itself is pinned for that time. Knows nothing of prompts or methods.
 """
 
 from __future__ import annotations
@@ -15,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -26,7 +20,6 @@ from transport.base import Answers, KVDirectory
 from transport.errors import ArenaFull, RelayError
 from transport.types import (
     BlockId,
-    BlockRef,
     Incarnation,
     Lease,
     Located,
@@ -37,14 +30,13 @@ from transport.types import (
     Transfer,
     WorkerId,
 )
+from workers.holding import Blocks, Holding
 from workers.layout import BlockViews, KVLayout
 from workers.pulled import PulledSegment
 
 log = logging.getLogger(__name__)
 
 _NO_ANSWER: Final = "the directory shard of this key does not answer"
-Blocks = tuple[BlockRef, ...]
-"""Names one copy of a segment in the own arena: freed blocks never come back under the same generation."""
 Life = tuple[WorkerId, Incarnation]
 """One life of a worker."""
 
@@ -105,13 +97,9 @@ class SegmentStore:
         self._directory = directory
         self._lease_ttl_s = lease_ttl_s
         self._pull_timeout_s = pull_timeout_s
-        self._held: dict[SegmentKey, Segment] = {}
-        self._pins: Counter[Blocks] = Counter()
-        self._doomed: set[Blocks] = set()
-        # Guards the three above and what an Acquired has to give back. Never held over a directory call: the
-        # heartbeat calls `segments` under the client's own lock.
-        self._lock = threading.Lock()
-        self._publishing = threading.Lock()
+        self.holding = Holding(owner, layout, arena, directory)
+        self._allocate, self._free = self.holding.allocate, self.holding.free
+        self._lock = threading.Lock()  # guards what an Acquired has to give back
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -166,7 +154,7 @@ class SegmentStore:
             landing, got.landing = got.landing, []
             pins, got.pins = got.pins, []
         self._free(landing)
-        self._unpin(pins)
+        self.holding.unpin(pins)
 
     def release(self, got: Acquired) -> None:
         """Give back the bytes, as `release_bytes` does, and the leases at the directory. Idempotent; never
@@ -263,13 +251,10 @@ class SegmentStore:
         """Keep a segment of this worker where it is: its lease may end, and `evict` run, while it is read."""
         segment, worker = lease.located.segment, lease.located.owner.worker
         outcome, detail = Outcome.PULLED, ""
-        with self._lock:
-            held = self._held.get(segment.key)
-            if held is not None and held.blocks == segment.blocks:
-                self._pins[segment.blocks] += 1
-                got.pins.append(segment.blocks)
-            else:
-                outcome, detail = Outcome.STALE, f"{worker} no longer holds the leased blocks itself"
+        if self.holding.pin(segment):
+            got.pins.append(segment.blocks)
+        else:
+            outcome, detail = Outcome.STALE, f"{worker} no longer holds the leased blocks itself"
         return Transfer(worker, worker, "local", 0, len(segment.blocks), 0.0, outcome, detail)
 
     def _pull(self, lease: Lease, asked_at: float, got: Acquired) -> tuple[Transfer | None, list[BlockId]]:
@@ -301,7 +286,7 @@ class SegmentStore:
                 self._free(blocks)
         return transfer, blocks
 
-    # -- writing -------------------------------------------------------------------------------------------
+    # -- writing: see `Holding` ----------------------------------------------------------------------------
 
     def publish(
         self,
@@ -313,150 +298,19 @@ class SegmentStore:
         producer: str,
         variant: str = "",
     ) -> Segment:
-        """Let `fill` write the segment's blocks, seal them, then enter them in the directory. Publishing a
-        key that this worker holds already changes nothing, unless what it holds was made over rectified KV
-        and the new one was not: then the new one takes its place.
-
-        Args:
-            fill: writes KV, checkpoint and mass of all tokens into the given blocks, and zeros behind them.
-            start: position of the first token.
-
-        Raises:
-            ArenaFull: no room even after eviction; nothing was published.
-            DirectoryUnavailable: no shard took it; what may have been entered all the same is retracted.
-            WorkerLost: a newer life of this worker has taken its name; nothing was published.
-        """
-        # One publish at a time: two requests that computed the same tokens must not both enter them.
-        with self._publishing:
-            with self._lock:
-                held = self._held.get(key)
-            if held is not None and (not held.rectified or "~" in variant):
-                return held
-            blocks = self._allocate(self._layout.blocks_for(num_tokens))
-            try:
-                fill([self._layout.views(self._arena.payload(b)) for b in blocks])
-                segment = Segment(
-                    key=key,
-                    num_tokens=num_tokens,
-                    start=start,
-                    blocks=tuple(self._arena.seal(b) for b in blocks),
-                    variant=variant,
-                    layout=self._layout.fingerprint,
-                    producer=producer,
-                )
-            except BaseException:
-                self._free(blocks)
-                raise
-            self._enter(segment)
-            return segment
-
-    def _enter(self, segment: Segment) -> None:
-        # Held before it is published, so that a shard that restarts in between hears of it again; pinned,
-        # so that whoever evicts what that shard heard does not free blocks that are being published.
-        with self._lock:
-            worse = self._held.get(segment.key)
-            self._held[segment.key] = segment
-            self._pins[segment.blocks] += 1
-        try:
-            self._directory.publish(self.owner, [segment])
-            with self._lock:
-                evicted = self._held.get(segment.key) is not segment
-            if evicted:
-                self._retract(segment)
-        except BaseException:
-            with self._lock:
-                self._held.pop(segment.key, None)
-                self._doomed.add(segment.blocks)
-            # A shard that did not answer in time may have entered it all the same.
-            self._retract(segment)
-            raise
-        finally:
-            if worse is not None:
-                self._retract(worse)
-                with self._lock:
-                    self._pins[worse.blocks] += 1
-                    self._doomed.add(worse.blocks)
-            self._unpin([segment.blocks, *([] if worse is None else [worse.blocks])])
-
-    def _retract(self, segment: Segment) -> None:
-        try:
-            self._directory.retract(self.owner, [segment])
-        except Exception as error:  # noqa: BLE001 - best effort: a copy that stays behind reads as stale
-            log.warning("%s may stay in the directory without its blocks: %r", segment.key, error)
+        """See `Holding.publish`."""
+        return self.holding.publish(
+            key, fill, start=start, num_tokens=num_tokens, producer=producer, variant=variant
+        )
 
     def withdraw(self, key: SegmentKey) -> None:
-        """Take back what this worker has published under `key`, if anything; readers that hold a lease find
-        it stale. Never raises."""
-        with self._lock:
-            held = self._held.get(key)
-        if held is not None:
-            self._retract(held)
-            self._forget(held)
+        """See `Holding.withdraw`."""
+        self.holding.withdraw(key)
 
     def segments(self) -> list[Segment]:
-        """All that this worker holds: what a restarted directory shard must hear again."""
-        with self._lock:
-            return list(self._held.values())
-
-    def _allocate(self, blocks: int) -> list[BlockId]:
-        """Blocks from the arena, evicting this worker's least recently used unleased segments if need be."""
-        try:
-            return self._arena.allocate(blocks)
-        except ArenaFull:
-            self.evict(blocks)
-            return self._arena.allocate(blocks)
+        """See `Holding.segments`."""
+        return self.holding.segments()
 
     def evict(self, blocks: int) -> None:
-        """Give up least recently used unleased segments of this worker, `blocks` blocks or all there are. The
-        blocks of one that is being read here are free only after its last reader, and do not count."""
-        gone, left = 0, blocks
-        while left > 0:
-            try:
-                segments = self._directory.evict(self.owner, nbytes=left * self._layout.block_nbytes)
-            except RelayError as error:
-                log.warning("nothing can be evicted while the directory is down: %s", error)
-                return
-            if not segments:
-                break
-            gone += len(segments)
-            left -= sum(self._forget(s) for s in segments)
-        log.info("evicted %d segments to make room for %d blocks", gone, blocks)
-
-    def _forget(self, segment: Segment) -> int:
-        """Stop holding what has left the directory; the number of blocks that this has freed."""
-        with self._lock:
-            held = self._held.get(segment.key)
-            if held is None or held.blocks != segment.blocks:
-                return 0  # a copy of an earlier publish, whose blocks are free already
-            del self._held[segment.key]
-            if self._pins[segment.blocks]:
-                self._doomed.add(segment.blocks)
-                return 0
-        return self._free([b.block for b in segment.blocks])
-
-    def _unpin(self, pins: Iterable[Blocks]) -> None:
-        ready: list[Blocks] = []
-        with self._lock:
-            for blocks in pins:
-                self._pins[blocks] -= 1
-                if self._pins[blocks] > 0:
-                    continue
-                del self._pins[blocks]
-                if blocks in self._doomed:
-                    self._doomed.remove(blocks)
-                    ready.append(blocks)
-        for blocks in ready:
-            self._free([b.block for b in blocks])
-
-    def _free(self, blocks: Iterable[BlockId]) -> int:
-        """Return blocks to the arena; how many it took. Never raises: one that is not in use, because a
-        backend has quarantined it or by a mistake of ours, is logged and left alone, and the others are
-        freed."""
-        freed = 0
-        for block in blocks:
-            try:
-                self._arena.free([block])
-                freed += 1
-            except ValueError as error:
-                log.warning("a block was not given back: %s", error)
-        return freed
+        """See `Holding.evict`."""
+        self.holding.evict(blocks)

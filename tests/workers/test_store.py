@@ -143,8 +143,8 @@ class Cluster:
         assert self.directory.stats()["leases"] == 0
         for desk in self.desks:
             assert desk.used() == sum(len(s.blocks) for s in desk.store.segments())
-            assert not desk.store._pins
-            assert not desk.store._doomed
+            assert not desk.store.holding._pins
+            assert not desk.store.holding._doomed
 
 
 @pytest.fixture
@@ -254,12 +254,12 @@ def test_a_local_hit_with_other_blocks_is_stale(cluster: Cluster) -> None:
     a = cluster.desk("a")
     real = a.put("x")
     for held in (None, Segment(real.key, 4, 0, (), layout=LAYOUT.fingerprint)):
-        a.store._held = {} if held is None else {real.key: held}
+        a.store.holding._held = {} if held is None else {real.key: held}
         got = a.get("x")
         assert reasons(got) == {"x": "stale"}
         assert [t.outcome for _, t in got.transfers] == [Outcome.STALE]
         a.store.release(got)
-    a.store._held = {real.key: real}
+    a.store.holding._held = {real.key: real}
 
 
 def test_readers_and_writers_at_once(cluster: Cluster) -> None:
