@@ -34,7 +34,7 @@ from workers.methods.base import RectifyPlan, Span
 from workers.methods.kvcomm import KVComm
 from workers.pulled import PulledSegment
 from workers.segment import PromptTemplate
-from workers.store import Acquired, SegmentStore
+from workers.store import SegmentStore
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +83,21 @@ class Anchoring:
 
     @torch.inference_mode()
     def match(
-        self, method: KVComm, template: PromptTemplate, spans: Sequence[Span], acquired: Acquired
+        self,
+        method: KVComm,
+        template: PromptTemplate,
+        spans: Sequence[Span],
+        hits: Mapping[SegmentKey, Located],
+        pulled: Mapping[SegmentKey, PulledSegment],
     ) -> dict[Span, Match]:
         """Measure every span that is a hit. Tensor work: call it on the engine's thread."""
         matches: dict[Span, Match] = {}
         if self.pool.max_bytes == 0:
             return matches
         for span, context in slot_contexts(template_digest(template), spans).items():
-            located = acquired.hits.get(span.key) if span.key is not None else None
+            located = hits.get(span.key) if span.key is not None else None
             if located is not None and span.key is not None:
-                frame = frame_of_segment(acquired.pulled[span.key], len(span), self._inv_freq)
+                frame = frame_of_segment(pulled[span.key], len(span), self._inv_freq)
                 match = self.pool.match(
                     context,
                     source_of(located),

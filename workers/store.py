@@ -1,4 +1,5 @@
-"""A worker's side of the relay: find, lease and pull segments; what it publishes and holds is `holding.py`.
+"""A worker's side of the relay: find and lease segments; pulls are made by `fetching.py`, and what the worker
+publishes and holds is `holding.py`.
 
 Sits between the engine's KV cache and the transport room. Segment bytes live in the worker's arena; a pulled
 segment borrows landing blocks from the same arena until it has been scattered, and a segment that this worker
@@ -8,72 +9,22 @@ holds itself is pinned for that time. Knows nothing of prompts or methods.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 from transport.arena import Arena
 from transport.auto import AutoTransport
 from transport.base import Answers, KVDirectory
-from transport.errors import ArenaFull, RelayError
-from transport.types import (
-    BlockId,
-    Incarnation,
-    Lease,
-    Located,
-    Outcome,
-    Owner,
-    Segment,
-    SegmentKey,
-    Transfer,
-    WorkerId,
-)
-from workers.holding import Blocks, Holding
+from transport.errors import RelayError
+from transport.types import Lease, Located, Outcome, Owner, Segment, SegmentKey
+from workers.fetching import Acquired, Fetching, Miss
+from workers.holding import Holding
 from workers.layout import BlockViews, KVLayout
-from workers.pulled import PulledSegment
 
 log = logging.getLogger(__name__)
 
 _NO_ANSWER: Final = "the directory shard of this key does not answer"
-Life = tuple[WorkerId, Incarnation]
-"""One life of a worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class Miss:
-    """Why a wanted segment is not there. reason: an Outcome value, "not_found", "arena_full",
-    "directory_down" or "transport_error"."""
-
-    reason: str
-    detail: str = ""
-
-
-@dataclass(slots=True)
-class Acquired:
-    """Segments in local memory, until `SegmentStore.release_bytes`, and their leases, until
-    `SegmentStore.release`.
-
-    Attributes:
-        hits: what was pulled, by key.
-        pulled: their bytes.
-        transfers: every pull that was tried and told how it ended, in order.
-        misses: keys that were wanted and are not there.
-        lookup_s, lease_s, pull_s: where the time went.
-        leases, landing, pins: what is to be given back; the store's own business.
-    """
-
-    hits: dict[SegmentKey, Located] = field(default_factory=dict[SegmentKey, Located])
-    pulled: dict[SegmentKey, PulledSegment] = field(default_factory=dict[SegmentKey, PulledSegment])
-    transfers: list[tuple[Located, Transfer]] = field(default_factory=list[tuple[Located, Transfer]])
-    misses: dict[SegmentKey, Miss] = field(default_factory=dict[SegmentKey, Miss])
-    lookup_s: float = 0.0
-    lease_s: float = 0.0
-    pull_s: float = 0.0
-    leases: list[Lease] = field(default_factory=list[Lease])
-    landing: list[BlockId] = field(default_factory=list[BlockId])
-    pins: list[Blocks] = field(default_factory=list[Blocks])
 
 
 class SegmentStore:
@@ -92,14 +43,12 @@ class SegmentStore:
     ) -> None:
         self.owner = owner
         self._layout = layout
-        self._arena = arena
-        self._transport = transport
         self._directory = directory
         self._lease_ttl_s = lease_ttl_s
-        self._pull_timeout_s = pull_timeout_s
         self.holding = Holding(owner, layout, arena, directory)
-        self._allocate, self._free = self.holding.allocate, self.holding.free
-        self._lock = threading.Lock()  # guards what an Acquired has to give back
+        self._fetching = Fetching(
+            owner, layout, arena, transport, directory, self.holding, pull_timeout_s=pull_timeout_s
+        )
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -107,6 +56,9 @@ class SegmentStore:
         self,
         wanted: Mapping[SegmentKey, int],
         worth: Callable[[Mapping[SegmentKey, Located]], Collection[SegmentKey]] | None = None,
+        *,
+        pipelined: bool = False,
+        on_landed: Callable[[], None] | None = None,
     ) -> Acquired:
         """Find, lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
         `misses`, and the caller computes it.
@@ -115,6 +67,8 @@ class SegmentStore:
             wanted: key -> tokens needed.
             worth: given what was found, says which of it to lease and pull; what it leaves out is neither a
                 hit nor a miss. None: all.
+            pipelined: return when every segment has begun to come; `PulledSegment.arrival` tells the rest.
+            on_landed: called, on another thread, whenever more layers have come, or will not.
         """
         got = Acquired()
         if not wanted:
@@ -127,10 +81,9 @@ class SegmentStore:
                 usable = [k for k in usable if k in chosen]
             leases, asked_at = self._lease(usable, got)
             begin = time.perf_counter()
-            lost: dict[Life, Outcome] = {}
-            for key in usable:
-                if key in leases:
-                    self._fetch(key, leases[key], asked_at, got, lost)
+            chosen = [leases[key] for key in usable if key in leases]
+            self._fetching.begin(got, chosen, asked_at, pipelined=pipelined, on_landed=on_landed)
+            self._fetching.wait(got, pipelined=pipelined)
             got.pull_s = time.perf_counter() - begin
         except BaseException:
             self.release(got)
@@ -147,27 +100,17 @@ class SegmentStore:
             return Answers(unanswered=keys)
 
     def release_bytes(self, got: Acquired) -> None:
-        """Give back landing blocks and pins: the bytes in `got.pulled` must not be used after it. Local and
-        cheap. Idempotent; never raises."""
-        with self._lock:
-            got.pulled.clear()
-            landing, got.landing = got.landing, []
-            pins, got.pins = got.pins, []
-        self._free(landing)
-        self.holding.unpin(pins)
+        """See `Fetching.release_bytes`."""
+        self._fetching.release_bytes(got)
+
+    def release_leases(self, got: Acquired) -> None:
+        """See `Fetching.release_leases`."""
+        self._fetching.release_leases(got)
 
     def release(self, got: Acquired) -> None:
-        """Give back the bytes, as `release_bytes` does, and the leases at the directory. Idempotent; never
-        raises."""
-        self.release_bytes(got)
-        with self._lock:
-            leases, got.leases = got.leases, []
-        if not leases:
-            return
-        try:
-            self._directory.release(leases)
-        except Exception as error:  # noqa: BLE001 - leases expire by themselves; the request is done
-            log.warning("%d leases are left to expire: %r", len(leases), error)
+        """Give back bytes and leases; of pulls that still run, when they end. Idempotent; never raises."""
+        self._fetching.release_bytes(got)
+        self._fetching.release_leases(got)
 
     def _lookup(self, wanted: Mapping[SegmentKey, int], got: Acquired) -> Answers[Located]:
         begin = time.perf_counter()
@@ -213,78 +156,6 @@ class SegmentStore:
             elif key not in leases:
                 got.misses[key] = Miss(Outcome.LEASE_EXPIRED, "the directory granted no lease")
         return leases, asked_at
-
-    def _fetch(
-        self, key: SegmentKey, lease: Lease, asked_at: float, got: Acquired, lost: dict[Life, Outcome]
-    ) -> None:
-        """Bring one leased segment into local memory, or enter why not.
-
-        Args:
-            lost: owners that did not answer, and how the pull ended; they are not tried again.
-        """
-        located = lease.located
-        segment, owner = located.segment, located.owner
-        life = (owner.worker, owner.incarnation)
-        if life in lost:
-            got.misses[key] = Miss(lost[life], f"not tried: {owner.worker} did not answer just before")
-            return
-        if life == (self.owner.worker, self.owner.incarnation):
-            transfer, blocks = self._pin(lease, got), [b.block for b in segment.blocks]
-        else:
-            transfer, blocks = self._pull(lease, asked_at, got)
-        if transfer is None:
-            return
-        got.transfers.append((located, transfer))
-        if transfer.outcome is not Outcome.PULLED:
-            # Not reported to the directory: one reader's broken link is no proof that the owner is dead, and
-            # a dropped owner stays fenced. Its silence, or whoever saw its process die, ends it.
-            log.warning("pull from %s failed: %s (%s)", owner.worker, transfer.outcome, transfer.detail)
-            got.misses[key] = Miss(transfer.outcome, transfer.detail)
-            if transfer.outcome in (Outcome.TIMED_OUT, Outcome.PEER_GONE):
-                lost[life] = transfer.outcome
-            return
-        views = tuple(self._layout.views(self._arena.payload(b)) for b in blocks)
-        got.hits[key] = located
-        got.pulled[key] = PulledSegment(views, segment.num_tokens, segment.start)
-
-    def _pin(self, lease: Lease, got: Acquired) -> Transfer:
-        """Keep a segment of this worker where it is: its lease may end, and `evict` run, while it is read."""
-        segment, worker = lease.located.segment, lease.located.owner.worker
-        outcome, detail = Outcome.PULLED, ""
-        if self.holding.pin(segment):
-            got.pins.append(segment.blocks)
-        else:
-            outcome, detail = Outcome.STALE, f"{worker} no longer holds the leased blocks itself"
-        return Transfer(worker, worker, "local", 0, len(segment.blocks), 0.0, outcome, detail)
-
-    def _pull(self, lease: Lease, asked_at: float, got: Acquired) -> tuple[Transfer | None, list[BlockId]]:
-        """Read a peer's segment into landing blocks. No Transfer when it did not come to a pull."""
-        segment = lease.located.segment
-        try:
-            blocks = self._allocate(len(segment.blocks))
-        except ArenaFull as error:
-            got.misses[segment.key] = Miss("arena_full", str(error))
-            return None, []
-        ours = True
-        try:
-            transfer = self._transport.pull(
-                lease,
-                blocks,
-                timeout_s=self._pull_timeout_s,
-                lease_deadline=asked_at + lease.ttl_s,
-            )
-            # After a time-out the backend has quarantined them: late writes are real.
-            ours = transfer.outcome not in (Outcome.PULLED, Outcome.TIMED_OUT)
-            if transfer.outcome is Outcome.PULLED:
-                got.landing.extend(blocks)
-        except Exception as error:  # noqa: BLE001 - a fault of a backend costs this hit, not the request
-            log.warning("pull of %s from %s broke: %r", segment.key, lease.located.owner.worker, error)
-            got.misses[segment.key] = Miss("transport_error", repr(error))
-            return None, []
-        finally:
-            if ours:
-                self._free(blocks)
-        return transfer, blocks
 
     # -- writing: see `Holding` ----------------------------------------------------------------------------
 

@@ -29,8 +29,9 @@ from transport.types import (
     Transfer,
     WorkerId,
 )
+from workers.fetching import Acquired
 from workers.layout import BlockViews, KVLayout
-from workers.store import Acquired, SegmentStore
+from workers.store import SegmentStore
 
 LAYOUT = KVLayout(
     num_layers=1,

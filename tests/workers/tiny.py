@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +162,11 @@ class Rig:
         profile: ModelProfile | None = None,
         times: int = 1,
         masses: tuple[MassSpan, ...] = (),
+        more: Callable[[], None] | None = None,
     ) -> tuple[torch.Tensor, Prefill]:
         """Prefill a prompt of (ids, segment or None) pieces with `method`; returns (last logits, prefill).
-        Every part is computed `times` times; the mass of `masses` is recorded."""
+        Every part is computed `times` times; the mass of `masses` is recorded. `more` is called whenever
+        nothing can be computed before more layers arrive."""
         self.model.set_attn_implementation("relay_cluster")
         ids, spans, hits, pulled = [], [], {}, {}
         for piece_ids, source in pieces:
@@ -180,6 +182,10 @@ class Rig:
             {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None}
         )
         while not prefill.finished:
+            if not prefill.absorb():
+                assert more is not None  # or it would never end
+                more()
+                continue
             part = prefill.next_part(max_rows)
             results = [self.engine.step([part])[0] for _ in range(times)]
             prefill.done(part, results[-1])
