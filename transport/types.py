@@ -45,13 +45,14 @@ class BlockRef:
         block: index in the owner's arena.
         generation: the arena's count for this block; it changes when the block is freed.
         nbytes: payload bytes (every block of an arena has the same size).
-        checksum: xxh3-64 over the payload.
+        checksums: xxh3-64 over every part of the payload, in order (every block of an arena has the same
+            parts; most have one).
     """
 
     block: BlockId
     generation: int
     nbytes: int
-    checksum: int
+    checksums: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
