@@ -101,7 +101,7 @@ class Worker:
         loaded, profile = _load(spec)
         node = NodeId(ray.util.get_node_ip_address())
         incarnation = Incarnation(time.time_ns())
-        self._arena = _arena(spec, loaded.layout.block_nbytes, incarnation, loaded.device)
+        self._arena = _arena(spec, loaded.layout, incarnation, loaded.device)
         self._transport = make_transport(spec.transport, worker=spec.worker, host=spec.host or node)
         self._transport.register(self._arena)
         owner = Owner(spec.worker, incarnation, node, self._transport.addresses())
@@ -231,10 +231,16 @@ def _load(spec: WorkerSpec) -> tuple[Any, Any]:
     return loaded, profile
 
 
-def _arena(spec: WorkerSpec, block_nbytes: int, incarnation: Incarnation, device: Any) -> Any:
+def _arena(spec: WorkerSpec, layout: Any, incarnation: Incarnation, device: Any) -> Any:
     from transport.arena import Arena
 
-    return Arena(spec.transport.arena_bytes, block_nbytes, device=str(device), incarnation=incarnation)
+    return Arena(
+        spec.transport.arena_bytes,
+        layout.block_nbytes,
+        device=str(device),
+        incarnation=incarnation,
+        parts=layout.parts,
+    )
 
 
 def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: float, max_restarts: int) -> Any:

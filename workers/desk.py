@@ -67,7 +67,11 @@ def load_for_desk(model: str, settings: WorkerSettings | None = None) -> tuple[L
     resolve(model)
     profile = load_profile(model, int(describe(model)["layers"]), chosen.profile)
     loaded = load_model(
-        model, dtype=chosen.dtype, device=chosen.device, checkpoint_layer=profile.checkpoint_layer
+        model,
+        dtype=chosen.dtype,
+        device=chosen.device,
+        checkpoint_layer=profile.checkpoint_layer,
+        layer_groups=TransportSettings().layer_groups,
     )
     return loaded, profile
 
@@ -93,7 +97,11 @@ def open_desk(
     incarnation = Incarnation(time.time_ns())
     nbytes = loaded.layout.block_nbytes
     arena = Arena(
-        arena_blocks * (nbytes + _HEADER_BYTES), nbytes, device=str(loaded.device), incarnation=incarnation
+        arena_blocks * (nbytes + _HEADER_BYTES),
+        nbytes,
+        device=str(loaded.device),
+        incarnation=incarnation,
+        parts=loaded.layout.parts,
     )
     transport_settings = TransportSettings(backend="inprocess")
     transport = make_transport(transport_settings, worker=name)

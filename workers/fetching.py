@@ -229,6 +229,9 @@ class Fetching:
             owner = pull.lease.located.owner.worker
             log.warning("pull of %s from %s broke: %r", pull.key, owner, error)
             self._miss(pull, got, Miss("transport_error", repr(error)))
+        except BaseException as error:
+            self._miss(pull, got, Miss("transport_error", repr(error)))
+            raise
         finally:
             if ours:
                 self._holding.free(blocks)
@@ -256,7 +259,9 @@ class Fetching:
     def _ended(self, pull: _Pull, got: Acquired, blocks: list[BlockId], transfer: Transfer) -> bool:
         """Take the outcome; whether the blocks are to be freed now."""
         located = pull.lease.located
-        if transfer.outcome is Outcome.PULLED:
+        # One that fails behind its last part has brought verified bytes, which may be in use by now.
+        whole = pull.arrival.layers == self._layout.num_layers and transfer.outcome is not Outcome.TIMED_OUT
+        if transfer.outcome is Outcome.PULLED or (pull.pipelined and whole):
             with got.changed:
                 got.transfers.append((located, transfer))
                 if got.closed:

@@ -29,7 +29,7 @@ from transport.types import (
     Transfer,
     WorkerId,
 )
-from workers.fetching import Acquired
+from workers.fetching import Acquired, Fetching
 from workers.layout import BlockViews, KVLayout
 from workers.store import SegmentStore
 
@@ -319,17 +319,23 @@ def test_nothing_leaks_when_acquire_breaks(cluster: Cluster, monkeypatch: pytest
     a.put("x", 2)
     a.put("y", 2)
     b.put("z")
-    pull, calls = b.transport.pull, []
+    pull, go_on = b.transport.pull, threading.Event()
+    seen: list[Acquired] = []
 
-    def interrupted(*args: Any, **options: Any) -> Transfer:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+    def slow(*args: Any, **options: Any) -> Transfer:
+        assert go_on.wait(10)
         return pull(*args, **options)
 
-    monkeypatch.setattr(b.transport, "pull", interrupted)
+    def interrupted(_: Any, got: Acquired, *, pipelined: bool) -> None:
+        seen.append(got)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(b.transport, "pull", slow)
+    monkeypatch.setattr(Fetching, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         b.get("z", "x", "y")
+    go_on.set()  # the pulls were in the middle of it
+    assert seen[0].settle(10)
     cluster.check()
 
 
