@@ -289,8 +289,9 @@ def _pulled(agent: AgentReport, gap: str) -> str:
     if not done:
         return "-"
     nbytes = sum(transfer.bytes for transfer in done)
-    # Several travel side by side, so their times must not be added up.
-    seconds = max(agent.stages.pull_s + agent.pull_hidden_s, *(t.seconds for t in done))
+    seconds = done[0].seconds
+    if len(done) > 1:  # they travel side by side, so their times must not be added up
+        seconds = max(agent.stages.pull_s + agent.pull_hidden_s, *(t.seconds for t in done))
     backends = "+".join(sorted({transfer.backend for transfer in done}))
     rate = f"{gap}@ {nbytes / seconds / 1e9:.1f} GB/s" if seconds > 0 else ""
     size = f"{nbytes / 1e6:.0f}" if nbytes >= 1e7 else f"{nbytes / 1e6:.1f}"
