@@ -83,7 +83,7 @@ class Segment:
         blocks: in token order.
         variant: digest of the context under which it was made ("" when unknown); the same tokens
             may be stored under several contexts. Where that context's own KV was not exact, "~" and
-            the method that repaired it follow.
+            the method that repaired it follow; where the format of the blocks loses bits, "~" and that.
         layout: fingerprint of the block layout; a reader with another layout must not use it.
         producer: who made it, for reports ("solver@w0").
         complete: False while the producer still appends blocks (streaming relay).
@@ -104,7 +104,7 @@ class Segment:
 
     @property
     def rectified(self) -> bool:
-        """Whether it was made over KV that was itself only rectified."""
+        """Whether it is not exact: made over KV that was itself only rectified, or in a lossy format."""
         return "~" in self.variant
 
 

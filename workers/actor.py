@@ -227,6 +227,8 @@ def _load(spec: WorkerSpec) -> tuple[Any, Any]:
         checkpoint_layer=profile.checkpoint_layer,
         block_tokens=spec.transport.block_tokens,
         layer_groups=spec.transport.layer_groups,
+        # The cluster has resolved "auto" for all its workers; one that stands alone has no slow link.
+        wire="raw" if spec.transport.wire == "auto" else spec.transport.wire,
     )
     return loaded, profile
 

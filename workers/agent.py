@@ -119,6 +119,7 @@ class AgentWorker:
             store,
             self.prefixes,
             self.anchors,
+            wire=loaded.layout.wire if loaded.layout.lossy else "",
             min_segment_tokens=settings.min_segment_tokens,
             on_engine=self.on_engine,
         )

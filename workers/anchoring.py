@@ -181,7 +181,7 @@ class Anchoring:
         return True
 
     def _publish(self, key: SegmentKey, anchor: Anchor) -> None:
-        capacity = _window_nbytes(self._layout)
+        capacity = self._layout.window_nbytes
 
         def fill(blocks: Sequence[BlockViews]) -> None:
             self._on_engine(lambda: write_packed(pack(anchor), blocks))
@@ -323,7 +323,7 @@ def unpack(blocks: Sequence[BlockViews], context: Context, layout: KVLayout) -> 
     Raises:
         ValueError: the bytes are no anchor, or of another version of this format.
     """
-    data = torch.cat([_window(b) for b in blocks])
+    data = torch.cat([b.window for b in blocks])
     magic, tokens, bits, version, exact, source = _HEADER.unpack(
         bytes(data[: _HEADER.size].cpu().numpy().tobytes())
     )
@@ -339,7 +339,7 @@ def write_packed(packed: torch.Tensor, blocks: Sequence[BlockViews]) -> None:
     """Spread bytes over the KV windows of blocks; zeros behind them, and in what the windows leave out."""
     at = 0
     for block in blocks:
-        window = _window(block)
+        window = block.window
         n = min(window.shape[0], packed.shape[0] - at)
         window[:n] = packed[at : at + n]
         window[n:] = 0
@@ -383,12 +383,3 @@ class _Reader:
 def _tensors(kv: StoredKV) -> list[torch.Tensor]:
     """In the order in which `_Reader.kv` takes them."""
     return [t for s in (kv.keys, kv.values) for t in (s.data, s.scale) if t is not None]
-
-
-def _window(block: BlockViews) -> torch.Tensor:
-    """The KV part of a block as bytes: a view."""
-    return block.kv.view(-1).view(torch.uint8)
-
-
-def _window_nbytes(layout: KVLayout) -> int:
-    return layout.kv_numel * layout.torch_dtype.itemsize

@@ -26,6 +26,7 @@ from workers import embedded
 from workers.fingerprint import canonical, digest, files_digest
 from workers.layout import KVLayout
 from workers.settings import DEFAULT_MODEL, Device, DType
+from workers.wire import WireFormat
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def load_model(
     checkpoint_layer: int = 0,
     block_tokens: int = 64,
     layer_groups: int = 1,
+    wire: WireFormat = "raw",
     cache_dir: str | Path | None = None,
     progress: embedded.Progress | None = None,
 ) -> LoadedModel:
@@ -117,7 +119,7 @@ def load_model(
         tenant: whose data it serves; part of `space`, so that tenants never share KV.
         checkpoint_layer: layer whose input segments carry (from the model's profile).
         block_tokens: tokens per KV block.
-        layer_groups: parts in which a block travels.
+        layer_groups: parts in which a block travels; wire: format of keys and values there.
         cache_dir, progress: see `resolve`.
 
     Raises:
@@ -135,6 +137,7 @@ def load_model(
         block_tokens=block_tokens,
         checkpoint_layer=checkpoint_layer,
         layer_groups=layer_groups,
+        wire=wire,
     )
     with _errors_of(str(name_or_path)), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -425,6 +428,7 @@ def kv_layout(
     block_tokens: int = 64,
     checkpoint_layer: int = 0,
     layer_groups: int = 1,
+    wire: WireFormat = "raw",
 ) -> KVLayout:
     """Layout of the model's KV blocks. Raises ModelError when the checkpoint layer is not one of its
     layers."""
@@ -443,6 +447,7 @@ def kv_layout(
         block_tokens=block_tokens,
         checkpoint_layer=checkpoint_layer,
         layer_groups=layer_groups,
+        wire=wire,
     )
 
 

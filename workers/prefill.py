@@ -357,10 +357,10 @@ class Prefill:
         at, left = span.start, len(span)
         cache = self.cache.kv[low:high]
         for block in pulled.blocks:
-            n = min(left, block.kv.shape[3])
+            n = min(left, block.mass.shape[0])
             if n <= 0:
                 break
-            kernels.relocate(block.kv[low:high, :, :, :n], cos, sin, cache[:, :, :, at : at + n])
+            kernels.relocate(block.kv.take(n, low, high), cos, sin, cache[:, :, :, at : at + n])
             at, left = at + n, left - n
         detection = relayed.detection
         if detection is not None and low <= detection < high:

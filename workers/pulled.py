@@ -69,7 +69,7 @@ class PulledSegment:
     @property
     def landed_layers(self) -> int:
         """Layers whose keys and values are there."""
-        return self.blocks[0].kv.shape[0] if self.arrival is None else self.arrival.layers
+        return self.blocks[0].kv.body.shape[0] if self.arrival is None else self.arrival.layers
 
     @property
     def why_lost(self) -> str:

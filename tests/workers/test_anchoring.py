@@ -201,7 +201,7 @@ def test_a_packed_anchor_comes_back_and_leaves_nothing_old_behind(bits: int) -> 
     anchor = pool.learn(b.match(), b.dense(), 17, bits=bits, exact=False)
     packed = pack(anchor)
     assert packed.shape == (packed_nbytes(anchor),)
-    window = rig.layout.kv_numel * 4
+    window = rig.layout.window_nbytes
     raw = torch.full((-(-packed.shape[0] // window), rig.layout.block_nbytes), 255, dtype=torch.uint8)
     blocks = [rig.layout.views(r) for r in raw]
     write_packed(packed, blocks)

@@ -39,13 +39,17 @@ class Incoming:
     seen: PulledSegment
 
     @classmethod
-    def of(cls, whole: PulledSegment) -> Incoming:
-        blocks = tuple(replace(b, kv=torch.full_like(b.kv, torch.nan)) for b in whole.blocks)
-        return cls(whole, replace(whole, blocks=blocks, arrival=Arrival()))
+    def of(cls, layout: KVLayout, whole: PulledSegment) -> Incoming:
+        empty = [layout.views(torch.zeros(layout.block_nbytes, dtype=torch.uint8)) for _ in whole.blocks]
+        for ours, theirs in zip(empty, whole.blocks, strict=True):
+            ours.kv.body.fill_(torch.nan)
+            ours.checkpoint[:] = theirs.checkpoint
+            ours.mass[:] = theirs.mass
+        return cls(whole, replace(whole, blocks=tuple(empty), arrival=Arrival()))
 
     def land(self, layers: int) -> None:
         for ours, theirs in zip(self.seen.blocks, self.whole.blocks, strict=True):
-            ours.kv[:layers] = theirs.kv[:layers]
+            ours.kv.body[:layers] = theirs.kv.body[:layers]
         assert self.seen.arrival is not None
         self.seen.arrival.landed(layers)
 
@@ -64,7 +68,7 @@ class Late:
         pieces, incoming = [], []
         for ids, source in rig.two_spans():
             if source is not None:
-                incoming.append(Incoming.of(source[1]))
+                incoming.append(Incoming.of(rig.layout, source[1]))
                 source = (source[0], incoming[-1].seen)
             pieces.append((ids, source))
         return cls(pieces, incoming, rig.num_layers, random.Random(seed))
@@ -170,12 +174,12 @@ def test_parts_are_layers_in_order_behind_mass_and_checkpoint(
     assert len(layout.parts) == len(layout.part_layers) == min(groups, 30)
     payload = torch.zeros(layout.block_nbytes, dtype=torch.uint8)
     views = layout.views(payload)
-    for tensor in (views.kv, views.checkpoint, views.mass):
+    for tensor in (views.kv.body, views.checkpoint, views.mass):
         assert (tensor.data_ptr() - payload.data_ptr()) % 64 == 0
     # With the first i parts filled, the layers that they are said to hold are full, and no others.
     for i, layers in enumerate(layout.part_layers):
         payload[: sum(layout.parts[: i + 1])] = 0x3C
-        full = (views.kv != 0).flatten(1)
+        full = (views.kv.body != 0).flatten(1)
         assert full[:layers].all()
         assert not full[layers:].any()
         assert (views.mass != 0).all()

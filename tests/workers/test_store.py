@@ -106,7 +106,7 @@ class Desk:
     def put(self, name: str, blocks: int = 1, value: float = 1.0, **options: Any) -> Segment:
         def fill(views: Sequence[BlockViews]) -> None:
             for v in views:
-                v.kv.fill_(value)
+                v.kv.body.fill_(value)
                 v.checkpoint.fill_(value)
                 v.mass.fill_(value)
 

@@ -20,6 +20,7 @@ from workers.model import inverse_frequencies
 from workers.prefill import Prefill, PrefillModel
 from workers.pulled import PulledSegment
 from workers.segment import digest_tokens
+from workers.wire import WireFormat
 
 VOCAB = 99
 LAYERS = 6
@@ -76,6 +77,7 @@ class Rig:
     model: Any
     checkpoint_layer: int = 2
     block_tokens: int = 16
+    wire: WireFormat = "raw"
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -87,6 +89,7 @@ class Rig:
             dtype="float32",
             block_tokens=self.block_tokens,
             checkpoint_layer=self.checkpoint_layer,
+            wire=self.wire,
         )
         self.num_layers = config.num_hidden_layers
         self.engine = Engine(self.model)
@@ -132,7 +135,7 @@ class Rig:
         for i in range(self.layout.blocks_for(count)):
             views = self.layout.views(torch.zeros(self.layout.block_nbytes, dtype=torch.uint8))
             a, n = start + i * size, min(size, count - i * size)
-            views.kv[:, :, :, :n] = cache.kv[:, :, :, a : a + n]
+            views.kv.put(cache.kv[:, :, :, a : a + n])
             views.checkpoint[:n] = cache.checkpoint[a : a + n]
             views.mass[:n] = cache.mass[a : a + n]
             blocks.append(views)

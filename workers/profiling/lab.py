@@ -298,7 +298,8 @@ class Lab:
         for span in relayed:
             assert span.key is not None  # only keyed spans are relayed
             source, count = upstream[span.key], len(span)
-            kv = torch.cat([b.kv for b in source.blocks], dim=3)[:, :, :, :count]
+            size = self.layout.block_tokens
+            kv = torch.cat([b.kv.take(size) for b in source.blocks], dim=3)[:, :, :, :count]
             inputs = self._layer_inputs(cache, span.start, prompt.tokens_of(span))
             deviations.append(
                 self._deviations(kv, source, cache.kv[:, :, :, span.start : span.stop], inputs, span.start)
