@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests.transport.directory_rigs import ME, SETTINGS, W0, W1, Rig, segment
 from tests.transport.rigs import wait_for
-from transport.directory.client import DirectoryClient
 from transport.directory.fleet import ShardFailed
 from transport.directory.local import LocalDirectory
-from transport.directory.shard import Shard
 from transport.errors import DirectoryUnavailable, WorkerLost
-from transport.settings import DirectorySettings
-from transport.types import (
-    BlockId,
-    BlockRef,
-    Incarnation,
-    NodeId,
-    Owner,
-    Segment,
-    SegmentKey,
-    WorkerId,
-)
-
-W0, W1 = WorkerId("w0"), WorkerId("w1")
-ME = Owner(W0, Incarnation(1), NodeId("n0"), {})
-SETTINGS = DirectorySettings(shards=3, heartbeat_s=0.02, call_timeout_s=0.5)
-
-
-class PlainCalls:
-    """Shards as plain objects; those in `dead` do not answer, those in `lossy` act without answering."""
-
-    def __init__(self, shards: dict[str, Shard]) -> None:
-        self.shards = shards
-        self.dead: set[str] = set()
-        self.lossy: set[str] = set()
-        self.sent: list[tuple[str, str]] = []
-
-    def find(self, name: str) -> Any:
-        return name  # so that a restarted shard is reached under its old handle, as an actor is
-
-    def send(self, shard: Any, method: str, request: bytes) -> Any:
-        self.sent.append((shard, method))
-        if shard in self.dead:
-            return ()
-        result = self.shards[shard].serve(method, request)
-        return () if shard in self.lossy else (result,)
-
-    def wait(self, pending: Any, timeout_s: float) -> Any:
-        if not pending:
-            raise ShardFailed("no reply")
-        return pending[0]
-
-
-def segment(i: int, nbytes: int = 100) -> Segment:
-    return Segment(SegmentKey("s", bytes([i])), 1, 0, (BlockRef(BlockId(i), 1, nbytes, 0),))
-
-
-class Rig:
-    def __init__(self, settings: DirectorySettings = SETTINGS) -> None:
-        self.passed_s = 0.0  # time that a test lets pass without waiting for it
-        self.settings = settings
-        self.shards: dict[str, Shard] = {n: Shard(n, settings, self.clock) for n in ("a", "b", "c")}
-        self.calls = PlainCalls(self.shards)
-        self.client = DirectoryClient(list(self.shards), settings, calls=self.calls)
-
-    def clock(self) -> float:
-        return time.monotonic() + self.passed_s
-
-    def restart(self, name: str) -> None:
-        self.shards[name] = Shard(name, self.settings, self.clock)
+from transport.types import Incarnation, NodeId, Owner, Segment
 
 
 @pytest.fixture

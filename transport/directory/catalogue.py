@@ -1,4 +1,4 @@
-"""What operators see and choose: one row per copy, and filters over them. Pure; knows neither shards nor Ray."""
+"""What operators see and choose: one row per copy, and filters over them. Pure; knows no shards."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Listed:
         num_tokens: tokens whose KV it holds; nbytes: of its blocks.
         owner, node: who holds it, and where.
         leases: readers that hold it now, without pins.
-        pinned_s: seconds until its last pin ends; 0 when it is not pinned.
+        pins: name of each pin -> seconds until it ends.
         idle_s: seconds since it was published or leased last.
         complete: False while its producer still appends blocks.
     """
@@ -65,13 +65,18 @@ class Listed:
     owner: WorkerId
     node: NodeId
     leases: int
-    pinned_s: float
+    pins: dict[str, float]
     idle_s: float
     complete: bool
 
     @property
     def rectified(self) -> bool:
         return "~" in self.variant
+
+    @property
+    def busy(self) -> bool:
+        """Whether a reader or a pin keeps it from eviction now, or it is still being written."""
+        return bool(self.leases or self.pins or not self.complete)
 
     @property
     def cursor(self) -> Cursor:

@@ -101,8 +101,8 @@ class Answer(NamedTuple):
 
 
 class Asked(dict[str, Answer]):
-    """Answers by shard; those that failed are missing. moved: shards that did nothing, since they know a newer
-    list of shards, which has been adopted."""
+    """Answers by shard; those that failed are missing. moved: shards that did nothing, since they know a
+    newer list of shards, which has been adopted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,6 +121,7 @@ class Fleet:
         shards: name -> handle, or names alone, which are looked up when they are needed.
         settings: deadlines, replicas.
         calls: how to reach a shard; Ray unless a test says otherwise.
+        epoch: of this list of shards.
     """
 
     def __init__(
@@ -128,12 +129,14 @@ class Fleet:
         shards: Mapping[str, Any] | Sequence[str],
         settings: DirectorySettings,
         calls: Calls | None = None,
+        *,
+        epoch: int = 0,
     ) -> None:
-        names = tuple(sorted(shards))
+        names = tuple(shards)
         self.settings = settings
         self._calls: Calls = calls or RayCalls()
         self._handles: dict[str, Any] = dict(shards) if isinstance(shards, Mapping) else {}
-        self._placement = _Placement(View(0, names), Ring(names))
+        self._placement = _Placement(View(epoch, names), Ring(sorted(names)))
         self._past: list[_Placement] = []
         self._lock = threading.Lock()
         self._down_until: dict[str, float] = {}
@@ -166,7 +169,7 @@ class Fleet:
             if view.epoch <= self.view.epoch or not view.shards:
                 return
             self._past = [*self._past, self._placement][-_PAST_RINGS:]
-            self._placement = _Placement(view, Ring(tuple(sorted(view.shards))))
+            self._placement = _Placement(view, Ring(sorted(view.shards)))
         logger.info("the directory has %d shards now (epoch %d)", len(view.shards), view.epoch)
 
     def has_moved(self) -> bool:

@@ -24,7 +24,7 @@ from transport.directory.fleet import Asked, Fleet
 from transport.directory.local import refuse_fenced
 from transport.directory.table import Announced, Candidate, CopyId
 from transport.errors import DirectoryUnavailable, RelayError
-from transport.types import Owner, Segment, SegmentKey, WorkerId
+from transport.types import Owner, Segment, WorkerId
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,7 @@ class OwnerSide:
     def _announce(self, owner: Owner) -> tuple[Asked, dict[str, Announced]]:
         # Also where copies linger: a shard that hears nothing drops the owner, and leases with it.
         names = dict.fromkeys([*self._fleet.shards, *self._lingering])
-        asked = self._fleet.ask(
-            dict.fromkeys(names, (wire.OWNER.pack(owner),)), "announce", even_down=True
-        )
+        asked = self._fleet.ask(dict.fromkeys(names, (wire.OWNER.pack(owner),)), "announce", even_down=True)
         verdicts = {name: wire.unpack_announced(answer.result) for name, answer in asked.items()}
         for verdict in verdicts.values():
             refuse_fenced(owner, verdict)
@@ -196,7 +194,10 @@ class OwnerSide:
             asked = self._fleet.ask(parts, "candidates")
             offers = {s: wire.unpack_candidates(a.result) for s, a in asked.items()}
             ranked = [
-                (c, s) for s, cs in offers.items() for c in cs if self._may_remove((c.key, c.variant), s, asked)
+                (c, s)
+                for s, cs in offers.items()
+                for c in cs
+                if self._may_remove((c.key, c.variant), s, asked)
             ]
             exhausted = all(sum(c.nbytes for c in cs) < wanted for cs in offers.values())
             if exhausted or sum(c.nbytes for c, _ in ranked) >= nbytes:
@@ -435,5 +436,3 @@ def _take(
         part.append((candidate.key, candidate.variant))
         covered += candidate.nbytes
     return parts, []
-
-

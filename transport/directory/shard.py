@@ -7,19 +7,25 @@ here. It does not know which keys are its own.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import ray
+import ray.exceptions
+import ray.util
 
 from transport.directory import wire
-from transport.directory.table import Table
+from transport.directory.operating import OperatedTable
 from transport.directory.view import View
 from transport.settings import DirectorySettings
 from transport.types import LeaseId, WorkerId
+
+logger = logging.getLogger(__name__)
 
 MAX_PAGE: Final = 1_000
 """Rows of one page of an operator's call; a larger limit is cut to it."""
@@ -42,12 +48,15 @@ class Shard:
         name: str,
         settings: DirectorySettings,
         clock: Callable[[], float] = time.monotonic,
+        first: Sequence[str] = (),
     ) -> None:
+        """first: the shards that the directory starts with; none for one that is added later, which is told."""
         self.name = name
         self.incarnation = time.time_ns()
-        self.view = View(0, ())
+        self.view = View(0, tuple(first))
+        self._settings = settings
         self._clock = clock
-        self._table = Table(
+        self._table = OperatedTable(
             owner_timeout_s=settings.owner_timeout_s,
             lease_prefix=f"{name}:{self.incarnation}:",
             max_lease_s=settings.max_lease_s,
@@ -70,7 +79,9 @@ class Shard:
             "wish": self._wish,
             "pin": self._pin,
             "unpin": self._unpin,
+            "pin_copies": self._pin_copies,
             "stats": self._stats,
+            "settings": self._tell_settings,
             "view": self._view,
             "set_view": self._set_view,
         }
@@ -143,9 +154,9 @@ class Shard:
         rows, where = wire.FILTER.unpack(chosen), wire.unpack_cursor(after)
         return wire.pack_page(self._table.page(rows, self._clock(), after=where, limit=_limit(limit)))
 
-    def _wish(self, chosen: Any, after: Any, limit: Any) -> Any:
-        rows, where = wire.FILTER.unpack(chosen), wire.unpack_cursor(after)
-        return wire.pack_page(self._table.wish(rows, self._clock(), after=where, limit=_limit(limit)))
+    def _wish(self, worker: Any, copies: Any) -> int:
+        owner = WorkerId(wire.expect(worker, str))
+        return self._table.wish(owner, wire.unpack_copies(copies), self._clock())
 
     def _pin(self, chosen: Any, name: Any, ttl_s: Any, after: Any, limit: Any) -> Any:
         page = self._table.pin(
@@ -168,9 +179,21 @@ class Shard:
         )
         return wire.pack_page(page)
 
+    def _pin_copies(self, worker: Any, copies: Any, name: Any, ttl_s: Any) -> int:
+        return self._table.pin_copies(
+            WorkerId(wire.expect(worker, str)),
+            wire.unpack_copies(copies),
+            self._clock(),
+            name=wire.expect(name, str),
+            ttl_s=wire.expect(ttl_s, float),
+        )
+
     def _stats(self) -> dict[str, float]:
         grown = max(0, resident_bytes() - self._resident_at_start)
         return {**self._table.stats(self._clock()), "memory_bytes": grown}
+
+    def _tell_settings(self) -> Any:
+        return wire.SETTINGS.pack(self._settings)
 
     def _view(self) -> Any:
         return wire.pack_view(self.view)
@@ -186,6 +209,10 @@ def _limit(value: Any) -> int:
     return max(1, min(wire.expect(value, int), MAX_PAGE))
 
 
+_NAME: Final = re.compile(r"(relay-directory[\w-]*?)-(\d+)")
+DEFAULT_PREFIX: Final = "relay-directory"
+
+
 def shard_name(prefix: str, index: int) -> str:
     """Actor name of the shard with this index, from 0."""
     return f"{prefix}-{index}"
@@ -195,12 +222,14 @@ def create_shard(
     name: str,
     settings: DirectorySettings,
     *,
+    first: Sequence[str] = (),
     detached: bool = False,
     options: dict[str, Any] | None = None,
 ) -> Any:
     """Start (or find) one shard actor in the current Ray namespace and return its handle.
 
     Args:
+        first: see Shard.
         detached: outlive the driver that starts it.
         options: further actor options, for example scheduling.
     """
@@ -215,13 +244,13 @@ def create_shard(
         "num_cpus": 0,
         **(options or {}),
     }
-    return actor.options(**chosen).remote(name, settings)
+    return actor.options(**chosen).remote(name, settings, first=tuple(first))
 
 
 def create_shards(
     settings: DirectorySettings,
     *,
-    prefix: str = "relay-directory",
+    prefix: str = DEFAULT_PREFIX,
     detached: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -231,10 +260,32 @@ def create_shards(
         name -> actor handle, as `DirectoryClient` takes it.
     """
     names = [shard_name(prefix, i) for i in range(settings.shards)]
-    return {name: create_shard(name, settings, detached=detached, options=options) for name in names}
+    return {
+        name: create_shard(name, settings, first=names, detached=detached, options=options) for name in names
+    }
 
 
-def find_shards(settings: DirectorySettings, *, prefix: str = "relay-directory") -> dict[str, Any]:
+def kill_shards(prefix: str) -> None:
+    """End every shard actor of that prefix in the current namespace, whoever started it: a resize from
+    another process adds some. Never raises for one that is gone."""
+    for name in find_names().get(prefix, ()):
+        try:
+            ray.kill(ray.get_actor(name))
+        except (ray.exceptions.RayError, ValueError) as fault:
+            logger.warning("directory shard %s could not be ended: %s", name, fault)
+
+
+def find_names() -> dict[str, tuple[str, ...]]:
+    """Shard actors of the current namespace by their prefix: one entry per directory."""
+    out: dict[str, list[tuple[int, str]]] = {}
+    for name in ray.util.list_named_actors():
+        match = _NAME.fullmatch(str(name))
+        if match:
+            out.setdefault(match[1], []).append((int(match[2]), match[0]))
+    return {prefix: tuple(name for _, name in sorted(found)) for prefix, found in out.items()}
+
+
+def find_shards(settings: DirectorySettings, *, prefix: str = DEFAULT_PREFIX) -> dict[str, Any]:
     """Handles of shards that `create_shards` has started, by name.
 
     Raises:

@@ -10,16 +10,14 @@ I/O. It does not know of Ray, of torch, of shards, or of the bytes it describes.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from transport.directory.catalogue import PIN_PREFIX, Cursor, Filter, Listed, Page
+from transport.directory.leases import LeaseBook
 from transport.types import (
-    Incarnation,
     Lease,
     LeaseId,
     Located,
@@ -35,7 +33,6 @@ CopyId = tuple[SegmentKey, str]
 
 _FENCES: Final = 65_536
 _WISHES_PER_REPLY: Final = 256
-_AGES_S: Final = (1.0, 10.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +71,7 @@ class _Copy:
     worker: WorkerId
     used_at: float
     nbytes: int
-    leases: set[LeaseId] | None = None  # None when empty: most copies have none, and a set weighs 216 bytes
+    leases: set[LeaseId] | None = None
 
 
 @dataclass(slots=True)
@@ -82,18 +79,7 @@ class _OwnerState:
     owner: Owner
     seen_at: float
     copies: OrderedDict[CopyId, _Copy] = field(default_factory=OrderedDict)  # least recently used first
-    leased_bytes: int = 0  # of its copies, once per reader's lease: how busy it is serving
     wishes: dict[CopyId, None] = field(default_factory=dict[CopyId, None])
-
-
-@dataclass(slots=True)
-class _LeaseState:
-    copy: _Copy
-    holder: WorkerId
-    holder_incarnation: int | None
-    granted_at: float
-    expires_at: float
-    pin: bool
 
 
 class Table:
@@ -116,25 +102,17 @@ class Table:
         max_leases: int = 1 << 20,
     ) -> None:
         self._owner_timeout_s = owner_timeout_s
-        self._lease_prefix = lease_prefix
         self._max_lease_s = max_lease_s
         self._max_pin_s = max_pin_s
-        self._max_leases = max_leases
         self._owners: OrderedDict[WorkerId, _OwnerState] = OrderedDict()  # longest silent first
         # Incarnations up to this one are refused. Bounded: a fence that is forgotten raises the floor, below
         # which nobody unknown is admitted, so that forgetting never lets a fenced life back in.
         self._fences: OrderedDict[WorkerId, int] = OrderedDict()
         self._floor: int | None = None
         self._segments: dict[SegmentKey, list[_Copy]] = {}
-        self._leases: dict[LeaseId, _LeaseState] = {}
-        self._held_by: dict[WorkerId, set[LeaseId]] = {}
-        self._expiries: list[tuple[float, LeaseId]] = []  # one entry per lease, at its expiry or before
-        self._pins = 0
-        self._refused = 0
-        self._granted = 0
+        self._leases: LeaseBook[_Copy] = LeaseBook(lease_prefix, max_leases)
         self._nbytes = 0
         self._dropped_owners = 0
-        self._expired_leases = 0
 
     # -- owners ----------------------------------------------------------------------------------------
 
@@ -157,7 +135,7 @@ class Table:
         state = self._owners.get(worker)
         if state is not None and state.owner.incarnation <= incarnation:
             self._forget_owner(worker)
-        self._drop_held_leases(worker, incarnation)
+        self._leases.end_held(worker, incarnation)
 
     # -- segments --------------------------------------------------------------------------------------
 
@@ -175,8 +153,8 @@ class Table:
     def lookup(
         self, keys: Iterable[SegmentKey], now: float, *, near: WorkerId | None = None
     ) -> dict[SegmentKey, Located]:
-        """The best complete copy of each key: an exact one before a rectified one, then the nearest, then that
-        of the owner with the fewest leased bytes. Changes nothing: no lease, no LRU."""
+        """The best complete copy of each key: exact before rectified, then the nearest, then that of the
+        owner with the fewest leased bytes. Changes nothing: no lease, no LRU."""
         self.tick(now)
         node = self._node(near)
         found = {key: self._choose(key, near, node) for key in dict.fromkeys(keys)}
@@ -190,15 +168,15 @@ class Table:
         self.tick(now)
         node = self._node(holder)
         ttl_s = min(ttl_s, self._max_lease_s)
+        life = self._owners[holder].owner.incarnation if holder in self._owners else None
         out: dict[SegmentKey, Lease] = {}
         for key in dict.fromkeys(keys):
             copy = self._choose(key, holder, node)
             if copy is None:
                 continue
-            if len(self._held_by.get(holder, ())) >= self._max_leases:
-                self._refused += 1
+            lease_id = self._leases.grant(copy, holder, life, now, ttl_s)
+            if lease_id is None:
                 continue
-            lease_id = self._grant(copy, holder, now, ttl_s, pin=False)
             self._touch(copy, now)
             out[key] = Lease(lease_id, self._located(copy), holder, ttl_s)
         return out
@@ -207,19 +185,13 @@ class Table:
         """Extend live leases to `now + ttl_s`; never shortens one."""
         self.tick(now)
         ttl_s = min(ttl_s, self._max_lease_s)
-        out: dict[LeaseId, bool] = {}
-        for lease_id in leases:
-            state = self._leases.get(lease_id)
-            out[lease_id] = state is not None
-            if state is not None:
-                state.expires_at = max(state.expires_at, now + ttl_s)
-        return out
+        return {lease_id: self._leases.renew(lease_id, now + ttl_s) for lease_id in leases}
 
     def release(self, leases: Iterable[LeaseId], now: float) -> None:
         """Unpin. Unknown leases are ignored."""
         self.tick(now)
         for lease_id in leases:
-            self._end_lease(lease_id)
+            self._leases.end(lease_id)
 
     # -- eviction --------------------------------------------------------------------------------------
 
@@ -280,70 +252,11 @@ class Table:
         chosen = [(c.key, c.variant) for c in self.candidates(owner, nbytes, now)]
         return self.evict_copies(owner, chosen, now)
 
-    # -- operators -------------------------------------------------------------------------------------
-
-    def page(self, chosen: Filter, now: float, *, after: Cursor | None = None, limit: int) -> Page:
-        """Rows that the filter accepts, in the order of their cursors, behind `after`. Changes nothing."""
-        self.tick(now)
-        copies, last = self._select(chosen, now, after, limit)
-        return Page(tuple(self._listed(copy, now) for copy in copies), last)
-
-    def wish(self, chosen: Filter, now: float, *, after: Cursor | None = None, limit: int) -> Page:
-        """Ask the owners, with their next announcement, to evict what is unleased and complete of a page.
-        What comes back is the whole page, so that the caller sees what is leased and stays."""
-        self.tick(now)
-        copies, last = self._select(chosen, now, after, limit)
-        for copy in copies:
-            if not copy.leases and copy.segment.complete:
-                self._owners[copy.worker].wishes[(copy.segment.key, copy.segment.variant)] = None
-        return Page(tuple(self._listed(copy, now) for copy in copies), last)
-
-    def pin(
-        self, chosen: Filter, now: float, *, name: str, ttl_s: float, after: Cursor | None = None, limit: int
-    ) -> Page:
-        """Keep a page of copies from eviction for `ttl_s` seconds; the same name again prolongs. The page
-        shows what is pinned then; what exceeded the limit of pins is not."""
-        self.tick(now)
-        holder = WorkerId(PIN_PREFIX + name)
-        ttl_s = min(ttl_s, self._max_pin_s)
-        copies, last = self._select(chosen, now, after, limit)
-        for copy in copies:
-            old = next((s for s in self._states(copy) if s.pin and s.holder == holder), None)
-            if old is not None:
-                old.expires_at = max(old.expires_at, now + ttl_s)
-            elif self._pins < self._max_leases:
-                self._grant(copy, holder, now, ttl_s, pin=True)
-            else:
-                self._refused += 1
-        return Page(tuple(self._listed(copy, now) for copy in copies), last)
-
-    def unpin(
-        self, chosen: Filter, now: float, *, name: str, after: Cursor | None = None, limit: int
-    ) -> Page:
-        """End the pins of that name ("": of any) on a page of copies; shows them as they are then."""
-        self.tick(now)
-        copies, last = self._select(chosen, now, after, limit)
-        for copy in copies:
-            for lease_id in tuple(copy.leases or ()):
-                state = self._leases[lease_id]
-                if state.pin and name in ("", state.holder.removeprefix(PIN_PREFIX)):
-                    self._end_lease(lease_id)
-        return Page(tuple(self._listed(copy, now) for copy in copies), last)
-
     # -- time ------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> None:
         """Reap what time has ended: leases past their expiry, owners silent for too long."""
-        while self._expiries and self._expiries[0][0] <= now:
-            _, lease_id = heapq.heappop(self._expiries)
-            state = self._leases.get(lease_id)
-            if state is None:
-                continue
-            if state.expires_at > now:  # renewed meanwhile
-                heapq.heappush(self._expiries, (state.expires_at, lease_id))
-                continue
-            self._end_lease(lease_id)
-            self._expired_leases += 1
+        self._leases.expire(now)
         while self._owners:
             worker, state = next(iter(self._owners.items()))
             if now - state.seen_at <= self._owner_timeout_s:
@@ -352,30 +265,17 @@ class Table:
             self._dropped_owners += 1
 
     def stats(self, now: float) -> dict[str, float]:
-        """segments (copies), keys, leases (pins included), pins, owners, bytes, fences, wishes,
-        dropped_owners, expired_leases, refused_leases, and readers' leases by age in seconds:
-        leases_age_le_<s> and leases_age_gt_<the last>."""
+        """segments (copies), keys, owners, bytes, fences, wishes, dropped_owners, and LeaseBook's."""
         self.tick(now)
-        ages = [now - s.granted_at for s in self._leases.values() if not s.pin]
-        by_age: dict[str, float] = {}
-        low = -math.inf
-        for high in _AGES_S:
-            by_age[f"leases_age_le_{high:g}"] = sum(low < age <= high for age in ages)
-            low = high
-        by_age[f"leases_age_gt_{low:g}"] = sum(age > low for age in ages)
         return {
             "segments": sum(len(s.copies) for s in self._owners.values()),
             "keys": len(self._segments),
-            "leases": len(self._leases),
-            "pins": self._pins,
             "owners": len(self._owners),
             "bytes": self._nbytes,
             "fences": len(self._fences),
             "wishes": sum(len(s.wishes) for s in self._owners.values()),
             "dropped_owners": self._dropped_owners,
-            "expired_leases": self._expired_leases,
-            "refused_leases": self._refused,
-            **by_age,
+            **self._leases.stats(now),
         }
 
     # -- inside ----------------------------------------------------------------------------------------
@@ -397,7 +297,7 @@ class Table:
         # Every older life is fenced for good, even when this one is later dropped for its silence.
         self._owners[owner.worker] = _OwnerState(owner, now)
         self._fence(owner.worker, owner.incarnation - 1)
-        self._drop_held_leases(owner.worker, owner.incarnation - 1)
+        self._leases.end_held(owner.worker, owner.incarnation - 1)
         return Announced(fenced_by=None, known=False)
 
     def _fence(self, worker: WorkerId, incarnation: int) -> None:
@@ -426,8 +326,7 @@ class Table:
 
     def _remove(self, copy: _Copy) -> None:
         key, variant = copy.segment.key, copy.segment.variant
-        for lease_id in tuple(copy.leases or ()):
-            self._end_lease(lease_id)
+        self._leases.end_all(copy)
         state = self._owners[copy.worker]
         del state.copies[(key, variant)]
         state.wishes.pop((key, variant), None)
@@ -442,51 +341,6 @@ class Table:
         for copy in tuple(self._owners[worker].copies.values()):
             self._remove(copy)
         del self._owners[worker]
-
-    def _drop_held_leases(self, holder: WorkerId, up_to: int) -> None:
-        # A lease taken before the holder's first announcement has no incarnation: it is of an older life.
-        for lease_id in tuple(self._held_by.get(holder, ())):
-            life = self._leases[lease_id].holder_incarnation
-            if life is None or life <= up_to:
-                self._end_lease(lease_id)
-
-    def _grant(self, copy: _Copy, holder: WorkerId, now: float, ttl_s: float, *, pin: bool) -> LeaseId:
-        self._granted += 1
-        lease_id = LeaseId(f"{self._lease_prefix}{self._granted}")
-        life: Incarnation | None = None
-        if holder in self._owners:
-            life = self._owners[holder].owner.incarnation
-        self._leases[lease_id] = _LeaseState(copy, holder, life, now, now + ttl_s, pin)
-        self._held_by.setdefault(holder, set()).add(lease_id)
-        if pin:
-            self._pins += 1
-        else:
-            self._owners[copy.worker].leased_bytes += copy.nbytes
-        if copy.leases is None:
-            copy.leases = set()
-        copy.leases.add(lease_id)
-        heapq.heappush(self._expiries, (now + ttl_s, lease_id))
-        if len(self._expiries) > 2 * len(self._leases) + 1024:  # most are of leases released long ago
-            self._expiries = [(s.expires_at, i) for i, s in self._leases.items()]
-            heapq.heapify(self._expiries)
-        return lease_id
-
-    def _end_lease(self, lease_id: LeaseId) -> None:
-        state = self._leases.pop(lease_id, None)
-        if state is None:
-            return
-        held = self._held_by[state.holder]
-        held.remove(lease_id)
-        if not held:
-            del self._held_by[state.holder]
-        copy = state.copy
-        if copy.leases is not None:
-            copy.leases.discard(lease_id)
-            copy.leases = copy.leases or None
-        if state.pin:
-            self._pins -= 1
-        else:
-            self._owners[copy.worker].leased_bytes -= copy.nbytes
 
     def _touch(self, copy: _Copy, now: float) -> None:
         copy.used_at = now
@@ -518,50 +372,14 @@ class Table:
         same_node = node is not None and state.owner.node == node
         distance = 0 if copy.worker == near else 1 if same_node else 2
         segment = copy.segment
-        return segment.rectified, distance, state.leased_bytes, -copy.used_at, segment.variant, copy.worker
+        return (
+            segment.rectified,
+            distance,
+            self._leases.load(copy.worker),
+            -copy.used_at,
+            segment.variant,
+            copy.worker,
+        )
 
     def _located(self, copy: _Copy) -> Located:
         return Located(copy.segment, self._owners[copy.worker].owner)
-
-    def _states(self, copy: _Copy) -> Iterator[_LeaseState]:
-        return (self._leases[i] for i in copy.leases or ())
-
-    def _select(
-        self, chosen: Filter, now: float, after: Cursor | None, limit: int
-    ) -> tuple[list[_Copy], Cursor | None]:
-        """Up to `limit` copies behind `after`, in order, and the cursor of the last where there are more."""
-        found = [
-            ((key.space, key.digest, copy.segment.variant, str(copy.worker)), copy)
-            for key, copies in self._segments.items()
-            if chosen.names(key)
-            for copy in copies
-            if self._accepts(chosen, copy, now)
-        ]
-        behind = found if after is None else [x for x in found if x[0] > after]
-        first = heapq.nsmallest(limit + 1, behind, key=lambda x: x[0])
-        return [copy for _, copy in first[:limit]], first[limit - 1][0] if len(first) > limit else None
-
-    def _accepts(self, chosen: Filter, copy: _Copy, now: float) -> bool:
-        if chosen.owner not in ("", copy.worker) or now - copy.used_at < chosen.idle_s:
-            return False
-        if chosen.kind and (chosen.kind == "rectified") != copy.segment.rectified:
-            return False
-        if chosen.leased and not any(not s.pin for s in self._states(copy)):
-            return False
-        return not chosen.pinned or any(s.pin for s in self._states(copy))
-
-    def _listed(self, copy: _Copy, now: float) -> Listed:
-        segment, owner = copy.segment, self._owners[copy.worker].owner
-        states = list(self._states(copy))
-        return Listed(
-            key=segment.key,
-            variant=segment.variant,
-            num_tokens=segment.num_tokens,
-            nbytes=copy.nbytes,
-            owner=owner.worker,
-            node=owner.node,
-            leases=sum(not s.pin for s in states),
-            pinned_s=max((s.expires_at - now for s in states if s.pin), default=0.0),
-            idle_s=now - copy.used_at,
-            complete=segment.complete,
-        )

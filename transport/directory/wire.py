@@ -24,6 +24,7 @@ from transport.directory.catalogue import Cursor, Filter, Listed, Page
 from transport.directory.table import Announced, Candidate
 from transport.directory.view import View
 from transport.errors import RelayError
+from transport.settings import DirectorySettings
 from transport.types import BlockRef, Lease, LeaseId, Located, Owner, Segment, SegmentKey
 
 T = TypeVar("T")
@@ -148,6 +149,7 @@ OWNER: Final = Record(Owner)
 SEGMENT: Final = Record(Segment, "key", "blocks")
 LISTED: Final = Record(Listed, "key")
 FILTER: Final = Record(Filter)
+SETTINGS: Final = Record(DirectorySettings)
 
 
 class PackedBlocks(Sequence[BlockRef]):
@@ -243,9 +245,7 @@ def unpack_segments(value: Any, *, packed: bool) -> list[Segment]:
     """Raises MalformedMessage."""
     keys, items = array(value, 2)
     found = unpack_keys(keys)
-    return [
-        unpack_segment(k, x, packed=packed) for k, x in zip(found, array(items, len(found)), strict=True)
-    ]
+    return [unpack_segment(k, x, packed=packed) for k, x in zip(found, array(items, len(found)), strict=True)]
 
 
 def pack_copies(copies: Sequence[tuple[SegmentKey, str]]) -> list[Any]:
