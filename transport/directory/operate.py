@@ -83,6 +83,17 @@ class DirectoryOperator:
     def view(self) -> View:
         return self._fleet.view
 
+    @property
+    def settings(self) -> DirectorySettings:
+        """Those that the shards were started with."""
+        return self._fleet.settings
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Every shard's own statistics, by its name; those that do not answer are missing."""
+        self._fleet.refresh()
+        asked = self._fleet.ask(dict.fromkeys(self._fleet.shards, ()), "stats", even_down=True)
+        return {name: wire.expect(answer.result, dict) for name, answer in asked.items()}
+
     # -- listing -----------------------------------------------------------------------------------------
 
     def rows(self, chosen: Filter | None = None) -> Iterator[Listed]:

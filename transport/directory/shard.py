@@ -50,7 +50,7 @@ class Shard:
         clock: Callable[[], float] = time.monotonic,
         first: Sequence[str] = (),
     ) -> None:
-        """first: the shards that the directory starts with; none for one that is added later, which is told."""
+        """first: the shards that the directory starts with; none for one added later, which is told."""
         self.name = name
         self.incarnation = time.time_ns()
         self.view = View(0, tuple(first))
