@@ -61,6 +61,8 @@ class RayCalls:
 
     def find(self, name: str) -> Any:
         """The actor of that name. Raises ShardFailed."""
+        if not ray.is_initialized():
+            raise ShardFailed("this process has left Ray")
         try:
             return ray.get_actor(name)
         except ValueError as fault:
@@ -70,6 +72,8 @@ class RayCalls:
 
     def send(self, shard: Any, method: str, request: bytes) -> Any:
         """Submit without waiting. Raises ShardFailed."""
+        if not ray.is_initialized():  # a call would start a Ray of its own
+            raise ShardFailed("this process has left Ray")
         try:
             return shard.serve.remote(method, request)
         except ray.exceptions.RayError as fault:
