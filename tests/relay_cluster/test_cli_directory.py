@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import ray
 from typer.testing import CliRunner
 
 from relay_cluster import cli
+from tests.transport.directory_rigs import wait_for_shards
 from tests.transport.rigs import wait_for
 from transport.directory.client import DirectoryClient
 from transport.directory.shard import create_shards, kill_shards
@@ -58,7 +60,9 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture
 def holder(cluster: None) -> Iterator[Holder]:
-    client = DirectoryClient(create_shards(SETTINGS, prefix=PREFIX), SETTINGS)
+    shards = create_shards(SETTINGS, prefix=PREFIX)
+    wait_for_shards(shards)
+    client = DirectoryClient(shards, SETTINGS)
     yield Holder(client)
     client.close()
     kill_shards(PREFIX)
@@ -126,9 +130,13 @@ def test_resize_and_stats(holder: Holder) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_process_attaches(holder: Holder) -> None:
+def test_a_second_process_attaches(holder: Holder, tmp_path: Path) -> None:
+    # By its address: others may run on this machine.
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"ray: {{address: '{ray.get_runtime_context().gcs_address}'}}\n", "utf-8")
+
     def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "relay_cluster", *arguments]
+        line = [sys.executable, "-m", "relay_cluster", *arguments, "--cluster", str(file)]
         return subprocess.run(line, capture_output=True, text=True, timeout=90, check=False)
 
     done = command("ls", "--json", "-")

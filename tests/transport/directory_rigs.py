@@ -6,6 +6,9 @@ import threading
 import time
 from typing import Any
 
+import ray
+
+from transport.directory import wire
 from transport.directory.client import DirectoryClient
 from transport.directory.fleet import ShardFailed
 from transport.directory.operate import DirectoryOperator
@@ -30,6 +33,11 @@ SETTINGS = DirectorySettings(shards=3, heartbeat_s=0.02, call_timeout_s=0.5)
 
 def segment(i: int, nbytes: int = 100, generation: int = 1) -> Segment:
     return Segment(SegmentKey("s", bytes([i])), 1, 0, (BlockRef(BlockId(i), generation, nbytes, 0),))
+
+
+def wait_for_shards(handles: dict[str, Any], timeout_s: float = 90.0) -> None:
+    """Until the actors are up, which takes longer than a call's deadline on a busy machine."""
+    ray.get([h.serve.remote("view", wire.pack_request(0, [])) for h in handles.values()], timeout=timeout_s)
 
 
 class PlainCalls:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import ray
 
+from tests.transport.directory_rigs import wait_for_shards
 from tests.transport.rigs import wait_for
 from transport.base import Answers
 from transport.directory.client import DirectoryClient
@@ -43,7 +44,9 @@ def shards() -> Iterator[dict[str, Any]]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, namespace="test-directory", log_to_driver=False)
-    yield create_shards(SETTINGS)
+    handles = create_shards(SETTINGS)
+    wait_for_shards(handles)
+    yield handles
     ray.shutdown()
 
 
@@ -93,10 +96,10 @@ def shard_pids() -> list[int]:
 
 
 def test_sigkill_of_a_shard_while_lookups_run_costs_no_hits(shards: dict[str, Any]) -> None:
-    DirectoryClient(shards, SETTINGS).stats()  # those of the other tests are up, and not the victim
     two = replace(SETTINGS, replicas=2)
     others = set(shard_pids())
     names = create_shards(two, prefix="relay-directory-pair")
+    wait_for_shards(names)
     owner, reader = DirectoryClient(names, two), DirectoryClient(list(names), two)
     owner.start_owner(ME, lambda: ALL)
     found: list[Answers[Located]] = []
@@ -128,12 +131,13 @@ def test_sigkill_of_a_shard_while_lookups_run_costs_no_hits(shards: dict[str, An
 
 def test_resize_over_ray(shards: dict[str, Any]) -> None:
     first = create_shards(replace(SETTINGS, shards=1), prefix="relay-directory-grow")
+    wait_for_shards(first)
     client, reader = DirectoryClient(first, SETTINGS), DirectoryClient(list(first), SETTINGS)
     client.start_owner(ME, lambda: ALL)
     lease = reader.lease(KEYS, holder=WorkerId("w1"), ttl_s=30)
     names = [f"relay-directory-grow-{i}" for i in range(3)]
     operator = DirectoryOperator.of(list(first))
-    view = operator.resize(names, start=lambda n: create_shard(n, SETTINGS), end=ray.kill)
+    view = operator.resize(names, start=lambda n: create_shard(n, SETTINGS, detached=True), end=ray.kill)
     assert (view.epoch, view.shards) == (1, tuple(names))
     wait_for(lambda: len(reader.lookup(KEYS)) == 20, "moved", 20)
     assert all(reader.renew(list(lease.values()), ttl_s=30).values())

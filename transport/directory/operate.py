@@ -217,7 +217,8 @@ class DirectoryOperator:
 
         Args:
             names: all of them; the first one, which decides between two resizes at once, must stay.
-            start: starts the shard of a name; end: ends it, when nothing is leased there any more.
+            start: starts the shard of a name, which must outlive this operator; end: ends it, when nothing
+                is leased there any more.
             drain_s: seconds after which a shard is ended all the same; None: what the longest lease takes.
 
         Raises:
