@@ -232,8 +232,8 @@ def run_directory(settings: DirectorySettingsOfBench) -> Document:
     steps = len(settings.batches) * (len(_READERS) + 1) + 2
     with _ray(settings.clients), progress("directory", steps) as advance:
         try:
-            names = list(create_shards(directory, prefix=_PREFIX))
-            bench = _Bench(settings, directory, names)
+            shards = create_shards(directory, prefix=_PREFIX)  # they live as long as these handles
+            bench = _Bench(settings, directory, list(shards))
             rows.append(bench.publish())
             advance("publish")
             for batch in settings.batches:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,3 +37,25 @@ class DirectoryRow:
     p99_ms: float
     bytes_per_segment: float
     message_bytes: int | None
+
+    @property
+    def method(self) -> str:
+        """What tables and pictures call this row."""
+        return self.op
+
+    @property
+    def params(self) -> str:
+        return ""
+
+
+DIRECTORY_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
+    ("batch", lambda r: f"{r.batch:,}"),
+    ("clients", lambda r: str(r.clients)),
+    ("calls", lambda r: f"{r.calls:,}"),
+    ("keys/s", lambda r: f"{r.keys_per_s:,.0f}"),
+    ("p50", lambda r: f"{r.p50_ms:.2f} ms"),
+    ("p99", lambda r: f"{r.p99_ms:.2f} ms"),
+    ("segments", lambda r: f"{r.segments:,}"),
+    ("bytes/segment", lambda r: f"{r.bytes_per_segment:,.0f}"),
+    ("message", lambda r: "-" if r.message_bytes is None else f"{r.message_bytes:,} B"),
+)
