@@ -18,8 +18,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from relay_cluster import __version__, cli_profile, console
-from relay_cluster.cli_bench import bench_app
+from relay_cluster import __version__, cli_bench_directory, cli_directory, cli_profile, console
 from relay_cluster.cli_common import (
     HELP,
     DebugOption,
@@ -54,8 +53,9 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Models on this machine.")
 app.add_typer(model_app, name="model", context_settings=HELP)
-app.add_typer(bench_app, name="bench", context_settings=HELP)
+app.add_typer(cli_bench_directory.bench_app, name="bench", context_settings=HELP)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
+cli_directory.add_to(app)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from ray.exceptions import (
 )
 
 from relay_cluster.config import ClusterConfig
+from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
 from relay_cluster.executor import Executor, RunOptions, agent_report
 from relay_cluster.gate import Gate, QualitySettings
@@ -40,7 +41,9 @@ from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
 from transport.directory.client import DirectoryClient
-from transport.directory.shard import create_shards
+from transport.directory.operate import DirectoryOperator
+from transport.directory.shard import create_shards, kill_shards
+from transport.directory.view import View
 from transport.errors import Cancelled, ConfigError, DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
@@ -108,6 +111,7 @@ class Cluster:
         self._runs = 0
         self._gates: dict[tuple[str, QualitySettings], Gate] = {}
         self._id = uuid.uuid4().hex[:6]
+        self._directory_prefix = f"relay-directory-{self._id}"
         self._lock = threading.Lock()
 
     @classmethod
@@ -143,7 +147,7 @@ class Cluster:
         if not ray.is_initialized():
             self._init_ray()
         if not self._shards:
-            self._shards = create_shards(self.config.directory, prefix=f"relay-directory-{self._id}")
+            self._shards = create_shards(self.config.directory, prefix=self._directory_prefix)
             self._directory = DirectoryClient(self._shards, self.config.directory)
         if self._hint is not None:
             self._ensure_workers(self._hint)
@@ -160,8 +164,10 @@ class Cluster:
             closing = [m.handle.close.remote() for m in members.values() if m.info is not None]
             if closing:
                 ray.wait(closing, num_returns=len(closing), timeout=self.config.runtime.stop_timeout_s)
-            for handle in [*(m.handle for m in members.values()), *shards.values()]:
-                _kill(handle)
+            for member in members.values():
+                _kill(member.handle)
+            if shards:  # by name: a resize, here or from another process, adds some
+                kill_shards(self._directory_prefix)
         except (RayError, ValueError, ConnectionError) as error:
             log.warning("stopping the cluster: %s", error)
         finally:
@@ -477,6 +483,20 @@ class Cluster:
     def directory_stats(self) -> dict[str, float]:
         """Totals over the directory's shards: segments, leases, owners, bytes, shards_up."""
         return {} if self._directory is None else self._directory.stats()
+
+    def directory_operator(self) -> DirectoryOperator:
+        """Lists, evicts and pins what the directory holds.
+
+        Raises:
+            RelayError: the cluster is not running, or no shard answers.
+        """
+        if self._directory is None:
+            raise RelayError("the cluster is not running: use it as a context manager, or call start().")
+        return DirectoryOperator.of(self._directory.fleet.shards)
+
+    def resize_directory(self, shards: int) -> View:
+        """Change the number of directory shards while requests run; see DirectoryOperator.resize."""
+        return resize(self.directory_operator(), self._directory_prefix, shards)
 
     def stats(self) -> dict[WorkerId, dict[str, Any]]:
         """Counters of every worker."""

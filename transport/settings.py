@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 MIB = 1 << 20
 
@@ -53,10 +53,17 @@ class DirectorySettings:
         heartbeat_s: how often owners announce themselves.
         owner_timeout_s: silence after which an owner's segments are dropped.
         call_timeout_s: deadline of one directory call; after it the request goes on without hits.
+        replicas: shards that know each key; with 2 the death of one costs no hits.
+        max_lease_s, max_pin_s: no lease of a reader, and no pin of an operator, is granted for longer.
+        max_leases: live leases of one holder at one shard, and pins at one shard; more are refused.
     """
 
     shards: Annotated[int, Ge(1)] = 2
+    replicas: Annotated[int, Ge(1), Le(2)] = 1
     lease_ttl_s: Annotated[float, Gt(0)] = 10.0
     heartbeat_s: Annotated[float, Gt(0)] = 1.0
     owner_timeout_s: Annotated[float, Gt(0)] = 10.0
     call_timeout_s: Annotated[float, Gt(0)] = 2.0
+    max_lease_s: Annotated[float, Gt(0)] = 60.0
+    max_pin_s: Annotated[float, Gt(0)] = 86_400.0
+    max_leases: Annotated[int, Ge(1)] = 16_384

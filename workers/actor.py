@@ -116,7 +116,7 @@ class Worker:
             pull_timeout_s=spec.transport.pull_timeout_s,
         )
         self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store)
-        self._directory.start_owner(owner, store.segments)
+        self._directory.start_owner(owner, store.segments, store.drop)
         self._info = WorkerInfo(
             worker=spec.worker,
             node=node,

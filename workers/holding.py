@@ -171,6 +171,11 @@ class Holding:
             left -= sum(self._forget(s) for s in segments)
         log.info("evicted %d segments to make room for %d blocks", gone, blocks)
 
+    def drop(self, segments: Iterable[Segment]) -> None:
+        """Free what has left the directory at an operator's wish; what is being read here, afterwards."""
+        for segment in segments:
+            self._forget(segment)
+
     def _forget(self, segment: Segment) -> int:
         """Stop holding what has left the directory; the number of blocks that this has freed."""
         with self._lock:

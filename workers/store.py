@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from transport.arena import Arena
@@ -185,3 +185,7 @@ class SegmentStore:
     def evict(self, blocks: int) -> None:
         """See `Holding.evict`."""
         self.holding.evict(blocks)
+
+    def drop(self, segments: Iterable[Segment]) -> None:
+        """See `Holding.drop`."""
+        self.holding.drop(segments)

@@ -3,6 +3,7 @@
     ttft, chain   speed-up of every method by shape or agent, and its price: mean KL over 32 tokens
     fidelity      KL of the first token and over 32 tokens, singles and composites apart
     decay         speed-up over the queries, with the warm peak
+    directory     keys per second and the time of a call, by kind and size of call
 
 matplotlib draws to a file only; no window, no global state.
 """
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from relay_cluster.bench.directory_plot import draw_directory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -190,10 +193,12 @@ _DRAW: Mapping[str, Callable[[Figure, Rows], None]] = {
     "chain": _draw_timing,
     "fidelity": _draw_fidelity,
     "decay": _draw_decay,
+    "directory": draw_directory,
 }
 _TITLES = {
     "ttft": "Time to first token at one worker",
     "chain": "Time to first token along a chain of agents over Ray, transfer included",
     "fidelity": "Distance from full prefill's answers",
     "decay": "Speed-up while novel queries keep arriving",
+    "directory": "Keys per second of the directory's shards, and the time of a call",
 }

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from relay_cluster import console
 from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, Row, TimingRow
+from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 
 Column = tuple[str, Callable[[Any], str]]
 
@@ -76,7 +77,12 @@ _DECAY: tuple[Column, ...] = (
     ("evicted", lambda r: str(r.evicted)),
     ("held", lambda r: str(r.segments)),
 )
-_COLUMNS: Mapping[type, tuple[Column, ...]] = {TimingRow: _TIMING, FidelityRow: _FIDELITY, DecayRow: _DECAY}
+_COLUMNS: Mapping[type, tuple[Column, ...]] = {
+    TimingRow: _TIMING,
+    FidelityRow: _FIDELITY,
+    DecayRow: _DECAY,
+    DirectoryRow: DIRECTORY_COLUMNS,
+}
 
 
 def document_table(document: Document) -> Table:

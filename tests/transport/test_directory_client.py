@@ -2,78 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from tests.transport.directory_rigs import ME, SETTINGS, W0, W1, Rig, segment
 from tests.transport.rigs import wait_for
-from transport.directory.client import DirectoryClient, ShardFailed
+from transport.directory.fleet import ShardFailed
 from transport.directory.local import LocalDirectory
-from transport.directory.shard import Shard
 from transport.errors import DirectoryUnavailable, WorkerLost
-from transport.settings import DirectorySettings
-from transport.types import (
-    BlockId,
-    BlockRef,
-    Incarnation,
-    NodeId,
-    Owner,
-    Segment,
-    SegmentKey,
-    WorkerId,
-)
-
-W0, W1 = WorkerId("w0"), WorkerId("w1")
-ME = Owner(W0, Incarnation(1), NodeId("n0"), {})
-SETTINGS = DirectorySettings(shards=3, heartbeat_s=0.02, call_timeout_s=0.5)
-
-
-class PlainCalls:
-    """Shards as plain objects; those in `dead` do not answer, those in `lossy` act without answering."""
-
-    def __init__(self) -> None:
-        self.dead: set[str] = set()
-        self.lossy: set[str] = set()
-        self.sent: list[tuple[str, str]] = []
-
-    def send(self, shard: Any, method: str, args: tuple[Any, ...]) -> Any:
-        self.sent.append((shard.name, method))
-        if shard.name in self.dead:
-            return None
-        result = getattr(shard, method)(*args)
-        return None if shard.name in self.lossy else (result,)
-
-    def wait(self, pending: Any, timeout_s: float) -> Any:
-        if pending is None:
-            raise ShardFailed("gone")
-        return pending[0]
-
-
-class NamedShard(Shard):
-    def __init__(self, name: str, clock: Callable[[], float]) -> None:
-        super().__init__(name, owner_timeout_s=10.0, clock=clock)
-        self.name = name
-
-
-def segment(i: int, nbytes: int = 100) -> Segment:
-    return Segment(SegmentKey("s", bytes([i])), 1, 0, (BlockRef(BlockId(i), 1, nbytes, (0,)),))
-
-
-class Rig:
-    def __init__(self) -> None:
-        self.calls = PlainCalls()
-        self.passed_s = 0.0  # time that a test lets pass without waiting for it
-        self.shards: dict[str, Any] = {n: NamedShard(n, self.clock) for n in ("a", "b", "c")}
-        self.client = DirectoryClient(self.shards, SETTINGS, calls=self.calls)
-
-    def clock(self) -> float:
-        return time.monotonic() + self.passed_s
-
-    def restart(self, name: str) -> None:
-        fresh = NamedShard(name, self.clock)
-        self.client._shards[name] = fresh
+from transport.types import Incarnation, NodeId, Owner, Segment
 
 
 @pytest.fixture
@@ -149,7 +89,7 @@ def test_a_dead_shard_costs_hits_only(rig: Rig) -> None:
 def test_answers_name_the_keys_that_could_not_be_asked(rig: Rig) -> None:
     c = rig.client
     c.publish(ME, ALL[:20])
-    in_b = {k for k in KEYS if c._ring.shard(k) == "b"}
+    in_b = {k for k in KEYS if c.fleet.ring.shard(k) == "b"}
     assert c.lookup(KEYS).unanswered == frozenset()
     rig.calls.dead = {"b"}
     for _ in range(2):  # the shard times out; then it is left alone
@@ -166,13 +106,13 @@ def test_what_may_have_been_published_is_retracted(rig: Rig) -> None:
     c = rig.client
     c.start_owner(ME, lambda: tuple(ALL))  # an owner that never updates its list
     lease = c.lease(KEYS[:1], holder=W1, ttl_s=5)[KEYS[0]]
-    rig.calls.lossy = {c._ring.shard(KEYS[0])}
+    rig.calls.lossy = {c.fleet.ring.shard(KEYS[0])}
     with pytest.raises(DirectoryUnavailable):
         c.publish(ME, ALL[:1])
     c.retract(ME, ALL[:1])  # reaches the shard although it is down
     rig.calls.lossy = set()
     assert c.renew([lease], ttl_s=5) == {lease.id: False}, "a lease does not keep it"
-    rig.restart(c._ring.shard(KEYS[0]))
+    rig.restart(c.fleet.ring.shard(KEYS[0]))
     wait_for(lambda: len(c.lookup(KEYS)) == 39, "the rest is published again")
     assert KEYS[0] not in c.lookup(KEYS)
     c.publish(ME, ALL[:1])
@@ -188,7 +128,8 @@ def test_retract_does_not_raise(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> No
     assert rig.client.lookup(KEYS).unanswered == set(KEYS)
 
 
-def test_a_dead_shard_is_left_alone_for_a_moment(rig: Rig) -> None:
+def test_a_dead_shard_is_left_alone_for_a_moment() -> None:
+    rig = Rig(replace(SETTINGS, heartbeat_s=0.5))  # also how long it is left alone
     rig.client.publish(ME, ALL)
     rig.calls.dead = {"b"}
     rig.client.lookup(KEYS)
@@ -221,16 +162,16 @@ def test_what_was_evicted_does_not_come_back(rig: Rig) -> None:
 
 def test_an_evict_whose_answer_is_lost_is_published_again(rig: Rig) -> None:
     rig.client.start_owner(ME, lambda: tuple(ALL))
-    in_b = {s.key for s in ALL if rig.client._ring.shard(s.key) == "b"}
+    in_b = {s.key for s in ALL if rig.client.fleet.ring.shard(s.key) == "b"}
     rig.calls.lossy = {"b"}
-    rig.client._evict_parts(ME, {"b": [(k, "") for k in in_b]})
+    rig.client._own._remove_everywhere(ME, {"b": [(k, "") for k in in_b]})
     rig.calls.lossy = set()
     wait_for(lambda: in_b <= rig.client.lookup(KEYS).keys(), "the owner still holds them, and says so")
 
 
 def test_the_heartbeat_stops_when_fenced(rig: Rig) -> None:
     rig.client.start_owner(ME, lambda: ())
-    rig.shards["a"].announce(Owner(W0, Incarnation(2), NodeId("n0"), {}))
+    rig.shards["a"]._table.announce(Owner(W0, Incarnation(2), NodeId("n0"), {}), rig.clock())
     wait_for(lambda: rig.client.fenced is not None, "the replaced worker notices")
     assert isinstance(rig.client.fenced, WorkerLost)
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
+from tests.transport.directory_rigs import wait_for_shards
 from tests.transport.rigs import wait_for
+from transport.base import Answers
 from transport.directory.client import DirectoryClient
-from transport.directory.shard import create_shards, find_shards
+from transport.directory.operate import DirectoryOperator
+from transport.directory.shard import create_shard, create_shards, find_names, find_shards, kill_shards
 from transport.settings import DirectorySettings
 from transport.types import (
     BlockId,
     BlockRef,
     Incarnation,
+    Located,
     NodeId,
     Owner,
     Segment,
@@ -36,7 +44,9 @@ def shards() -> Iterator[dict[str, Any]]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, namespace="test-directory", log_to_driver=False)
-    yield create_shards(SETTINGS)
+    handles = create_shards(SETTINGS)
+    wait_for_shards(handles)
+    yield handles
     ray.shutdown()
 
 
@@ -77,3 +87,67 @@ def test_a_killed_shard_returns_and_owners_announce_again(shards: dict[str, Any]
     wait_for(lambda: client.stats()["republished"] > before, "segments are published again", 30)
     wait_for(lambda: len(client.lookup(KEYS)) == 20, "and found again", 10)
     client.close()
+
+
+def shard_pids() -> list[int]:
+    """Processes of shard actors that this driver's Ray has started."""
+    mine = psutil.Process().children(recursive=True)
+    return [p.pid for p in mine if p.is_running() and "ray::Shard" in " ".join(p.cmdline())]
+
+
+def test_sigkill_of_a_shard_while_lookups_run_costs_no_hits(shards: dict[str, Any]) -> None:
+    two = replace(SETTINGS, replicas=2)
+    others = set(shard_pids())
+    names = create_shards(two, prefix="relay-directory-pair")
+    wait_for_shards(names)
+    owner, reader = DirectoryClient(names, two), DirectoryClient(list(names), two)
+    owner.start_owner(ME, lambda: ALL)
+    found: list[Answers[Located]] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            found.append(reader.lookup(KEYS))
+
+    looking = threading.Thread(target=look, name="test-lookups")
+    looking.start()
+    try:
+        wait_for(lambda: len(found) > 20, "lookups run", 20)
+        republished = owner.stats()["republished"]
+        victim = (set(shard_pids()) - others).pop()
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: owner.stats()["republished"] > republished, "it is back and filled", 30)
+        at = len(found)
+        wait_for(lambda: len(found) > at + 20, "lookups run on", 20)
+    finally:
+        stop.set()
+        looking.join(20)
+        owner.close()
+    assert victim not in shard_pids()
+    assert [x for x in found if x.keys() != set(KEYS)] == [], "zero misses"
+    kill_shards("relay-directory-pair")
+    assert "relay-directory-pair" not in find_names()
+
+
+def test_resize_over_ray(shards: dict[str, Any]) -> None:
+    first = create_shards(replace(SETTINGS, shards=1), prefix="relay-directory-grow")
+    wait_for_shards(first)
+    client, reader = DirectoryClient(first, SETTINGS), DirectoryClient(list(first), SETTINGS)
+    client.start_owner(ME, lambda: ALL)
+    lease = reader.lease(KEYS, holder=WorkerId("w1"), ttl_s=30)
+    names = [f"relay-directory-grow-{i}" for i in range(3)]
+    operator = DirectoryOperator.of(list(first))
+    view = operator.resize(names, start=lambda n: create_shard(n, SETTINGS, detached=True), end=ray.kill)
+    assert (view.epoch, view.shards) == (1, tuple(names))
+    wait_for(lambda: len(reader.lookup(KEYS)) == 20, "moved", 20)
+    assert all(reader.renew(list(lease.values()), ttl_s=30).values())
+    reader.release(list(lease.values()))
+    per_shard = DirectoryOperator.of(names).stats()
+    wait_for(lambda: sum(s["segments"] for s in DirectoryOperator.of(names).stats().values()) == 20, "swept")
+    assert per_shard.keys() == set(names)
+    ended: list[str] = []
+    DirectoryOperator.of(names).resize(names[:1], start=pytest.fail, end=ended.append)
+    assert ended == names[1:]
+    wait_for(lambda: len(reader.lookup(KEYS)) == 20, "moved back", 20)
+    client.close()
+    kill_shards("relay-directory-grow")

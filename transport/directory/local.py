@@ -105,8 +105,14 @@ class LocalDirectory:
         with self._lock:
             return {**self._table.stats(self._clock()), "shards_up": 1.0}
 
-    def start_owner(self, owner: Owner, segments_source: Callable[[], Sequence[Segment]]) -> None:
-        """Same call as `DirectoryClient.start_owner`, without its heartbeat: this table never restarts."""
+    def start_owner(
+        self,
+        owner: Owner,
+        segments_source: Callable[[], Sequence[Segment]],
+        on_evicted: Callable[[Sequence[Segment]], None] | None = None,
+    ) -> None:
+        """Same call as `DirectoryClient.start_owner`, without its heartbeat: this table never restarts, and
+        has no operators."""
         self.announce(owner)
         held = segments_source()
         if held:

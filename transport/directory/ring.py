@@ -41,9 +41,25 @@ class Ring:
 
     def shard(self, key: SegmentKey) -> str:
         """The shard that is responsible for `key`."""
+        return self._names[bisect.bisect_right(self._points, self._place(key)) % len(self._names)]
+
+    @staticmethod
+    def _place(key: SegmentKey) -> int:
         # The space is part of the hash, so that one popular prompt of many tenants does not meet one shard.
-        at = bisect.bisect_right(self._points, _point(key.space.encode() + b"\0" + key.digest))
-        return self._names[at % len(self._names)]
+        return _point(key.space.encode() + b"\0" + key.digest)
+
+    def replicas(self, key: SegmentKey, count: int) -> tuple[str, ...]:
+        """The first `count` distinct shards from the key on, the responsible one first; fewer where there are
+        not so many."""
+        at = bisect.bisect_right(self._points, self._place(key))
+        if count == 1:
+            return (self._names[at % len(self._names)],)
+        out: dict[str, None] = {}
+        for step in range(len(self._names)):
+            out.setdefault(self._names[(at + step) % len(self._names)])
+            if len(out) == min(count, len(self.shards)):
+                break
+        return tuple(out)
 
     def split(self, keys: Iterable[SegmentKey]) -> dict[str, list[SegmentKey]]:
         """Group keys by their shard, keeping their order."""

@@ -1,126 +1,295 @@
 """The Ray shell of one directory shard: a named actor that restarts empty. It decides nothing.
 
-It tells its own incarnation in every reply to an announcement, so that owners notice a restart and publish
-again what they hold. Tensors never pass through here. It does not know which keys are its own.
+Every reply tells the shard's own incarnation, so that owners notice a restart and publish again what they
+hold, and the epoch of the membership it knows, so that callers notice a resize. Tensors never pass through
+here. It does not know which keys are its own.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
 
 import ray
+import ray.exceptions
+import ray.util
 
-from transport.directory.table import Announced, Candidate, CopyId, Table
+from transport.directory import wire
+from transport.directory.operating import OperatedTable
+from transport.directory.view import View
 from transport.settings import DirectorySettings
-from transport.types import Lease, LeaseId, Located, Owner, Segment, SegmentKey, WorkerId
+from transport.types import LeaseId, WorkerId
+
+logger = logging.getLogger(__name__)
+
+MAX_PAGE: Final = 1_000
+"""Rows of one page of an operator's call; a larger limit is cut to it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ShardReply:
-    """Reply to announce and publish: the table's verdict, and which life of the shard gave it."""
-
-    shard_incarnation: int
-    verdict: Announced
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 class Shard:
-    """One table behind method calls, on this process's monotonic clock. Run as a Ray actor by
+    """One table behind calls in bytes, on this process's monotonic clock. Run as a Ray actor by
     `create_shards`; usable as a plain object in tests, which may bring a clock of their own."""
 
     def __init__(
-        self, name: str, owner_timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        settings: DirectorySettings,
+        clock: Callable[[], float] = time.monotonic,
+        first: Sequence[str] = (),
     ) -> None:
+        """first: the shards that the directory starts with; none for one added later, which is told."""
+        self.name = name
         self.incarnation = time.time_ns()
+        self.view = View(0, tuple(first))
+        self._settings = settings
         self._clock = clock
-        self._table = Table(owner_timeout_s=owner_timeout_s, lease_prefix=f"{name}:{self.incarnation}:")
+        self._table = OperatedTable(
+            owner_timeout_s=settings.owner_timeout_s,
+            lease_prefix=f"{name}:{self.incarnation}:",
+            max_lease_s=settings.max_lease_s,
+            max_pin_s=settings.max_pin_s,
+            max_leases=settings.max_leases,
+        )
+        self._methods: Mapping[str, Callable[..., Any]] = {
+            "announce": self._announce,
+            "publish": self._publish,
+            "lookup": self._lookup,
+            "lease": self._lease,
+            "renew": self._renew,
+            "release": self._release,
+            "candidates": self._candidates,
+            "evict_copies": self._evict_copies,
+            "retire": self._retire,
+            "retract": self._retract,
+            "drop_owner": self._drop_owner,
+            "page": self._page,
+            "wish": self._wish,
+            "pin": self._pin,
+            "unpin": self._unpin,
+            "pin_copies": self._pin_copies,
+            "stats": self._stats,
+            "settings": self._tell_settings,
+            "view": self._view,
+            "set_view": self._set_view,
+        }
+        self._resident_at_start = resident_bytes()
 
-    def announce(self, owner: Owner) -> ShardReply:
-        """See Table.announce."""
-        return ShardReply(self.incarnation, self._table.announce(owner, self._clock()))
+    def serve(self, method: str, request: bytes) -> bytes:
+        """Answer one call; see `wire`.
 
-    def publish(self, owner: Owner, segments: Sequence[Segment]) -> ShardReply:
-        """See Table.publish."""
-        return ShardReply(self.incarnation, self._table.publish(owner, segments, self._clock()))
+        Raises:
+            MalformedMessage: bytes that are no such call. KeyError: no such method.
+        """
+        epoch, arguments = wire.unpack_request(request)
+        if epoch < self.view.epoch and method in wire.PLACED:
+            # Who splits keys by an older list of shards would enter or miss them at the wrong one.
+            return self._reply(wire.MOVED, self.view, None)
+        result = self._methods[method](*arguments)
+        return self._reply(wire.OK, self.view if epoch < self.view.epoch else None, result)
 
-    def lookup(self, keys: Sequence[SegmentKey], near: WorkerId | None) -> dict[SegmentKey, Located]:
-        """See Table.lookup."""
-        return self._table.lookup(keys, self._clock(), near=near)
+    def _reply(self, status: int, view: View | None, result: Any) -> bytes:
+        return wire.pack_reply(wire.Reply(status, self.view.epoch, self.incarnation, view, result))
 
-    def lease(self, keys: Sequence[SegmentKey], holder: WorkerId, ttl_s: float) -> dict[SegmentKey, Lease]:
-        """See Table.lease."""
-        return self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s)
+    # -- one method per call: unpack, ask the table, pack -----------------------------------------------
 
-    def renew(self, leases: Sequence[LeaseId], ttl_s: float) -> dict[LeaseId, bool]:
-        """See Table.renew."""
-        return self._table.renew(leases, self._clock(), ttl_s=ttl_s)
+    def _announce(self, owner: Any) -> Any:
+        return wire.pack_announced(self._table.announce(wire.OWNER.of(owner), self._clock()))
 
-    def release(self, leases: Sequence[LeaseId]) -> None:
-        """See Table.release."""
-        self._table.release(leases, self._clock())
+    def _publish(self, owner: Any, segments: Any) -> Any:
+        held = wire.unpack_segments(segments, packed=True)
+        return wire.pack_announced(self._table.publish(wire.OWNER.of(owner), held, self._clock()))
 
-    def candidates(self, owner: Owner, nbytes: int) -> list[Candidate]:
-        """See Table.candidates."""
-        return self._table.candidates(owner, nbytes, self._clock())
+    def _lookup(self, keys: Any, near: Any) -> Any:
+        wanted = wire.unpack_keys(keys)
+        reader = None if near is None else WorkerId(wire.expect(near, str))
+        return wire.pack_located(self._table.lookup(wanted, self._clock(), near=reader), wanted)
 
-    def evict_copies(self, owner: Owner, copies: Sequence[CopyId]) -> tuple[Segment, ...]:
-        """See Table.evict_copies."""
-        return self._table.evict_copies(owner, copies, self._clock())
+    def _lease(self, keys: Any, holder: Any, ttl_s: Any) -> Any:
+        wanted = wire.unpack_keys(keys)
+        reader = WorkerId(wire.expect(holder, str))
+        granted = self._table.lease(wanted, self._clock(), holder=reader, ttl_s=wire.expect(ttl_s, float))
+        return wire.pack_leases(granted, wanted)
 
-    def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:
-        """See Table.retract."""
-        self._table.retract(owner, segments, self._clock())
+    def _renew(self, leases: Any, ttl_s: Any) -> Any:
+        ids = [LeaseId(wire.expect(x, str)) for x in wire.array(leases)]
+        held = self._table.renew(ids, self._clock(), ttl_s=wire.expect(ttl_s, float))
+        return [held[i] for i in ids]
 
-    def drop_owner(self, worker: WorkerId, incarnation: int) -> None:
-        """See Table.drop_owner."""
-        self._table.drop_owner(worker, incarnation, self._clock())
+    def _release(self, leases: Any) -> None:
+        self._table.release([LeaseId(wire.expect(x, str)) for x in wire.array(leases)], self._clock())
 
-    def stats(self) -> dict[str, float]:
-        """See Table.stats."""
-        return self._table.stats(self._clock())
+    def _candidates(self, owner: Any, nbytes: Any) -> Any:
+        offers = self._table.candidates(wire.OWNER.of(owner), wire.expect(nbytes, int), self._clock())
+        return wire.pack_candidates(offers)
+
+    def _evict_copies(self, owner: Any, copies: Any) -> Any:
+        named = wire.unpack_copies(copies)
+        return wire.pack_segments(self._table.evict_copies(wire.OWNER.of(owner), named, self._clock()))
+
+    def _retire(self, owner: Any, copies: Any) -> Any:
+        return self._table.retire(wire.OWNER.of(owner), wire.unpack_copies(copies), self._clock())
+
+    def _retract(self, owner: Any, segments: Any) -> None:
+        held = wire.unpack_segments(segments, packed=True)
+        self._table.retract(wire.OWNER.of(owner), held, self._clock())
+
+    def _drop_owner(self, worker: Any, incarnation: Any) -> None:
+        name = WorkerId(wire.expect(worker, str))
+        self._table.drop_owner(name, wire.expect(incarnation, int), self._clock())
+
+    def _page(self, chosen: Any, after: Any, limit: Any) -> Any:
+        rows, where = wire.FILTER.unpack(chosen), wire.unpack_cursor(after)
+        return wire.pack_page(self._table.page(rows, self._clock(), after=where, limit=_limit(limit)))
+
+    def _wish(self, worker: Any, copies: Any) -> int:
+        owner = WorkerId(wire.expect(worker, str))
+        return self._table.wish(owner, wire.unpack_copies(copies), self._clock())
+
+    def _pin(self, chosen: Any, name: Any, ttl_s: Any, after: Any, limit: Any) -> Any:
+        page = self._table.pin(
+            wire.FILTER.unpack(chosen),
+            self._clock(),
+            name=wire.expect(name, str),
+            ttl_s=wire.expect(ttl_s, float),
+            after=wire.unpack_cursor(after),
+            limit=_limit(limit),
+        )
+        return wire.pack_page(page)
+
+    def _unpin(self, chosen: Any, name: Any, after: Any, limit: Any) -> Any:
+        page = self._table.unpin(
+            wire.FILTER.unpack(chosen),
+            self._clock(),
+            name=wire.expect(name, str),
+            after=wire.unpack_cursor(after),
+            limit=_limit(limit),
+        )
+        return wire.pack_page(page)
+
+    def _pin_copies(self, worker: Any, copies: Any, name: Any, ttl_s: Any) -> int:
+        return self._table.pin_copies(
+            WorkerId(wire.expect(worker, str)),
+            wire.unpack_copies(copies),
+            self._clock(),
+            name=wire.expect(name, str),
+            ttl_s=wire.expect(ttl_s, float),
+        )
+
+    def _stats(self) -> dict[str, float]:
+        grown = max(0, resident_bytes() - self._resident_at_start)
+        return {**self._table.stats(self._clock()), "memory_bytes": grown}
+
+    def _tell_settings(self) -> Any:
+        return wire.SETTINGS.pack(self._settings)
+
+    def _view(self) -> Any:
+        return wire.pack_view(self.view)
+
+    def _set_view(self, view: Any) -> Any:
+        told = wire.unpack_view(view)
+        if told.epoch > self.view.epoch:
+            self.view = told
+        return wire.pack_view(self.view)
+
+
+def _limit(value: Any) -> int:
+    return max(1, min(wire.expect(value, int), MAX_PAGE))
+
+
+_NAME: Final = re.compile(r"(relay-directory[\w-]*?)-(\d+)")
+DEFAULT_PREFIX: Final = "relay-directory"
+
+
+def shard_name(prefix: str, index: int) -> str:
+    """Actor name of the shard with this index, from 0."""
+    return f"{prefix}-{index}"
+
+
+def create_shard(
+    name: str,
+    settings: DirectorySettings,
+    *,
+    first: Sequence[str] = (),
+    detached: bool = False,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """Start (or find) one shard actor in the current Ray namespace and return its handle.
+
+    Args:
+        first: see Shard.
+        detached: outlive the driver that starts it.
+        options: further actor options, for example scheduling.
+    """
+    actor: Any = ray.remote(Shard)
+    chosen: dict[str, Any] = {
+        "name": name,
+        "get_if_exists": True,
+        "lifetime": "detached" if detached else None,
+        "max_restarts": -1,
+        # A retried publish could revive what its owner has evicted meanwhile; callers decide themselves.
+        "max_task_retries": 0,
+        "num_cpus": 0,
+        **(options or {}),
+    }
+    return actor.options(**chosen).remote(name, settings, first=tuple(first))
 
 
 def create_shards(
     settings: DirectorySettings,
     *,
-    prefix: str = "relay-directory",
+    prefix: str = DEFAULT_PREFIX,
     detached: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Start (or find) the shard actors of a running Ray cluster.
-
-    Args:
-        prefix: actor names are "<prefix>-<i>", in the current Ray namespace.
-        detached: outlive the driver that starts them.
-        options: further actor options, for example scheduling.
+    """Start (or find) the shard actors of a running Ray cluster, named "<prefix>-<i>".
 
     Returns:
         name -> actor handle, as `DirectoryClient` takes it.
     """
-    actor = ray.remote(Shard)
-    shards: dict[str, Any] = {}
-    for i in range(settings.shards):
-        name = f"{prefix}-{i}"
-        shards[name] = actor.options(
-            name=name,
-            get_if_exists=True,
-            lifetime="detached" if detached else None,
-            max_restarts=-1,
-            # A retried publish could revive what its owner has evicted meanwhile; callers decide themselves.
-            max_task_retries=0,
-            num_cpus=0,
-            **(options or {}),
-        ).remote(name, settings.owner_timeout_s)
-    return shards
+    names = [shard_name(prefix, i) for i in range(settings.shards)]
+    return {
+        name: create_shard(name, settings, first=names, detached=detached, options=options) for name in names
+    }
 
 
-def find_shards(settings: DirectorySettings, *, prefix: str = "relay-directory") -> dict[str, Any]:
+def kill_shards(prefix: str) -> None:
+    """End every shard actor of that prefix in the current namespace, whoever started it: a resize from
+    another process adds some. Never raises for one that is gone."""
+    for name in find_names().get(prefix, ()):
+        try:
+            ray.kill(ray.get_actor(name))
+        except (ray.exceptions.RayError, ValueError) as fault:
+            logger.warning("directory shard %s could not be ended: %s", name, fault)
+
+
+def find_names() -> dict[str, tuple[str, ...]]:
+    """Shard actors of the current namespace by their prefix: one entry per directory."""
+    out: dict[str, list[tuple[int, str]]] = {}
+    for name in ray.util.list_named_actors():
+        match = _NAME.fullmatch(str(name))
+        if match:
+            out.setdefault(match[1], []).append((int(match[2]), match[0]))
+    return {prefix: tuple(name for _, name in sorted(found)) for prefix, found in out.items()}
+
+
+def find_shards(settings: DirectorySettings, *, prefix: str = DEFAULT_PREFIX) -> dict[str, Any]:
     """Handles of shards that `create_shards` has started, by name.
 
     Raises:
         ValueError: (from Ray) no actor of that name in this namespace.
     """
-    names = [f"{prefix}-{i}" for i in range(settings.shards)]
+    names = [shard_name(prefix, i) for i in range(settings.shards)]
     return {name: ray.get_actor(name) for name in names}

@@ -10,11 +10,13 @@ I/O. It does not know of Ray, of torch, of shards, or of the bytes it describes.
 
 from __future__ import annotations
 
-import heapq
+import math
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
+from transport.directory.leases import LeaseBook
 from transport.types import (
     Lease,
     LeaseId,
@@ -29,6 +31,9 @@ from transport.types import (
 CopyId = tuple[SegmentKey, str]
 """(key, variant): names a copy among those of one owner."""
 
+_FENCES: Final = 65_536
+_WISHES_PER_REPLY: Final = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Announced:
@@ -38,10 +43,12 @@ class Announced:
         fenced_by: the newer incarnation that replaced the announcer, or None when it was accepted.
         known: False when the table held nothing of this life of the owner, which must then publish
             again all that it holds.
+        wishes: copies that an operator wants evicted; the owner does it, if they are still unleased.
     """
 
     fenced_by: int | None
     known: bool
+    wishes: tuple[CopyId, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,8 @@ class _Copy:
     segment: Segment
     worker: WorkerId
     used_at: float
-    leases: set[LeaseId] = field(default_factory=set)
+    nbytes: int
+    leases: set[LeaseId] | None = None
 
 
 @dataclass(slots=True)
@@ -71,14 +79,7 @@ class _OwnerState:
     owner: Owner
     seen_at: float
     copies: OrderedDict[CopyId, _Copy] = field(default_factory=OrderedDict)  # least recently used first
-
-
-@dataclass(slots=True)
-class _LeaseState:
-    copy: _Copy
-    holder: WorkerId
-    holder_incarnation: int | None
-    expires_at: float
+    wishes: dict[CopyId, None] = field(default_factory=dict[CopyId, None])
 
 
 class Table:
@@ -87,36 +88,54 @@ class Table:
     Args:
         owner_timeout_s: an owner silent for longer is dropped.
         lease_prefix: makes lease ids unique over shards and restarts.
+        max_lease_s, max_pin_s: a longer lease or pin is granted for so long.
+        max_leases: of one holder, and of all pins together; further ones are refused and counted.
     """
 
-    def __init__(self, *, owner_timeout_s: float, lease_prefix: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        owner_timeout_s: float,
+        lease_prefix: str = "",
+        max_lease_s: float = math.inf,
+        max_pin_s: float = math.inf,
+        max_leases: int = 1 << 20,
+    ) -> None:
         self._owner_timeout_s = owner_timeout_s
-        self._lease_prefix = lease_prefix
-        self._owners: dict[WorkerId, _OwnerState] = {}
-        self._fences: dict[WorkerId, int] = {}  # incarnations up to this one are refused
-        self._segments: dict[SegmentKey, dict[tuple[str, WorkerId], _Copy]] = {}
-        self._leases: dict[LeaseId, _LeaseState] = {}
-        self._expiries: list[tuple[float, LeaseId]] = []
-        self._granted = 0
+        self._max_lease_s = max_lease_s
+        self._max_pin_s = max_pin_s
+        self._owners: OrderedDict[WorkerId, _OwnerState] = OrderedDict()  # longest silent first
+        # Incarnations up to this one are refused. Bounded: a fence that is forgotten raises the floor, below
+        # which nobody unknown is admitted, so that forgetting never lets a fenced life back in.
+        self._fences: OrderedDict[WorkerId, int] = OrderedDict()
+        self._floor: int | None = None
+        self._segments: dict[SegmentKey, list[_Copy]] = {}
+        self._leases: LeaseBook[_Copy] = LeaseBook(lease_prefix, max_leases)
         self._nbytes = 0
         self._dropped_owners = 0
-        self._expired_leases = 0
 
     # -- owners ----------------------------------------------------------------------------------------
 
     def announce(self, owner: Owner, now: float) -> Announced:
         """Heartbeat. A newer incarnation drops all that the older one held."""
         self.tick(now)
-        return self._admit(owner, now)
+        admitted = self._admit(owner, now)
+        if admitted.fenced_by is not None or not self._owners[owner.worker].wishes:
+            return admitted
+        wishes = self._owners[owner.worker].wishes
+        told = tuple(wishes)[:_WISHES_PER_REPLY]
+        for copy_id in told:
+            del wishes[copy_id]  # one that gets lost on the way is wished again by the operator
+        return Announced(None, admitted.known, told)
 
     def drop_owner(self, worker: WorkerId, incarnation: int, now: float) -> None:
         """Forget a dead owner. Its incarnation is fenced, so that a late publish does not revive it."""
         self.tick(now)
-        self._fences[worker] = max(incarnation, self._fences.get(worker, incarnation))
+        self._fence(worker, incarnation)
         state = self._owners.get(worker)
         if state is not None and state.owner.incarnation <= incarnation:
             self._forget_owner(worker)
-        self._drop_held_leases(worker, incarnation)
+        self._leases.end_held(worker, incarnation)
 
     # -- segments --------------------------------------------------------------------------------------
 
@@ -134,8 +153,8 @@ class Table:
     def lookup(
         self, keys: Iterable[SegmentKey], now: float, *, near: WorkerId | None = None
     ) -> dict[SegmentKey, Located]:
-        """The best complete copy of each key: an exact one before a rectified one, then the nearest. Changes
-        nothing: no lease, no LRU."""
+        """The best complete copy of each key: exact before rectified, then the nearest, then that of the
+        owner with the fewest leased bytes. Changes nothing: no lease, no LRU."""
         self.tick(now)
         node = self._node(near)
         found = {key: self._choose(key, near, node) for key in dict.fromkeys(keys)}
@@ -144,21 +163,20 @@ class Table:
     def lease(
         self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float
     ) -> dict[SegmentKey, Lease]:
-        """Pin the best complete copy of each key, as `lookup` finds it; absent keys are omitted."""
+        """Lease the best complete copy of each key, as `lookup` finds it; absent keys are omitted, and so is
+        what exceeds the holder's limit."""
         self.tick(now)
         node = self._node(holder)
-        state = self._owners.get(holder)
-        incarnation = None if state is None else int(state.owner.incarnation)
+        ttl_s = min(ttl_s, self._max_lease_s)
+        life = self._owners[holder].owner.incarnation if holder in self._owners else None
         out: dict[SegmentKey, Lease] = {}
         for key in dict.fromkeys(keys):
             copy = self._choose(key, holder, node)
             if copy is None:
                 continue
-            self._granted += 1
-            lease_id = LeaseId(f"{self._lease_prefix}{self._granted}")
-            self._leases[lease_id] = _LeaseState(copy, holder, incarnation, now + ttl_s)
-            heapq.heappush(self._expiries, (now + ttl_s, lease_id))
-            copy.leases.add(lease_id)
+            lease_id = self._leases.grant(copy, holder, life, now, ttl_s)
+            if lease_id is None:
+                continue
             self._touch(copy, now)
             out[key] = Lease(lease_id, self._located(copy), holder, ttl_s)
         return out
@@ -166,20 +184,14 @@ class Table:
     def renew(self, leases: Iterable[LeaseId], now: float, *, ttl_s: float) -> dict[LeaseId, bool]:
         """Extend live leases to `now + ttl_s`; never shortens one."""
         self.tick(now)
-        out: dict[LeaseId, bool] = {}
-        for lease_id in leases:
-            state = self._leases.get(lease_id)
-            out[lease_id] = state is not None
-            if state is not None and now + ttl_s > state.expires_at:
-                state.expires_at = now + ttl_s
-                heapq.heappush(self._expiries, (state.expires_at, lease_id))
-        return out
+        ttl_s = min(ttl_s, self._max_lease_s)
+        return {lease_id: self._leases.renew(lease_id, now + ttl_s) for lease_id in leases}
 
     def release(self, leases: Iterable[LeaseId], now: float) -> None:
         """Unpin. Unknown leases are ignored."""
         self.tick(now)
         for lease_id in leases:
-            self._end_lease(lease_id)
+            self._leases.end(lease_id)
 
     # -- eviction --------------------------------------------------------------------------------------
 
@@ -193,8 +205,8 @@ class Table:
                 break
             if copy.leases or not copy.segment.complete:
                 continue
-            out.append(Candidate(key, variant, copy.segment.nbytes, now - copy.used_at))
-            covered += copy.segment.nbytes
+            out.append(Candidate(key, variant, copy.nbytes, now - copy.used_at))
+            covered += copy.nbytes
         return out
 
     def evict_copies(self, owner: Owner, copies: Iterable[CopyId], now: float) -> tuple[Segment, ...]:
@@ -208,6 +220,22 @@ class Table:
                 self._remove(copy)
                 out.append(copy.segment)
         return tuple(out)
+
+    def retire(self, owner: Owner, copies: Sequence[CopyId], now: float) -> list[int]:
+        """Remove those of `copies` that are unleased; which of them (by index) stay because they are leased.
+        Where another table has given a copy up, or has it now, this one agrees or says that it cannot."""
+        self.tick(now)
+        held = self._live_copies(owner)
+        kept: list[int] = []
+        for at, copy_id in enumerate(copies):
+            copy = held.get(copy_id)
+            if copy is None:
+                continue
+            if copy.leases:
+                kept.append(at)
+            else:
+                self._remove(copy)
+        return kept
 
     def retract(self, owner: Owner, segments: Iterable[Segment], now: float) -> None:
         """Remove these very copies, leased or not: their owner frees the blocks. A copy of other blocks under
@@ -228,34 +256,32 @@ class Table:
 
     def tick(self, now: float) -> None:
         """Reap what time has ended: leases past their expiry, owners silent for too long."""
-        while self._expiries and self._expiries[0][0] <= now:
-            _, lease_id = heapq.heappop(self._expiries)
-            state = self._leases.get(lease_id)
-            if state is not None and state.expires_at <= now:
-                self._end_lease(lease_id)
-                self._expired_leases += 1
-        silent = [w for w, s in self._owners.items() if now - s.seen_at > self._owner_timeout_s]
-        for worker in silent:
+        self._leases.expire(now)
+        while self._owners:
+            worker, state = next(iter(self._owners.items()))
+            if now - state.seen_at <= self._owner_timeout_s:
+                break
             self._forget_owner(worker)
             self._dropped_owners += 1
 
     def stats(self, now: float) -> dict[str, float]:
-        """segments (copies), keys, leases, owners, bytes, dropped_owners, expired_leases."""
+        """segments (copies), keys, owners, bytes, fences, wishes, dropped_owners, and LeaseBook's."""
         self.tick(now)
         return {
             "segments": sum(len(s.copies) for s in self._owners.values()),
             "keys": len(self._segments),
-            "leases": len(self._leases),
             "owners": len(self._owners),
             "bytes": self._nbytes,
+            "fences": len(self._fences),
+            "wishes": sum(len(s.wishes) for s in self._owners.values()),
             "dropped_owners": self._dropped_owners,
-            "expired_leases": self._expired_leases,
+            **self._leases.stats(now),
         }
 
     # -- inside ----------------------------------------------------------------------------------------
 
     def _admit(self, owner: Owner, now: float) -> Announced:
-        fence = self._fences.get(owner.worker)
+        fence = self._fences.get(owner.worker, self._floor)
         if fence is not None and owner.incarnation <= fence:
             return Announced(fenced_by=fence, known=False)
         state = self._owners.get(owner.worker)
@@ -264,14 +290,25 @@ class Table:
         if state is not None and owner.incarnation == state.owner.incarnation:
             state.owner = owner  # addresses may have changed
             state.seen_at = now
+            self._owners.move_to_end(owner.worker)
             return Announced(fenced_by=None, known=True)
         if state is not None:
             self._forget_owner(owner.worker)
         # Every older life is fenced for good, even when this one is later dropped for its silence.
-        self._fences[owner.worker] = owner.incarnation - 1
-        self._drop_held_leases(owner.worker, owner.incarnation - 1)
         self._owners[owner.worker] = _OwnerState(owner, now)
+        self._fence(owner.worker, owner.incarnation - 1)
+        self._leases.end_held(owner.worker, owner.incarnation - 1)
         return Announced(fenced_by=None, known=False)
+
+    def _fence(self, worker: WorkerId, incarnation: int) -> None:
+        self._fences[worker] = max(incarnation, self._fences.get(worker, incarnation))
+        self._fences.move_to_end(worker)
+        while len(self._fences) > max(_FENCES, len(self._owners)):
+            oldest, fence = self._fences.popitem(last=False)
+            if oldest in self._owners:
+                self._fences[oldest] = fence
+            else:
+                self._floor = fence if self._floor is None else max(self._floor, fence)
 
     def _enter(self, state: _OwnerState, segment: Segment, now: float) -> None:
         copy_id = (segment.key, segment.variant)
@@ -282,41 +319,28 @@ class Table:
             return
         if old is not None:
             self._remove(old)
-        copy = _Copy(segment, state.owner.worker, now)
+        copy = _Copy(segment, state.owner.worker, now, segment.nbytes)
         state.copies[copy_id] = copy
-        self._segments.setdefault(segment.key, {})[(segment.variant, copy.worker)] = copy
-        self._nbytes += segment.nbytes
+        self._segments.setdefault(segment.key, []).append(copy)
+        self._nbytes += copy.nbytes
 
     def _remove(self, copy: _Copy) -> None:
         key, variant = copy.segment.key, copy.segment.variant
-        for lease_id in tuple(copy.leases):
-            self._end_lease(lease_id)
-        del self._owners[copy.worker].copies[(key, variant)]
-        copies = self._segments[key]
-        del copies[(variant, copy.worker)]
-        if not copies:
+        self._leases.end_all(copy)
+        state = self._owners[copy.worker]
+        del state.copies[(key, variant)]
+        state.wishes.pop((key, variant), None)
+        copies = [c for c in self._segments[key] if c is not copy]
+        if copies:
+            self._segments[key] = copies
+        else:
             del self._segments[key]
-        self._nbytes -= copy.segment.nbytes
+        self._nbytes -= copy.nbytes
 
     def _forget_owner(self, worker: WorkerId) -> None:
         for copy in tuple(self._owners[worker].copies.values()):
             self._remove(copy)
         del self._owners[worker]
-
-    def _drop_held_leases(self, holder: WorkerId, up_to: int) -> None:
-        # A lease taken before the holder's first announcement has no incarnation: it is of an older life.
-        gone = [
-            lease_id
-            for lease_id, s in self._leases.items()
-            if s.holder == holder and (s.holder_incarnation is None or s.holder_incarnation <= up_to)
-        ]
-        for lease_id in gone:
-            self._end_lease(lease_id)
-
-    def _end_lease(self, lease_id: LeaseId) -> None:
-        state = self._leases.pop(lease_id, None)
-        if state is not None:
-            state.copy.leases.discard(lease_id)
 
     def _touch(self, copy: _Copy, now: float) -> None:
         copy.used_at = now
@@ -333,17 +357,29 @@ class Table:
         return None if state is None else state.owner.node
 
     def _choose(self, key: SegmentKey, near: WorkerId | None, node: NodeId | None) -> _Copy | None:
-        best: tuple[bool, int, float, str, str] | None = None
-        chosen: _Copy | None = None
-        for (variant, worker), copy in self._segments.get(key, {}).items():
-            if not copy.segment.complete:
-                continue
-            same_node = node is not None and self._owners[worker].owner.node == node
-            distance = 0 if worker == near else 1 if same_node else 2
-            rank = (copy.segment.rectified, distance, -copy.used_at, variant, worker)
-            if best is None or rank < best:
-                best, chosen = rank, copy
-        return chosen
+        copies = self._segments.get(key)
+        if copies is None:
+            return None
+        if len(copies) == 1:
+            return copies[0] if copies[0].segment.complete else None
+        ranked = [c for c in copies if c.segment.complete]
+        return min(ranked, key=lambda c: self._rank(c, near, node), default=None)
+
+    def _rank(
+        self, copy: _Copy, near: WorkerId | None, node: NodeId | None
+    ) -> tuple[bool, int, int, float, str, str]:
+        state = self._owners[copy.worker]
+        same_node = node is not None and state.owner.node == node
+        distance = 0 if copy.worker == near else 1 if same_node else 2
+        segment = copy.segment
+        return (
+            segment.rectified,
+            distance,
+            self._leases.load(copy.worker),
+            -copy.used_at,
+            segment.variant,
+            copy.worker,
+        )
 
     def _located(self, copy: _Copy) -> Located:
         return Located(copy.segment, self._owners[copy.worker].owner)
