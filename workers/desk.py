@@ -15,7 +15,7 @@ from transport.arena import Arena
 from transport.auto import make_transport
 from transport.base import Transport
 from transport.directory.local import LocalDirectory
-from transport.settings import DirectorySettings, TransportSettings
+from transport.settings import DirectorySettings, SpillSettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, WorkerId
 from workers.agent import AgentWorker
 from workers.methods.base import ModelProfile
@@ -45,6 +45,7 @@ class Desk:
     def close(self) -> None:
         """Stop the worker and let go of its memory. Idempotent."""
         self.agent.close()
+        self.agent.store.close()
         # Or the backend, which finds arenas of this process by name, would keep this one for ever.
         self.transport.close()
 
@@ -80,6 +81,7 @@ def open_desk(
     arena_blocks: int,
     settings: WorkerSettings | None = None,
     directory: LocalDirectory | None = None,
+    spill: SpillSettings | None = None,
 ) -> Desk:
     """A worker named `name`.
 
@@ -89,6 +91,7 @@ def open_desk(
         arena_blocks: blocks for published segments; a block holds layout.block_tokens tokens.
         settings: of the worker.
         directory: shared by the workers that find each other's segments; None: one of its own.
+        spill: where evicted segments go; None: nowhere.
     """
     incarnation = Incarnation(time.time_ns())
     nbytes = loaded.layout.block_nbytes
@@ -109,6 +112,7 @@ def open_desk(
         shared,
         lease_ttl_s=DirectorySettings().lease_ttl_s,
         pull_timeout_s=transport_settings.pull_timeout_s,
+        spill=spill,
     )
     agent = AgentWorker(owner.worker, owner.node, loaded, profile, settings or WorkerSettings(), store)
     return Desk(agent, arena, shared, owner, transport)

@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from transport.arena import Arena
 from transport.auto import AutoTransport
 from transport.base import Answers, KVDirectory
 from transport.errors import ArenaFull, RelayError
+from transport.settings import SpillSettings
 from transport.types import (
     BlockId,
     Incarnation,
@@ -39,12 +40,14 @@ log = logging.getLogger(__name__)
 _NO_ANSWER: Final = "the directory shard of this key does not answer"
 Life = tuple[WorkerId, Incarnation]
 """One life of a worker."""
+AskOwner = Callable[[Owner, Sequence[SegmentKey]], Collection[SegmentKey]]
+"""Have the owner promote segments; those that are in its arena then. Bounded in time; raises RelayError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Miss:
     """Why a wanted segment is not there. reason: an Outcome value, "not_found", "arena_full",
-    "directory_down" or "transport_error"."""
+    "directory_down", "transport_error" or "not_promoted"."""
 
     reason: str
     detail: str = ""
@@ -77,7 +80,12 @@ class Acquired:
 
 
 class SegmentStore:
-    """Publishes to and pulls from the cluster on behalf of one worker. Thread-safe."""
+    """Publishes to and pulls from the cluster on behalf of one worker. Thread-safe.
+
+    Args:
+        spill: tiers behind the arena.
+        ask_owner: reaches the owner of a spilled segment; None: only this worker's own ones are promoted.
+    """
 
     def __init__(
         self,
@@ -89,6 +97,8 @@ class SegmentStore:
         *,
         lease_ttl_s: float,
         pull_timeout_s: float,
+        spill: SpillSettings | None = None,
+        ask_owner: AskOwner | None = None,
     ) -> None:
         self.owner = owner
         self._layout = layout
@@ -97,7 +107,9 @@ class SegmentStore:
         self._directory = directory
         self._lease_ttl_s = lease_ttl_s
         self._pull_timeout_s = pull_timeout_s
-        self.holding = Holding(owner, layout, arena, directory)
+        self.holding = Holding(owner, layout, arena, directory, spill)
+        self._ask_owner = ask_owner
+        self._leased = 0
         self._allocate, self._free = self.holding.allocate, self.holding.free
         self._lock = threading.Lock()  # guards what an Acquired has to give back
 
@@ -125,7 +137,9 @@ class SegmentStore:
             if worth is not None and usable:
                 chosen = worth({k: found[k] for k in usable})
                 usable = [k for k in usable if k in chosen]
+            refused = self._promote([k for k in usable if found[k].segment.spilled], found)
             leases, asked_at = self._lease(usable, got)
+            got.misses.update({k: miss for k, miss in refused.items() if k in got.misses})
             begin = time.perf_counter()
             lost: dict[Life, Outcome] = {}
             for key in usable:
@@ -162,10 +176,16 @@ class SegmentStore:
         self.release_bytes(got)
         with self._lock:
             leases, got.leases = got.leases, []
+            self._leased -= len(leases)
         if not leases:
             return
+        read = [x for x in leases if x.located.segment.key in got.hits]
+        rest = [x for x in leases if x.located.segment.key not in got.hits]
         try:
-            self._directory.release(leases)
+            if read:
+                self._directory.release(read, read=True)
+            if rest:
+                self._directory.release(rest)
         except Exception as error:  # noqa: BLE001 - leases expire by themselves; the request is done
             log.warning("%d leases are left to expire: %r", len(leases), error)
 
@@ -194,6 +214,28 @@ class SegmentStore:
         got.misses[key] = Miss(Outcome.LAYOUT_MISMATCH, detail)
         return False
 
+    def _promote(self, keys: list[SegmentKey], found: Mapping[SegmentKey, Located]) -> dict[SegmentKey, Miss]:
+        """Have spilled segments brought back by their owners, so that they can be leased; those that were
+        not, and why."""
+        by_owner: dict[Life, list[SegmentKey]] = {}
+        for key in keys:
+            by_owner.setdefault(_life(found[key].owner), []).append(key)
+        refused: dict[SegmentKey, Miss] = {}
+        for life, part in by_owner.items():
+            owner, why = found[part[0]].owner, "its owner had no room for it, or has lost it"
+            back: Collection[SegmentKey] = ()
+            if life == _life(self.owner):
+                back = self.holding.promote(part)
+            elif self._ask_owner is None:
+                why = "this worker cannot ask others to promote"
+            else:
+                try:
+                    back = self._ask_owner(owner, part)
+                except RelayError as error:
+                    why = str(error)
+            refused.update({k: Miss("not_promoted", f"{owner.worker}: {why}") for k in part if k not in back})
+        return refused
+
     def _lease(self, keys: list[SegmentKey], got: Acquired) -> tuple[Answers[Lease], float]:
         # The clock starts before the request: the directory's own count can only end later.
         asked_at = time.monotonic()
@@ -206,7 +248,9 @@ class SegmentStore:
         except RelayError as error:
             leases, detail = Answers[Lease](unanswered=keys), str(error)
         got.lease_s = time.perf_counter() - begin
-        got.leases.extend(leases.values())
+        with self._lock:
+            got.leases.extend(leases.values())
+            self._leased += len(leases)
         for key in keys:
             if key in leases.unanswered:
                 got.misses[key] = Miss("directory_down", detail)
@@ -297,10 +341,17 @@ class SegmentStore:
         num_tokens: int,
         producer: str,
         variant: str = "",
+        consumers: int = 0,
     ) -> Segment:
         """See `Holding.publish`."""
         return self.holding.publish(
-            key, fill, start=start, num_tokens=num_tokens, producer=producer, variant=variant
+            key,
+            fill,
+            start=start,
+            num_tokens=num_tokens,
+            producer=producer,
+            variant=variant,
+            consumers=consumers,
         )
 
     def withdraw(self, key: SegmentKey) -> None:
@@ -314,3 +365,17 @@ class SegmentStore:
     def evict(self, blocks: int) -> None:
         """See `Holding.evict`."""
         self.holding.evict(blocks)
+
+    def stats(self) -> dict[str, Any]:
+        """See `Holding.stats`; and leases: those that this worker has now, as a reader."""
+        with self._lock:
+            leases = self._leased
+        return {**self.holding.stats(), "leases": leases}
+
+    def close(self) -> None:
+        """See `Holding.close`."""
+        self.holding.close()
+
+
+def _life(owner: Owner) -> Life:
+    return owner.worker, owner.incarnation

@@ -72,10 +72,10 @@ class Directory(LocalDirectory):
         self._fail("lease")
         return super().lease(keys, holder=holder, ttl_s=ttl_s)
 
-    def release(self, leases: Sequence[Lease]) -> None:
+    def release(self, leases: Sequence[Lease], *, read: bool = False) -> None:
         self._fail("release")
         self.released += len(leases)
-        super().release(leases)
+        super().release(leases, read=read)
 
     def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:
         self._fail("retract")

@@ -128,9 +128,9 @@ class DirectoryClient:
             out.update({str(k): v for k, v in held.items()})
         return out
 
-    def release(self, leases: Sequence[Lease]) -> None:
+    def release(self, leases: Sequence[Lease], *, read: bool = False) -> None:
         """See KVDirectory. A shard that does not answer lets the leases expire by itself."""
-        self._ask({s: (ids,) for s, ids in self._by_shard(leases).items()}, "release")
+        self._ask({s: (ids, read) for s, ids in self._by_shard(leases).items()}, "release")
 
     def stats(self) -> dict[str, float]:
         """Totals over shards, plus what this client has seen: call_failures, republished."""
@@ -175,11 +175,13 @@ class DirectoryClient:
             raise self._unavailable("publish", failed)
 
     def evict(self, owner: Owner, *, nbytes: int) -> tuple[Segment, ...]:
-        """See KVDirectory. Oldest first over all shards: each tells how long its candidates were idle."""
+        """See KVDirectory. In one order over all shards: each tells which of its candidates were read by all
+        expected readers, and how long they were idle."""
         with self._owner_lock:
             offers = self._ask(dict.fromkeys(self._shards, (owner, nbytes)), "candidates")
             ranked = sorted(
-                ((c, s) for s, cs in offers.items() for c in cs), key=lambda pair: -pair[0].idle_s
+                ((c, s) for s, cs in offers.items() for c in cs),
+                key=lambda pair: (not pair[0].consumed, -pair[0].idle_s),
             )
             out: list[Segment] = []
             covered = 0

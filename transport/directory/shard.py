@@ -57,9 +57,9 @@ class Shard:
         """See Table.renew."""
         return self._table.renew(leases, self._clock(), ttl_s=ttl_s)
 
-    def release(self, leases: Sequence[LeaseId]) -> None:
+    def release(self, leases: Sequence[LeaseId], read: bool = False) -> None:
         """See Table.release."""
-        self._table.release(leases, self._clock())
+        self._table.release(leases, self._clock(), read=read)
 
     def candidates(self, owner: Owner, nbytes: int) -> list[Candidate]:
         """See Table.candidates."""

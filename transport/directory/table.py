@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from transport.types import (
     Lease,
@@ -50,12 +50,14 @@ class Candidate:
 
     Attributes:
         idle_s: seconds since its last use, on the table's clock; comparable between tables.
+        consumed: all its expected readers have read it; such copies go first.
     """
 
     key: SegmentKey
     variant: str
     nbytes: int
     idle_s: float
+    consumed: bool = False
 
 
 @dataclass(slots=True)
@@ -64,6 +66,11 @@ class _Copy:
     worker: WorkerId
     used_at: float
     leases: set[LeaseId] = field(default_factory=set)
+    reads: int = 0
+
+    @property
+    def consumed(self) -> bool:
+        return 0 < self.segment.consumers <= self.reads
 
 
 @dataclass(slots=True)
@@ -71,6 +78,7 @@ class _OwnerState:
     owner: Owner
     seen_at: float
     copies: OrderedDict[CopyId, _Copy] = field(default_factory=OrderedDict)  # least recently used first
+    consumed: OrderedDict[CopyId, None] = field(default_factory=OrderedDict)  # of these, in order of reading
 
 
 @dataclass(slots=True)
@@ -134,8 +142,8 @@ class Table:
     def lookup(
         self, keys: Iterable[SegmentKey], now: float, *, near: WorkerId | None = None
     ) -> dict[SegmentKey, Located]:
-        """The best complete copy of each key: an exact one before a rectified one, then the nearest. Changes
-        nothing: no lease, no LRU."""
+        """The best complete copy of each key: an exact one before a rectified one, then one in an arena
+        before a spilled one, then the nearest. Changes nothing: no lease, no LRU."""
         self.tick(now)
         node = self._node(near)
         found = {key: self._choose(key, near, node) for key in dict.fromkeys(keys)}
@@ -144,14 +152,15 @@ class Table:
     def lease(
         self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float
     ) -> dict[SegmentKey, Lease]:
-        """Pin the best complete copy of each key, as `lookup` finds it; absent keys are omitted."""
+        """Pin the best complete copy of each key, as `lookup` finds it, but never a spilled one; absent keys
+        are omitted."""
         self.tick(now)
         node = self._node(holder)
         state = self._owners.get(holder)
         incarnation = None if state is None else int(state.owner.incarnation)
         out: dict[SegmentKey, Lease] = {}
         for key in dict.fromkeys(keys):
-            copy = self._choose(key, holder, node)
+            copy = self._choose(key, holder, node, to_lease=True)
             if copy is None:
                 continue
             self._granted += 1
@@ -175,30 +184,38 @@ class Table:
                 heapq.heappush(self._expiries, (state.expires_at, lease_id))
         return out
 
-    def release(self, leases: Iterable[LeaseId], now: float) -> None:
-        """Unpin. Unknown leases are ignored."""
+    def release(self, leases: Iterable[LeaseId], now: float, *, read: bool = False) -> None:
+        """Unpin. Unknown leases are ignored. read: the holders have the bytes; each counts as one read."""
         self.tick(now)
         for lease_id in leases:
+            state = self._leases.get(lease_id)
+            if read and state is not None:
+                state.copy.reads += 1
+                self._note_consumed(state.copy)
             self._end_lease(lease_id)
 
     # -- eviction --------------------------------------------------------------------------------------
 
     def candidates(self, owner: Owner, nbytes: int, now: float) -> list[Candidate]:
-        """Unleased, complete copies of `owner`, least recently used first, covering `nbytes`."""
+        """Unleased, complete copies in `owner`'s arena that cover `nbytes`: those that all expected readers
+        have read, then the least recently used."""
         self.tick(now)
         out: list[Candidate] = []
         covered = 0
-        for (key, variant), copy in self._live_copies(owner).items():
+        for copy in self._by_use(owner):
             if covered >= nbytes:
                 break
-            if copy.leases or not copy.segment.complete:
+            segment = copy.segment
+            if copy.leases or not segment.complete or segment.spilled:
                 continue
-            out.append(Candidate(key, variant, copy.segment.nbytes, now - copy.used_at))
-            covered += copy.segment.nbytes
+            idle_s = now - copy.used_at
+            out.append(Candidate(segment.key, segment.variant, segment.nbytes, idle_s, copy.consumed))
+            covered += segment.nbytes
         return out
 
     def evict_copies(self, owner: Owner, copies: Iterable[CopyId], now: float) -> tuple[Segment, ...]:
-        """Remove those of `copies` that are still unleased; what is returned is out of the table."""
+        """Remove those of `copies` that are still unleased; what is returned is out of the table, and tells
+        how often it was read."""
         self.tick(now)
         held = self._live_copies(owner)
         out: list[Segment] = []
@@ -206,7 +223,7 @@ class Table:
             copy = held.get(copy_id)
             if copy is not None and not copy.leases and copy.segment.complete:
                 self._remove(copy)
-                out.append(copy.segment)
+                out.append(replace(copy.segment, reads=copy.reads) if copy.reads else copy.segment)
         return tuple(out)
 
     def retract(self, owner: Owner, segments: Iterable[Segment], now: float) -> None:
@@ -220,7 +237,7 @@ class Table:
                 self._remove(copy)
 
     def evict(self, owner: Owner, nbytes: int, now: float) -> tuple[Segment, ...]:
-        """Remove the least recently used unleased copies until `nbytes` are covered or none is left."""
+        """Remove unleased copies in the order of `candidates`, until `nbytes` are covered or none is left."""
         chosen = [(c.key, c.variant) for c in self.candidates(owner, nbytes, now)]
         return self.evict_copies(owner, chosen, now)
 
@@ -276,14 +293,22 @@ class Table:
     def _enter(self, state: _OwnerState, segment: Segment, now: float) -> None:
         copy_id = (segment.key, segment.variant)
         old = state.copies.get(copy_id)
-        if old is not None and old.segment.blocks == segment.blocks:
+        if old is not None and segment.spilled and not old.segment.spilled:
+            return  # overtaken: a newer copy lies in the arena
+        if (
+            old is not None
+            and old.segment.blocks == segment.blocks
+            and old.segment.spilled == segment.spilled
+        ):
             old.segment = segment  # the same blocks: leases stay good
             self._touch(old, now)
+            self._note_consumed(old)
             return
         if old is not None:
             self._remove(old)
-        copy = _Copy(segment, state.owner.worker, now)
+        copy = _Copy(segment, state.owner.worker, now, reads=segment.reads)
         state.copies[copy_id] = copy
+        self._note_consumed(copy)
         self._segments.setdefault(segment.key, {})[(segment.variant, copy.worker)] = copy
         self._nbytes += segment.nbytes
 
@@ -291,7 +316,9 @@ class Table:
         key, variant = copy.segment.key, copy.segment.variant
         for lease_id in tuple(copy.leases):
             self._end_lease(lease_id)
-        del self._owners[copy.worker].copies[(key, variant)]
+        owner = self._owners[copy.worker]
+        del owner.copies[(key, variant)]
+        owner.consumed.pop((key, variant), None)
         copies = self._segments[key]
         del copies[(variant, copy.worker)]
         if not copies:
@@ -322,6 +349,20 @@ class Table:
         copy.used_at = now
         self._owners[copy.worker].copies.move_to_end((copy.segment.key, copy.segment.variant))
 
+    def _note_consumed(self, copy: _Copy) -> None:
+        consumed, copy_id = self._owners[copy.worker].consumed, (copy.segment.key, copy.segment.variant)
+        if copy.consumed:
+            consumed[copy_id] = None
+        else:
+            consumed.pop(copy_id, None)  # its producer expects more readers than it did
+
+    def _by_use(self, owner: Owner) -> Iterator[_Copy]:
+        """Copies of a live owner, those that are worth least first."""
+        held = self._live_copies(owner)
+        if held:
+            yield from (held[copy_id] for copy_id in self._owners[owner.worker].consumed)
+        yield from (copy for copy in held.values() if not copy.consumed)
+
     def _live_copies(self, owner: Owner) -> OrderedDict[CopyId, _Copy]:
         state = self._owners.get(owner.worker)
         if state is None or state.owner.incarnation != owner.incarnation:
@@ -332,15 +373,18 @@ class Table:
         state = None if worker is None else self._owners.get(worker)
         return None if state is None else state.owner.node
 
-    def _choose(self, key: SegmentKey, near: WorkerId | None, node: NodeId | None) -> _Copy | None:
-        best: tuple[bool, int, float, str, str] | None = None
+    def _choose(
+        self, key: SegmentKey, near: WorkerId | None, node: NodeId | None, *, to_lease: bool = False
+    ) -> _Copy | None:
+        best: tuple[bool, bool, int, float, str, str] | None = None
         chosen: _Copy | None = None
         for (variant, worker), copy in self._segments.get(key, {}).items():
-            if not copy.segment.complete:
+            spilled = copy.segment.spilled
+            if not copy.segment.complete or (to_lease and spilled):
                 continue
             same_node = node is not None and self._owners[worker].owner.node == node
             distance = 0 if worker == near else 1 if same_node else 2
-            rank = (copy.segment.rectified, distance, -copy.used_at, variant, worker)
+            rank = (copy.segment.rectified, spilled, distance, -copy.used_at, variant, worker)
             if best is None or rank < best:
                 best, chosen = rank, copy
         return chosen
