@@ -22,7 +22,7 @@ from workers.methods.base import ModelProfile
 from workers.model import LoadedModel, describe, load_model, resolve
 from workers.profile import load_profile
 from workers.settings import WorkerSettings
-from workers.store import SegmentStore
+from workers.store import AskOwner, SegmentStore
 
 _HEADER_BYTES = 256
 """More than an arena adds to a block."""
@@ -82,6 +82,7 @@ def open_desk(
     settings: WorkerSettings | None = None,
     directory: LocalDirectory | None = None,
     spill: SpillSettings | None = None,
+    ask_owner: AskOwner | None = None,
 ) -> Desk:
     """A worker named `name`.
 
@@ -92,6 +93,7 @@ def open_desk(
         settings: of the worker.
         directory: shared by the workers that find each other's segments; None: one of its own.
         spill: where evicted segments go; None: nowhere.
+        ask_owner: reaches the others when what they have spilled is wanted.
     """
     incarnation = Incarnation(time.time_ns())
     nbytes = loaded.layout.block_nbytes
@@ -113,6 +115,7 @@ def open_desk(
         lease_ttl_s=DirectorySettings().lease_ttl_s,
         pull_timeout_s=transport_settings.pull_timeout_s,
         spill=spill,
+        ask_owner=ask_owner,
     )
     agent = AgentWorker(owner.worker, owner.node, loaded, profile, settings or WorkerSettings(), store)
     return Desk(agent, arena, shared, owner, transport)

@@ -137,9 +137,8 @@ class SegmentStore:
             if worth is not None and usable:
                 chosen = worth({k: found[k] for k in usable})
                 usable = [k for k in usable if k in chosen]
-            refused = self._promote([k for k in usable if found[k].segment.spilled], found)
-            leases, asked_at = self._lease(usable, got)
-            got.misses.update({k: miss for k, miss in refused.items() if k in got.misses})
+            leases, asked_at = self._lease([k for k in usable if not found[k].segment.spilled], got)
+            leases.update(self._lease_spilled([found[k] for k in usable if found[k].segment.spilled], got))
             begin = time.perf_counter()
             lost: dict[Life, Outcome] = {}
             for key in usable:
@@ -214,27 +213,41 @@ class SegmentStore:
         got.misses[key] = Miss(Outcome.LAYOUT_MISMATCH, detail)
         return False
 
-    def _promote(self, keys: list[SegmentKey], found: Mapping[SegmentKey, Located]) -> dict[SegmentKey, Miss]:
-        """Have spilled segments brought back by their owners, so that they can be leased; those that were
-        not, and why."""
-        by_owner: dict[Life, list[SegmentKey]] = {}
-        for key in keys:
-            by_owner.setdefault(_life(found[key].owner), []).append(key)
-        refused: dict[SegmentKey, Miss] = {}
-        for life, part in by_owner.items():
-            owner, why = found[part[0]].owner, "its owner had no room for it, or has lost it"
-            back: Collection[SegmentKey] = ()
-            if life == _life(self.owner):
-                back = self.holding.promote(part)
-            elif self._ask_owner is None:
-                why = "this worker cannot ask others to promote"
-            else:
-                try:
-                    back = self._ask_owner(owner, part)
-                except RelayError as error:
-                    why = str(error)
-            refused.update({k: Miss("not_promoted", f"{owner.worker}: {why}") for k in part if k not in back})
-        return refused
+    def _lease_spilled(self, spilled: Sequence[Located], got: Acquired) -> dict[SegmentKey, Lease]:
+        """Have segments brought back by their owners and lease them, one at a time: bringing back the next
+        one may evict what nobody has leased."""
+        leases: dict[SegmentKey, Lease] = {}
+        silent: dict[Life, str] = {}
+        for located in spilled:
+            key = located.segment.key
+            begin = time.perf_counter()
+            why = self._promote(key, located.owner, silent)
+            got.lease_s += time.perf_counter() - begin
+            leases.update(self._lease([key], got)[0])  # or of another copy, which was not the best one
+            if why and key in got.misses:
+                got.misses[key] = Miss("not_promoted", f"{located.owner.worker}: {why}")
+        return leases
+
+    def _promote(self, key: SegmentKey, owner: Owner, silent: dict[Life, str]) -> str:
+        """Have a segment's owner bring it back; why that did not come about, "" when it did.
+
+        Args:
+            silent: owners that did not answer, and why; they are not asked again.
+        """
+        life = (owner.worker, owner.incarnation)
+        if life in silent:
+            return silent[life]
+        if life == (self.owner.worker, self.owner.incarnation):
+            back: Collection[SegmentKey] = self.holding.promote([key])
+        elif self._ask_owner is None:
+            return "this worker cannot ask others to promote"
+        else:
+            try:
+                back = self._ask_owner(owner, [key])
+            except RelayError as error:
+                silent[life] = str(error)
+                return str(error)
+        return "" if key in back else "its owner had no room for it, or has lost it"
 
     def _lease(self, keys: list[SegmentKey], got: Acquired) -> tuple[Answers[Lease], float]:
         # The clock starts before the request: the directory's own count can only end later.
@@ -247,7 +260,7 @@ class SegmentStore:
             leases = self._directory.lease(keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s)
         except RelayError as error:
             leases, detail = Answers[Lease](unanswered=keys), str(error)
-        got.lease_s = time.perf_counter() - begin
+        got.lease_s += time.perf_counter() - begin
         with self._lock:
             got.leases.extend(leases.values())
             self._leased += len(leases)
@@ -375,7 +388,3 @@ class SegmentStore:
     def close(self) -> None:
         """See `Holding.close`."""
         self.holding.close()
-
-
-def _life(owner: Owner) -> Life:
-    return owner.worker, owner.incarnation

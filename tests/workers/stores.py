@@ -75,8 +75,7 @@ class Desk:
         """Get and give back at once: what could not be had, and why."""
         got = self.get(*wanted)
         self.store.release(got)
-        assert not got.misses.keys() & got.hits.keys()
-        return {k.digest.decode(): str(m.reason) for k, m in got.misses.items()}
+        return reasons(got)
 
     def stats(self) -> dict[str, Any]:
         return self.store.stats()
@@ -89,6 +88,11 @@ def numbers(got: Acquired, name: str) -> set[float]:
     """Every number of a segment's bytes."""
     pulled = got.pulled[key(name)]
     return {float(x) for b in pulled.blocks for part in (b.kv, b.checkpoint, b.mass) for x in part.unique()}
+
+
+def reasons(got: Acquired) -> dict[str, str]:
+    assert not got.misses.keys() & got.hits.keys()
+    return {k.digest.decode(): str(m.reason) for k, m in got.misses.items()}
 
 
 class Cluster:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.workers.stores import LAYOUT, Cluster, Desk, key, names, numbers
+from tests.workers.stores import LAYOUT, Cluster, Desk, key, names, numbers, reasons
 from transport.directory.local import LocalDirectory
-from transport.errors import ArenaFull, DirectoryUnavailable, TransportError
+from transport.errors import ArenaFull, DeadlineExceeded, DirectoryUnavailable, TransportError
 from transport.types import Owner, Segment, SegmentKey
 
 
@@ -240,6 +240,30 @@ def test_no_room_to_promote_is_a_miss_and_the_segment_stays_spilled(cluster: Clu
     a.store.release(reading)
     assert a.stats()["not_promoted"] == {"arena_full": 2}
     assert b.read("0") == {"0": {0.0}}
+
+
+def test_what_a_request_has_leased_is_not_evicted_for_the_rest_of_it(cluster: Cluster) -> None:
+    a, b = cluster.desk("a", blocks=3, host_blocks=8), cluster.desk("b")
+    fill(a, 6)
+    assert b.read("0", "4", "1") == {"0": {0.0}, "4": {4.0}, "1": {1.0}}
+    got = b.get("2", "3", "0", "1")
+    assert reasons(got) == {"3": "not_promoted"}, "three fit, and two of them were there"
+    b.store.release(got)
+    assert a.stats()["not_promoted"] == {"arena_full": 1}
+
+
+def test_a_silent_owner_is_asked_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = cluster.desk("a", blocks=1, host_blocks=8), cluster.desk("b")
+    fill(a, 4)
+    asked: list[SegmentKey] = []
+
+    def silent(owner: Owner, keys: Sequence[SegmentKey]) -> frozenset[SegmentKey]:
+        asked.extend(keys)
+        raise DeadlineExceeded("no answer")
+
+    monkeypatch.setattr(b.store, "_ask_owner", silent)
+    assert b.misses("0", "1", "2", "3") == dict.fromkeys("012", "not_promoted")
+    assert len(asked) == 1
 
 
 def test_an_owner_that_cannot_be_asked_is_a_miss(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
