@@ -292,6 +292,7 @@ class Executor:
             values={slot: values[slot] for slot in agent.slots},
             method=decision.method if decision else self._asked(agent),
             shadow_tokens=checked,
+            consumers=self._consumers(agent),
             publish_inputs=decision is None or decision.probe is None,
             sampling=SamplingSettings(
                 max_new_tokens=agent.max_new_tokens or self._options.max_new_tokens,
@@ -300,6 +301,12 @@ class Executor:
                 seed=self._options.seed,
             ),
         )
+
+    def _consumers(self, agent: Agent) -> int:
+        """Agents that can relay the agent's answer: those whose prompt contains it, of the same model."""
+        model = self._workers.model_for(agent.name)
+        users = (self._pipeline[name] for name in self._pipeline.consumers[agent.name])
+        return sum(user.reuse and self._workers.model_for(user.name) == model for user in users)
 
     def _check_running(self) -> None:
         if self._stop.is_set():

@@ -121,14 +121,15 @@ class KVDirectory(Protocol):
         """Lease id -> still held."""
         ...
 
-    def release(self, leases: Sequence[Lease]) -> None:
-        """Unpin. Idempotent; unknown leases are ignored."""
+    def release(self, leases: Sequence[Lease], *, read: bool = False) -> None:
+        """Unpin. Idempotent; unknown leases are ignored. read: the holder has the bytes; see
+        `Segment.consumers`."""
         ...
 
     def evict(self, owner: Owner, *, nbytes: int) -> tuple[Segment, ...]:
-        """Remove unleased segments of `owner`, least recently used first, until at least `nbytes` are
-        covered or none is left. They are out of the directory before this returns, so that the owner
-        may free their blocks."""
+        """Remove unleased segments in `owner`'s arena until at least `nbytes` are covered or none is left:
+        those that all their expected consumers have read first, then the least recently used. They are out of
+        the directory before this returns, so that the owner may free their blocks."""
         ...
 
     def drop_owner(self, worker: WorkerId, incarnation: int) -> None:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
@@ -13,6 +13,26 @@ MIB = 1 << 20
 
 WireFormat = Literal["raw", "bf16", "int8"]
 Backend = Literal["auto", "nixl", "tcp", "inprocess"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpillSettings:
+    """Where segments go that the arena has no room for. Off by default: evicted segments are then lost.
+
+    Attributes:
+        host_bytes: hard budget of ordinary memory; 0 = none.
+        disk_bytes: hard budget of files; 0 = none.
+        disk_dir: folder of those files; each worker makes one of its own in it. "": the system's folder for
+            temporary files.
+        queue_bytes: memory for segments on their way to the disk; what comes while it is full is lost.
+        promote_timeout_s: how long a reader waits for an owner to bring segments back into its arena.
+    """
+
+    host_bytes: Annotated[int, Ge(0)] = 0
+    disk_bytes: Annotated[int, Ge(0)] = 0
+    disk_dir: str = ""
+    queue_bytes: Annotated[int, Ge(1 * MIB)] = 64 * MIB
+    promote_timeout_s: Annotated[float, Gt(0)] = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +51,7 @@ class TransportSettings:
         connect_timeout_s: deadline for reaching a peer the first time.
         bind_host: address on which the tcp backend listens. "auto": loopback for a one-node cluster,
             otherwise the node's own address.
+        spill: where evicted segments go.
     """
 
     backend: Backend = "auto"
@@ -41,6 +62,7 @@ class TransportSettings:
     pull_timeout_s: Annotated[float, Gt(0)] = 5.0
     connect_timeout_s: Annotated[float, Gt(0)] = 3.0
     bind_host: str = "auto"
+    spill: SpillSettings = field(default_factory=SpillSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

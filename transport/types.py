@@ -87,6 +87,10 @@ class Segment:
         layout: fingerprint of the block layout; a reader with another layout must not use it.
         producer: who made it, for reports ("solver@w0").
         complete: False while the producer still appends blocks (streaming relay).
+        consumers: readers that are expected (0: unknown); once so many have read it, it is evicted first.
+        reads: readers so far; counted by the directory, which tells it with what it evicts.
+        spilled: its bytes are outside the owner's arena, and `blocks` only say how many they were. Nobody can
+            lease it until its owner has brought it back.
     """
 
     key: SegmentKey
@@ -97,6 +101,9 @@ class Segment:
     layout: str = ""
     producer: str = ""
     complete: bool = True
+    consumers: int = 0
+    reads: int = 0
+    spilled: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +113,11 @@ class Segment:
     def rectified(self) -> bool:
         """Whether it is not exact: made over KV that was itself only rectified, or in a lossy format."""
         return "~" in self.variant
+
+    @property
+    def consumed(self) -> bool:
+        """Whether every expected reader has read it."""
+        return 0 < self.consumers <= self.reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ import ray
 
 from transport.errors import DeadlineExceeded, RelayError
 from transport.settings import DirectorySettings, TransportSettings
-from transport.types import Incarnation, NodeId, Owner, WorkerId
+from transport.types import Incarnation, NodeId, Owner, SegmentKey, WorkerId
 from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck
 from workers.settings import DEFAULT_MODEL, WorkerSettings
 
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 CONTROL = "control"
 """Concurrency group of calls that must get through however many requests are waiting."""
+PROMOTE = "promote"
+"""Of calls by other workers, which may wait for a disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +96,7 @@ class Worker:
         from transport.auto import available_backends, make_transport
         from transport.directory.client import DirectoryClient
         from workers.agent import AgentWorker
+        from workers.promoting import OwnerCalls
         from workers.store import SegmentStore
 
         torch.set_num_threads(spec.settings.threads or os.cpu_count() or 1)
@@ -106,7 +109,8 @@ class Worker:
         self._transport.register(self._arena)
         owner = Owner(spec.worker, incarnation, node, self._transport.addresses())
         self._directory = DirectoryClient(list(spec.directory_shards), spec.directory)
-        store = SegmentStore(
+        spill = spec.transport.spill
+        self._store = store = SegmentStore(
             owner,
             loaded.layout,
             self._arena,
@@ -114,6 +118,8 @@ class Worker:
             self._directory,
             lease_ttl_s=spec.directory.lease_ttl_s,
             pull_timeout_s=spec.transport.pull_timeout_s,
+            spill=spill,
+            ask_owner=OwnerCalls(spec.worker, timeout_s=spill.promote_timeout_s),
         )
         self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store)
         self._directory.start_owner(owner, store.segments, store.drop)
@@ -196,6 +202,11 @@ class Worker:
         """See AgentWorker.cancel."""
         return self._agent.cancel(request_id)
 
+    @ray.method(concurrency_group=PROMOTE)
+    def promote(self, incarnation: int, keys: tuple[SegmentKey, ...]) -> frozenset[SegmentKey]:
+        """See Holding.promote; nothing, when another life of this worker is meant."""
+        return self._store.holding.promote(keys) if incarnation == self._info.incarnation else frozenset()
+
     @ray.method(concurrency_group=CONTROL)
     def stats(self) -> dict[str, Any]:
         """Counters of the engine, the arena and the transport."""
@@ -209,6 +220,7 @@ class Worker:
     def close(self) -> None:
         """Stop threads and sockets."""
         self._agent.close()
+        self._store.close()
         self._directory.close()
         self._transport.close()
 
@@ -256,4 +268,4 @@ def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: flo
         "max_concurrency": 2 * spec.settings.max_sequences + 4,
     }
     remote: Any = ray.remote  # its stubs do not know concurrency groups
-    return remote(concurrency_groups={CONTROL: 4})(Worker).options(**options).remote(spec)
+    return remote(concurrency_groups={CONTROL: 4, PROMOTE: 2})(Worker).options(**options).remote(spec)

@@ -314,6 +314,8 @@ class AgentWorker:
             "healed_entries": self._loop.healed_entries,
             "healing_steps": self._loop.healing_steps,
             "evidence_bytes": self._evidence.nbytes,
+            "unpublished": self._publishing.unpublished,
+            "memory": self.store.stats(),
             **self.anchors.pool.stats(),
         }
 

@@ -15,14 +15,14 @@ from transport.arena import Arena
 from transport.auto import make_transport
 from transport.base import Transport
 from transport.directory.local import LocalDirectory
-from transport.settings import DirectorySettings, TransportSettings
+from transport.settings import DirectorySettings, SpillSettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, WorkerId
 from workers.agent import AgentWorker
 from workers.methods.base import ModelProfile
 from workers.model import LoadedModel, describe, load_model, resolve
 from workers.profile import load_profile
 from workers.settings import WorkerSettings
-from workers.store import SegmentStore
+from workers.store import AskOwner, SegmentStore
 from workers.wire import WireFormat
 
 _HEADER_BYTES = 256
@@ -46,6 +46,7 @@ class Desk:
     def close(self) -> None:
         """Stop the worker and let go of its memory. Idempotent."""
         self.agent.close()
+        self.agent.store.close()
         # Or the backend, which finds arenas of this process by name, would keep this one for ever.
         self.transport.close()
 
@@ -88,6 +89,8 @@ def open_desk(
     arena_blocks: int,
     settings: WorkerSettings | None = None,
     directory: LocalDirectory | None = None,
+    spill: SpillSettings | None = None,
+    ask_owner: AskOwner | None = None,
 ) -> Desk:
     """A worker named `name`.
 
@@ -97,6 +100,8 @@ def open_desk(
         arena_blocks: blocks for published segments; a block holds layout.block_tokens tokens.
         settings: of the worker.
         directory: shared by the workers that find each other's segments; None: one of its own.
+        spill: where evicted segments go; None: nowhere.
+        ask_owner: reaches the others when what they have spilled is wanted.
     """
     incarnation = Incarnation(time.time_ns())
     nbytes = loaded.layout.block_nbytes
@@ -121,6 +126,8 @@ def open_desk(
         shared,
         lease_ttl_s=DirectorySettings().lease_ttl_s,
         pull_timeout_s=transport_settings.pull_timeout_s,
+        spill=spill,
+        ask_owner=ask_owner,
     )
     agent = AgentWorker(owner.worker, owner.node, loaded, profile, settings or WorkerSettings(), store)
     return Desk(agent, arena, shared, owner, transport)

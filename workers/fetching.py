@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
@@ -49,9 +49,17 @@ Life = tuple[WorkerId, Incarnation]
 
 
 @dataclass(frozen=True, slots=True)
+class Granted:
+    """A lease. asked_at: time.monotonic() instant before it was asked for, from which it is counted."""
+
+    lease: Lease
+    asked_at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Miss:
     """Why a wanted segment is not there. reason: an Outcome value, "not_found", "arena_full",
-    "directory_down" or "transport_error"."""
+    "directory_down", "transport_error" or "not_promoted"."""
 
     reason: str
     detail: str = ""
@@ -126,15 +134,30 @@ class Fetching:
         self._directory = directory
         self._holding = holding
         self._pull_timeout_s = pull_timeout_s
+        self._leased = 0
+        self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(_PULLS_AT_ONCE, thread_name_prefix="relay-pull")
 
+    @property
+    def leased(self) -> int:
+        """Leases that this worker has now, as a reader."""
+        with self._lock:
+            return self._leased
+
     # -- bringing ------------------------------------------------------------------------------------------
+
+    def keep(self, got: Acquired, leases: Iterable[Lease]) -> None:
+        """Leases that `release_leases` is to give back."""
+        new = list(leases)
+        with got.changed:
+            got.leases.extend(new)
+        with self._lock:
+            self._leased += len(new)
 
     def begin(
         self,
         got: Acquired,
-        leases: Sequence[Lease],
-        asked_at: float,
+        leases: Sequence[Granted],
         *,
         pipelined: bool,
         on_landed: Callable[[], None] | None,
@@ -142,20 +165,20 @@ class Fetching:
         """Start bringing the leased segments.
 
         Args:
-            asked_at: time.monotonic() instant before the leases were asked for.
+            leases: those of them that are wanted; `keep` has been told of all.
             pipelined: hand segments over with their first part.
             on_landed: called on a pulling thread whenever layers have come, or will not.
         """
-        far: list[Lease] = []
-        for lease in leases:
+        begin = time.monotonic()
+        pulls: list[_Pull] = []
+        for granted in leases:
+            lease = granted.lease
             if self._life(lease) == (self._owner.worker, self._owner.incarnation):
                 self._pin(lease, got)
             else:
-                far.append(lease)
-        got.running = len(far)
-        got.unsettled = {lease.located.segment.key for lease in far}
-        begin = time.monotonic()
-        pulls = [_Pull(lease, asked_at, begin, pipelined, on_landed) for lease in far]
+                pulls.append(_Pull(lease, granted.asked_at, begin, pipelined, on_landed))
+        got.running = len(pulls)
+        got.unsettled = {pull.key for pull in pulls}
         if len(pulls) == 1 and not pipelined:
             self._run(pulls[0], got)
             return
@@ -299,7 +322,7 @@ class Fetching:
             if not got.running and got.unleased:
                 leases, got.leases = got.leases, []
             got.changed.notify_all()
-        self._unlease(leases)
+        self._unlease(got, leases)
         if pull.on_landed is not None:
             pull.on_landed()
 
@@ -323,13 +346,21 @@ class Fetching:
             if got.running:
                 return
             leases, got.leases = got.leases, []
-        self._unlease(leases)
+        self._unlease(got, leases)
 
-    def _unlease(self, leases: list[Lease]) -> None:
+    def _unlease(self, got: Acquired, leases: list[Lease]) -> None:
+        """Release leases, those of segments that have come as read: the directory counts readers."""
         if not leases:
             return
+        with self._lock:
+            self._leased -= len(leases)
+        read = [x for x in leases if x.located.segment.key in got.hits]
+        rest = [x for x in leases if x.located.segment.key not in got.hits]
         try:
-            self._directory.release(leases)
+            if read:
+                self._directory.release(read, read=True)
+            if rest:
+                self._directory.release(rest)
         except Exception as error:  # noqa: BLE001 - leases expire by themselves; the request is done
             log.warning("%d leases are left to expire: %r", len(leases), error)
 

@@ -1,10 +1,13 @@
 """What a worker holds for the cluster: its published segments, their blocks, and who reads them here.
 
 A segment that this worker itself reads is pinned: its blocks outlive an eviction until the last reader is
-done.
+done. An evicted segment goes on into the spill, where there is one (see `spilling.py`), and whoever wants it
+then asks this worker to promote it, which gives it new blocks.
 
-    block:  allocated --sealed--> held --evicted--> free
-                                   '--evicted while pinned--> doomed --last pin gone--> free
+    block:    allocated --sealed--> held --evicted--> free
+                                     '--evicted while pinned--> doomed --last pin gone--> free
+    segment:  published --evicted--> spilled --promoted--> published
+                           '-> lost     '--out of room, damaged, published anew--> lost
 
 Knows nothing of prompts or methods, nor how segments are found and pulled.
 """
@@ -13,14 +16,20 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from enum import StrEnum
+from typing import Any
 
 from transport.arena import Arena
 from transport.base import KVDirectory
-from transport.errors import ArenaFull, RelayError
+from transport.errors import ArenaFull, DirectoryUnavailable, RelayError
+from transport.settings import SpillSettings
 from transport.types import BlockId, BlockRef, Owner, Segment, SegmentKey
 from workers.layout import BlockViews, KVLayout
+from workers.spilling import NotSpilled, Spilling
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +37,34 @@ Blocks = tuple[BlockRef, ...]
 """Names one copy of a segment in the own arena: freed blocks never come back under the same generation."""
 
 
-class Holding:
-    """The writing half of one worker's store. Thread-safe."""
+class Cause(StrEnum):
+    """Why a segment left a tier against nobody's wish, for counting."""
 
-    def __init__(self, owner: Owner, layout: KVLayout, arena: Arena, directory: KVDirectory) -> None:
+    LRU = "lru"
+    """The arena had no room, and it was the least recently used."""
+    CONSUMED = "consumed"
+    """The arena had no room, and all its expected readers had read it. It is not spilled."""
+    OPERATOR = "operator"
+    """A person wanted it gone."""
+    SPILL = "spill"
+    """The spill gave it up: no room, or its bytes are damaged."""
+
+
+class Holding:
+    """The writing half of one worker's store. Thread-safe.
+
+    Args:
+        spill: tiers behind the arena; None: what is evicted is lost.
+    """
+
+    def __init__(
+        self,
+        owner: Owner,
+        layout: KVLayout,
+        arena: Arena,
+        directory: KVDirectory,
+        spill: SpillSettings | None = None,
+    ) -> None:
         self._owner = owner
         self._layout = layout
         self._arena = arena
@@ -39,10 +72,17 @@ class Holding:
         self._held: dict[SegmentKey, Segment] = {}
         self._pins: Counter[Blocks] = Counter()
         self._doomed: set[Blocks] = set()
-        # Guards the three above. Never held over a directory call: the heartbeat calls `segments` under the
-        # client's own lock.
+        self._evictions: Counter[Cause] = Counter()
+        self._backpressure = 0
+        self._promotions = 0
+        self._not_promoted: Counter[str] = Counter()
+        # Guards all of the above. Never held over a call to the directory or the spill: the heartbeat calls
+        # `segments` under the client's own lock.
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
+        settings = spill or SpillSettings()
+        self._promote_timeout_s = settings.promote_timeout_s
+        self._spilling = Spilling(owner, arena, directory, settings, self._spill_lost)
 
     # -- publishing ----------------------------------------------------------------------------------------
 
@@ -55,14 +95,16 @@ class Holding:
         num_tokens: int,
         producer: str,
         variant: str = "",
+        consumers: int = 0,
     ) -> Segment:
         """Let `fill` write the segment's blocks, seal them, then enter them in the directory. Publishing a
-        key that this worker holds already changes nothing, unless what it holds was made over rectified KV
-        and the new one was not: then the new one takes its place.
+        key that this worker holds already changes nothing but the number of expected readers, unless what it
+        holds was made over rectified KV and the new one was not: then the new one takes its place.
 
         Args:
             fill: writes KV, checkpoint and mass of all tokens into the given blocks, and zeros behind them.
             start: position of the first token.
+            consumers: readers that are expected; 0: unknown.
 
         Raises:
             ArenaFull: no room even after eviction; nothing was published.
@@ -71,11 +113,10 @@ class Holding:
         """
         # One publish at a time: two requests that computed the same tokens must not both enter them.
         with self._publishing:
-            with self._lock:
-                held = self._held.get(key)
-            if held is not None and (not held.rectified or "~" in variant):
-                return held
-            blocks = self.allocate(self._layout.blocks_for(num_tokens))
+            held = self._better(key, variant)
+            if held is not None:
+                return self._expect(held, consumers)
+            blocks = self._room_to_publish(self._layout.blocks_for(num_tokens))
             try:
                 fill([self._layout.views(self._arena.payload(b)) for b in blocks])
                 segment = Segment(
@@ -86,12 +127,51 @@ class Holding:
                     variant=variant,
                     layout=self._layout.fingerprint,
                     producer=producer,
+                    consumers=consumers,
                 )
             except BaseException:
                 self.free(blocks)
                 raise
+            self._spilling.drop(key)
             self._enter(segment)
             return segment
+
+    def _better(self, key: SegmentKey, variant: str) -> Segment | None:
+        """What is held and at least as good as a new `variant`; a spilled one that is better comes back."""
+        with self._lock:
+            held = self._held.get(key)
+        if held is None and "~" in variant:
+            spilled = self._spilling.get(key)
+            if spilled is not None and not spilled.rectified:
+                held = self._bring_back(key)
+        return held if held is not None and (not held.rectified or "~" in variant) else None
+
+    def _room_to_publish(self, blocks: int) -> list[BlockId]:
+        try:
+            return self.allocate(blocks)
+        except ArenaFull:
+            with self._lock:
+                self._backpressure += 1
+            raise
+
+    def _expect(self, held: Segment, consumers: int) -> Segment:
+        """Expect more readers of what is held already."""
+        if not consumers or not held.consumers:
+            return held  # not known to whom else it matters
+        more = replace(held, consumers=held.consumers + consumers)
+        with self._lock:
+            if self._held.get(held.key) is not held:
+                return held
+            self._held[held.key] = more
+        try:
+            self._directory.publish(self._owner, [more])
+        except RelayError as error:
+            log.warning("the directory does not hear of more readers of %s: %s", held.key, error)
+        with self._lock:
+            evicted = self._held.get(held.key) is not more
+        if evicted:
+            self._retract(more)
+        return more
 
     def _enter(self, segment: Segment) -> None:
         # Held before it is published, so that a shard that restarts in between hears of it again; pinned,
@@ -106,6 +186,7 @@ class Holding:
                 evicted = self._held.get(segment.key) is not segment
             if evicted:
                 self._retract(segment)
+                self._spilling.drop(segment.key)
         except BaseException:
             with self._lock:
                 self._held.pop(segment.key, None)
@@ -134,17 +215,19 @@ class Holding:
             held = self._held.get(key)
         if held is not None:
             self._retract(held)
-            self._forget(held)
+            self._forget(held, None)
+        self._spilling.drop(key)
 
     def segments(self) -> list[Segment]:
-        """All that this worker holds: what a restarted directory shard must hear again."""
+        """All that this worker holds, spilled or not: what a restarted directory shard must hear again."""
+        spilled = self._spilling.segments()
         with self._lock:
-            return list(self._held.values())
+            return [*self._held.values(), *(s for s in spilled if s.key not in self._held)]
 
     # -- room ----------------------------------------------------------------------------------------------
 
     def allocate(self, blocks: int) -> list[BlockId]:
-        """Blocks from the arena, evicting this worker's least recently used unleased segments if need be.
+        """Blocks from the arena; evicts segments of this worker if need be.
 
         Raises:
             ArenaFull: no room even after eviction.
@@ -156,8 +239,9 @@ class Holding:
             return self._arena.allocate(blocks)
 
     def evict(self, blocks: int) -> None:
-        """Give up least recently used unleased segments of this worker, `blocks` blocks or all there are. The
-        blocks of one that is being read here are free only after its last reader, and do not count."""
+        """Give up unleased segments of this worker, `blocks` blocks or all there are: those that all expected
+        readers have read, then the least recently used. The blocks of one that is being read here are free
+        only after its last reader, and do not count."""
         gone, left = 0, blocks
         while left > 0:
             try:
@@ -168,25 +252,65 @@ class Holding:
             if not segments:
                 break
             gone += len(segments)
-            left -= sum(self._forget(s) for s in segments)
+            left -= self.drop(segments)
         log.info("evicted %d segments to make room for %d blocks", gone, blocks)
 
-    def drop(self, segments: Iterable[Segment]) -> None:
-        """Free what has left the directory at an operator's wish; what is being read here, afterwards."""
-        for segment in segments:
-            self._forget(segment)
+    def drop(self, segments: Sequence[Segment], *, operator: bool = False) -> int:
+        """Stop holding what has left the directory, which is spilled if it may be wanted again.
 
-    def _forget(self, segment: Segment) -> int:
-        """Stop holding what has left the directory; the number of blocks that this has freed."""
+        Args:
+            operator: a person wanted them gone: they are not spilled.
+
+        Returns:
+            The number of blocks that this has freed.
+        """
+        freed = 0
+        spilled: list[Segment] = []
+        for segment in segments:
+            cause = Cause.OPERATOR if operator else Cause.CONSUMED if segment.consumed else Cause.LRU
+            count, copy = self._forget(segment, cause)
+            freed += count
+            spilled += [] if copy is None else [copy]
+        self._spilling.enter(spilled, self._holds)
+        return freed
+
+    def _forget(self, segment: Segment, cause: Cause | None) -> tuple[int, Segment | None]:
+        """(blocks freed, what was spilled)."""
+        if segment.spilled:
+            if self._spilling.drop(segment.key):
+                self._count(cause)
+            return 0, None
         with self._lock:
             held = self._held.get(segment.key)
             if held is None or held.blocks != segment.blocks:
-                return 0  # a copy of an earlier publish, whose blocks are free already
+                return 0, None  # a copy of an earlier publish, whose blocks are free already
             del self._held[segment.key]
+        self._count(cause)
+        # Its blocks stay in use, and so unchanged, until they are copied.
+        copy = self._spilling.copy_out(segment) if cause is Cause.LRU else None
+        with self._lock:
             if self._pins[segment.blocks]:
                 self._doomed.add(segment.blocks)
-                return 0
-        return self.free([b.block for b in segment.blocks])
+                return 0, copy
+        return self.free([b.block for b in segment.blocks]), copy
+
+    def _count(self, cause: Cause | None) -> None:
+        if cause is not None:
+            with self._lock:
+                self._evictions[cause] += 1
+
+    def free(self, blocks: Iterable[BlockId]) -> int:
+        """Return blocks to the arena; how many it took. Never raises: one that is not in use, because a
+        backend has quarantined it or by a mistake of ours, is logged and left alone, and the others are
+        freed."""
+        freed = 0
+        for block in blocks:
+            try:
+                self._arena.free([block])
+                freed += 1
+            except ValueError as error:
+                log.warning("a block was not given back: %s", error)
+        return freed
 
     # -- reading here --------------------------------------------------------------------------------------
 
@@ -215,15 +339,89 @@ class Holding:
         for blocks in ready:
             self.free([b.block for b in blocks])
 
-    def free(self, blocks: Iterable[BlockId]) -> int:
-        """Return blocks to the arena; how many it took. Never raises: one that is not in use, because a
-        backend has quarantined it or by a mistake of ours, is logged and left alone, and the others are
-        freed."""
-        freed = 0
-        for block in blocks:
-            try:
-                self._arena.free([block])
-                freed += 1
-            except ValueError as error:
-                log.warning("a block was not given back: %s", error)
-        return freed
+    # -- the spill -----------------------------------------------------------------------------------------
+
+    def promote(self, keys: Sequence[SegmentKey]) -> frozenset[SegmentKey]:
+        """Bring spilled segments back into the arena, for whoever is about to lease them. May read a disk,
+        and may evict others. Never raises for a fault of the cluster or the disk.
+
+        Returns:
+            Those of `keys` that are in the arena now.
+        """
+        deadline = time.monotonic() + self._promote_timeout_s
+        return frozenset(key for key in keys if self._promote(key, deadline))
+
+    def _promote(self, key: SegmentKey, deadline: float) -> bool:
+        # A publish that goes on meanwhile waits for the engine.
+        if not self._publishing.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            self._count_failure("busy")
+            return False
+        try:
+            return self._holds(key) or self._bring_back(key) is not None
+        finally:
+            self._publishing.release()
+
+    def _bring_back(self, key: SegmentKey) -> Segment | None:
+        """Promote one segment; `_publishing` is held. None, and counted, when that cannot be done."""
+        try:
+            segment = self._spilling.copy_in(key, self.allocate)
+            self._enter(segment)
+        except NotSpilled as error:
+            log.info("%s was not promoted: %s", key, error)
+            self._count_failure(error.reason)
+            return None
+        except ArenaFull:
+            self._count_failure("arena_full")
+            return None
+        except RelayError as error:
+            log.warning("%s was not promoted: %s", key, error)
+            self._count_failure("directory_down" if isinstance(error, DirectoryUnavailable) else "refused")
+            return None
+        self._spilling.promoted(segment)
+        with self._lock:
+            self._promotions += 1
+        return segment
+
+    def _holds(self, key: SegmentKey) -> bool:
+        with self._lock:
+            return key in self._held
+
+    def _spill_lost(self, segments: Sequence[Segment]) -> None:
+        for _ in segments:
+            self._count(Cause.SPILL)
+
+    def _count_failure(self, reason: str) -> None:
+        with self._lock:
+            self._not_promoted[reason] += 1
+
+    # -- facts and end -------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """What is where, and what became of the rest; see docs/memory.md."""
+        arena = self._arena.stats()
+        spill = self._spilling.stats()
+        with self._lock:
+            held = sum(len(s.blocks) for s in self._held.values())
+            doomed = sum(len(blocks) for blocks in self._doomed)
+            tier = {
+                "segments": len(self._held),
+                "bytes": held * arena.block_nbytes,
+                "budget_bytes": arena.nbytes,
+            }
+            return {
+                **spill,
+                "tiers": {"arena": tier, **spill["tiers"]},
+                "pins": sum(self._pins.values()),
+                "held_blocks": held,
+                "doomed_blocks": doomed,
+                "landing_blocks": max(0, arena.used - held - doomed),
+                "quarantined_blocks": arena.quarantined,
+                "evictions": {cause.value: self._evictions[cause] for cause in Cause},
+                "backpressure": self._backpressure,
+                "promotions": self._promotions,
+                "not_promoted": dict(self._not_promoted),
+            }
+
+    def close(self) -> None:
+        """Forget what is spilled and remove its files. Idempotent."""
+        self._spilling.close()

@@ -29,6 +29,8 @@ class Request:
             judge: the probe is to relay what the upstream agents made, as a new request would.
         only_keys: relay only these segments (None: any); used to repeat a run exactly.
         prefix_limit: most tokens to take from the prefix cache (None: no limit).
+        consumers: requests that are expected to relay the answer (0: unknown); once they have, its segment is
+            the first to be evicted.
         shadow_tokens: keep what `AgentWorker.shadow` needs to judge so many first tokens (0: nothing).
     """
 
@@ -43,6 +45,7 @@ class Request:
     publish_inputs: bool = True
     only_keys: frozenset[SegmentKey] | None = None
     prefix_limit: int | None = None
+    consumers: int = 0
     shadow_tokens: int = 0
 
 
@@ -74,7 +77,7 @@ class SlotTransfer:
 @dataclass(frozen=True, slots=True)
 class Fallback:
     """A slot that was computed although its KV should have been reusable. reason: an Outcome, "not_found",
-    "arena_full", "directory_down" or "transport_error"."""
+    "arena_full", "directory_down", "transport_error" or "not_promoted"."""
 
     slot: str
     reason: str

@@ -11,8 +11,10 @@ nothing of steps, slots or how the answer was made.
 from __future__ import annotations
 
 import logging
+import threading
+from collections import Counter
 
-from transport.errors import RelayError
+from transport.errors import ArenaFull, DirectoryUnavailable, RelayError, WorkerLost
 from transport.types import SegmentKey, WorkerId
 from workers.anchoring import Anchoring, OnEngine
 from workers.attention import MassSpan
@@ -59,6 +61,15 @@ class Publishing:
         self._wire = wire
         self._min_segment_tokens = min_segment_tokens
         self._on_engine = on_engine
+        self._unpublished: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def unpublished(self) -> dict[str, int]:
+        """Segments that were not published, by reason: "arena_full" (no room even after eviction),
+        "directory_down", "fenced", or the name of an error."""
+        with self._lock:
+            return dict(self._unpublished)
 
     def remember(self, turn: Turn) -> None:
         """After the first token: keep the exact prefix, learn anchors, publish inputs computed here."""
@@ -95,7 +106,8 @@ class Publishing:
         if output.kv_tokens >= self._min_segment_tokens:
             assert output.token_ids is not None  # an answer is made of ids
             key = SegmentKey(self._space, digest_tokens(output.token_ids[: output.kv_tokens]))
-            self._publish(turn, key, len(turn.prompt.token_ids), output.kv_tokens, None)
+            readers = turn.request.consumers
+            self._publish(turn, key, len(turn.prompt.token_ids), output.kv_tokens, None, readers)
 
     def _inputs(self, turn: Turn, *, held_back: bool) -> None:
         """Publish shared inputs that were computed here.
@@ -120,7 +132,9 @@ class Publishing:
             if plan.source is None and span.key and whole and span.start >= turn.prefill.prefix_tokens:
                 self._publish(turn, span.key, span.start, len(span), span.slot)
 
-    def _publish(self, turn: Turn, key: SegmentKey, start: int, tokens: int, slot: str | None) -> None:
+    def _publish(
+        self, turn: Turn, key: SegmentKey, start: int, tokens: int, slot: str | None, consumers: int = 0
+    ) -> None:
         try:
             segment = self._store.publish(
                 key,
@@ -129,14 +143,26 @@ class Publishing:
                 num_tokens=tokens,
                 producer=f"{turn.request.agent}@{self._worker}",
                 variant=_variant(turn, start, tokens, self._wire),
+                consumers=consumers,
             )
         except RelayError as error:
             # The answer is still right; downstream agents will compute this text themselves.
+            with self._lock:
+                self._unpublished[_reason(error)] += 1
             what = f"slot {slot}" if slot else "the answer"
             log.warning("%s not published: %s", what, error, extra={"request": turn.request.id})
             turn.notes.append(f"{what} was not published ({type(error).__name__}): {error}")
             return
         turn.published.append(Published(slot, key, tokens, len(segment.blocks), segment.nbytes))
+
+
+def _reason(error: RelayError) -> str:
+    """Why something was not published, for counting."""
+    if isinstance(error, ArenaFull):
+        return "arena_full"
+    if isinstance(error, DirectoryUnavailable):
+        return "directory_down"
+    return "fenced" if isinstance(error, WorkerLost) else type(error).__name__
 
 
 def input_masses(plan: RectifyPlan) -> tuple[MassSpan, ...]:

@@ -10,25 +10,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Final
 
 from transport.arena import Arena
 from transport.auto import AutoTransport
 from transport.base import Answers, KVDirectory
 from transport.errors import RelayError
+from transport.settings import SpillSettings
 from transport.types import Lease, Located, Outcome, Owner, Segment, SegmentKey
-from workers.fetching import Acquired, Fetching, Miss
+from workers.fetching import Acquired, Fetching, Granted, Life, Miss
 from workers.holding import Holding
 from workers.layout import BlockViews, KVLayout
 
 log = logging.getLogger(__name__)
 
 _NO_ANSWER: Final = "the directory shard of this key does not answer"
+AskOwner = Callable[[Owner, Sequence[SegmentKey]], Collection[SegmentKey]]
+"""Have the owner promote segments; those that are in its arena then. Bounded in time; raises RelayError."""
 
 
 class SegmentStore:
-    """Publishes to and pulls from the cluster on behalf of one worker. Thread-safe."""
+    """Publishes to and pulls from the cluster on behalf of one worker. Thread-safe.
+
+    Args:
+        spill: tiers behind the arena.
+        ask_owner: reaches the owner of a spilled segment; None: only this worker's own ones are promoted.
+    """
 
     def __init__(
         self,
@@ -40,12 +48,15 @@ class SegmentStore:
         *,
         lease_ttl_s: float,
         pull_timeout_s: float,
+        spill: SpillSettings | None = None,
+        ask_owner: AskOwner | None = None,
     ) -> None:
         self.owner = owner
         self._layout = layout
         self._directory = directory
         self._lease_ttl_s = lease_ttl_s
-        self.holding = Holding(owner, layout, arena, directory)
+        self._ask_owner = ask_owner
+        self.holding = Holding(owner, layout, arena, directory, spill)
         self._fetching = Fetching(
             owner, layout, arena, transport, directory, self.holding, pull_timeout_s=pull_timeout_s
         )
@@ -79,10 +90,10 @@ class SegmentStore:
             if worth is not None and usable:
                 chosen = worth({k: found[k] for k in usable})
                 usable = [k for k in usable if k in chosen]
-            leases, asked_at = self._lease(usable, got)
+            leases = self._lease([k for k in usable if not found[k].segment.spilled], got)
+            leases += self._lease_spilled([found[k] for k in usable if found[k].segment.spilled], got)
             begin = time.perf_counter()
-            chosen = [leases[key] for key in usable if key in leases]
-            self._fetching.begin(got, chosen, asked_at, pipelined=pipelined, on_landed=on_landed)
+            self._fetching.begin(got, leases, pipelined=pipelined, on_landed=on_landed)
             self._fetching.wait(got, pipelined=pipelined)
             got.pull_s = time.perf_counter() - begin
         except BaseException:
@@ -137,25 +148,62 @@ class SegmentStore:
         got.misses[key] = Miss(Outcome.LAYOUT_MISMATCH, detail)
         return False
 
-    def _lease(self, keys: list[SegmentKey], got: Acquired) -> tuple[Answers[Lease], float]:
+    def _lease(self, keys: list[SegmentKey], got: Acquired) -> list[Granted]:
+        """Leases of those of `keys` that can be had."""
         # The clock starts before the request: the directory's own count can only end later.
         asked_at = time.monotonic()
         if not keys:
-            return Answers[Lease](), asked_at
+            return []
         begin = time.perf_counter()
         detail = _NO_ANSWER
         try:
             leases = self._directory.lease(keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s)
         except RelayError as error:
             leases, detail = Answers[Lease](unanswered=keys), str(error)
-        got.lease_s = time.perf_counter() - begin
-        got.leases.extend(leases.values())
+        got.lease_s += time.perf_counter() - begin
+        self._fetching.keep(got, leases.values())
         for key in keys:
             if key in leases.unanswered:
                 got.misses[key] = Miss("directory_down", detail)
             elif key not in leases:
                 got.misses[key] = Miss(Outcome.LEASE_EXPIRED, "the directory granted no lease")
-        return leases, asked_at
+        return [Granted(leases[key], asked_at) for key in keys if key in leases]
+
+    def _lease_spilled(self, spilled: Sequence[Located], got: Acquired) -> list[Granted]:
+        """Have segments brought back by their owners and lease them, one at a time: bringing back the next
+        one may evict what nobody has leased."""
+        leases: list[Granted] = []
+        silent: dict[Life, str] = {}
+        for located in spilled:
+            key = located.segment.key
+            begin = time.perf_counter()
+            why = self._promote(key, located.owner, silent)
+            got.lease_s += time.perf_counter() - begin
+            leases += self._lease([key], got)  # or of another copy, which was not the best one
+            if why and key in got.misses:
+                got.misses[key] = Miss("not_promoted", f"{located.owner.worker}: {why}")
+        return leases
+
+    def _promote(self, key: SegmentKey, owner: Owner, silent: dict[Life, str]) -> str:
+        """Have a segment's owner bring it back; why that did not come about, "" when it did.
+
+        Args:
+            silent: owners that did not answer, and why; they are not asked again.
+        """
+        life = (owner.worker, owner.incarnation)
+        if life in silent:
+            return silent[life]
+        if life == (self.owner.worker, self.owner.incarnation):
+            back: Collection[SegmentKey] = self.holding.promote([key])
+        elif self._ask_owner is None:
+            return "this worker cannot ask others to promote"
+        else:
+            try:
+                back = self._ask_owner(owner, [key])
+            except RelayError as error:
+                silent[life] = str(error)
+                return str(error)
+        return "" if key in back else "its owner had no room for it, or has lost it"
 
     # -- writing: see `Holding` ----------------------------------------------------------------------------
 
@@ -168,10 +216,17 @@ class SegmentStore:
         num_tokens: int,
         producer: str,
         variant: str = "",
+        consumers: int = 0,
     ) -> Segment:
         """See `Holding.publish`."""
         return self.holding.publish(
-            key, fill, start=start, num_tokens=num_tokens, producer=producer, variant=variant
+            key,
+            fill,
+            start=start,
+            num_tokens=num_tokens,
+            producer=producer,
+            variant=variant,
+            consumers=consumers,
         )
 
     def withdraw(self, key: SegmentKey) -> None:
@@ -186,6 +241,14 @@ class SegmentStore:
         """See `Holding.evict`."""
         self.holding.evict(blocks)
 
-    def drop(self, segments: Iterable[Segment]) -> None:
-        """See `Holding.drop`."""
-        self.holding.drop(segments)
+    def drop(self, segments: Sequence[Segment]) -> None:
+        """Free what has left the directory at an operator's wish; what is being read here, afterwards."""
+        self.holding.drop(segments, operator=True)
+
+    def stats(self) -> dict[str, Any]:
+        """See `Holding.stats`; and leases: those that this worker has now, as a reader."""
+        return {**self.holding.stats(), "leases": self._fetching.leased}
+
+    def close(self) -> None:
+        """See `Holding.close`."""
+        self.holding.close()

@@ -127,6 +127,16 @@ def test_token_ids_are_not_handed_to_another_model() -> None:
     assert turns["join"].request.values["right"] == SlotValue(text="text of right")
 
 
+def test_a_request_says_how_many_agents_can_relay_its_answer() -> None:
+    turns, _ = _executor(Recorder()).run({"q": "why?"})
+    consumers = {name: turn.request.consumers for name, turn in turns.items()}
+    assert consumers == {"plan": 1, "left": 1, "right": 0, "join": 0}, "another model cannot"
+    alone = Pipeline([Agent("plan", prompt="{q}"), Agent("use", prompt="{plan} {plan}", reuse=False)])
+    options = RunOptions(method="auto", compare=None, repeats=1, max_new_tokens=8, seed=1, max_retries=0)
+    turns, _ = Executor(alone, Recorder(), options, "run", lambda *_: None).run({"q": "why?"})
+    assert turns["plan"].request.consumers == 0
+
+
 def test_a_request_whose_worker_died_is_asked_again_under_another_id() -> None:
     workers = Recorder(deaths=2)
     turns, _ = _executor(workers).run({"q": "why?"})

@@ -76,9 +76,9 @@ class DirectoryClient:
             out.update({str(i): wire.expect(x, bool) for i, x in zip(parts[name], held, strict=True)})
         return out
 
-    def release(self, leases: Sequence[Lease]) -> None:
+    def release(self, leases: Sequence[Lease], *, read: bool = False) -> None:
         """See KVDirectory. A shard that does not answer lets the leases expire by itself."""
-        self.fleet.ask({s: (ids,) for s, ids in _by_granter(leases).items()}, "release")
+        self.fleet.ask({s: (ids, read) for s, ids in _by_granter(leases).items()}, "release")
 
     def stats(self) -> dict[str, float]:
         """Totals over shards (with two replicas every copy counts twice), plus shards_up, epoch,
@@ -118,8 +118,9 @@ class DirectoryClient:
         self._own.publish(owner, segments)
 
     def evict(self, owner: Owner, *, nbytes: int) -> tuple[Segment, ...]:
-        """See KVDirectory. Oldest first over all shards: each tells how long its candidates were idle. What
-        is leased at any shard stays; so does what a shard that cannot be reached may have leased."""
+        """See KVDirectory. In one order over all shards: each tells which of its candidates were read by all
+        expected readers, and how long they were idle. What is leased at any shard stays; so does what a shard
+        that cannot be reached may have leased."""
         return self._own.evict(owner, nbytes)
 
     def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:

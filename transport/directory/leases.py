@@ -107,6 +107,11 @@ class LeaseBook(Generic[C]):
         state.expires_at = max(state.expires_at, until)
         return True
 
+    def copy_of(self, lease_id: LeaseId) -> C | None:
+        """What a live lease is of."""
+        state = self._leases.get(lease_id)
+        return None if state is None else state.copy
+
     def end(self, lease_id: LeaseId) -> None:
         """Forget a lease; an unknown one is ignored."""
         state = self._leases.pop(lease_id, None)

@@ -85,10 +85,10 @@ class LocalDirectory:
             held = self._table.renew([x.id for x in leases], self._clock(), ttl_s=ttl_s)
         return {str(k): v for k, v in held.items()}
 
-    def release(self, leases: Sequence[Lease]) -> None:
+    def release(self, leases: Sequence[Lease], *, read: bool = False) -> None:
         """See KVDirectory."""
         with self._lock:
-            self._table.release([x.id for x in leases], self._clock())
+            self._table.release([x.id for x in leases], self._clock(), read=read)
 
     def evict(self, owner: Owner, *, nbytes: int) -> tuple[Segment, ...]:
         """See KVDirectory."""

@@ -185,9 +185,9 @@ class OwnerSide:
         return out
 
     def _offers(self, owner: Owner, nbytes: int) -> list[tuple[Candidate, str]]:
-        """Candidates of the first live replica of each, longest idle first: readers lease there, so that it
-        knows best what was used. A shard offers copies that it only stands by for as well, so it may have to
-        be asked for more."""
+        """Candidates of the first live replica of each, those that all their expected readers have read
+        first, then the longest idle: readers lease there, so that it knows best what was used. A shard offers
+        copies that it only stands by for as well, so it may have to be asked for more."""
         wanted = nbytes
         for _ in range(_WIDENINGS):
             parts = dict.fromkeys(self._fleet.shards, (wire.OWNER.pack(owner), wanted))
@@ -201,7 +201,7 @@ class OwnerSide:
             ]
             exhausted = all(sum(c.nbytes for c in cs) < wanted for cs in offers.values())
             if exhausted or sum(c.nbytes for c, _ in ranked) >= nbytes:
-                return sorted(ranked, key=lambda pair: -pair[0].idle_s)
+                return sorted(ranked, key=lambda pair: (not pair[0].consumed, -pair[0].idle_s))
             wanted *= 2
         return []
 

@@ -128,8 +128,9 @@ class Shard:
         held = self._table.renew(ids, self._clock(), ttl_s=wire.expect(ttl_s, float))
         return [held[i] for i in ids]
 
-    def _release(self, leases: Any) -> None:
-        self._table.release([LeaseId(wire.expect(x, str)) for x in wire.array(leases)], self._clock())
+    def _release(self, leases: Any, read: Any) -> None:
+        ids = [LeaseId(wire.expect(x, str)) for x in wire.array(leases)]
+        self._table.release(ids, self._clock(), read=wire.expect(read, bool))
 
     def _candidates(self, owner: Any, nbytes: Any) -> Any:
         offers = self._table.candidates(wire.OWNER.of(owner), wire.expect(nbytes, int), self._clock())

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from transport.directory.leases import LeaseBook
@@ -57,12 +57,14 @@ class Candidate:
 
     Attributes:
         idle_s: seconds since its last use, on the table's clock; comparable between tables.
+        consumed: all its expected readers have read it; such copies go first.
     """
 
     key: SegmentKey
     variant: str
     nbytes: int
     idle_s: float
+    consumed: bool = False
 
 
 @dataclass(slots=True)
@@ -72,6 +74,11 @@ class _Copy:
     used_at: float
     nbytes: int
     leases: set[LeaseId] | None = None
+    reads: int = 0
+
+    @property
+    def consumed(self) -> bool:
+        return 0 < self.segment.consumers <= self.reads
 
 
 @dataclass(slots=True)
@@ -80,6 +87,7 @@ class _OwnerState:
     seen_at: float
     copies: OrderedDict[CopyId, _Copy] = field(default_factory=OrderedDict)  # least recently used first
     wishes: dict[CopyId, None] = field(default_factory=dict[CopyId, None])
+    consumed: OrderedDict[CopyId, None] = field(default_factory=OrderedDict)  # of these, in order of reading
 
 
 class Table:
@@ -153,8 +161,9 @@ class Table:
     def lookup(
         self, keys: Iterable[SegmentKey], now: float, *, near: WorkerId | None = None
     ) -> dict[SegmentKey, Located]:
-        """The best complete copy of each key: exact before rectified, then the nearest, then that of the
-        owner with the fewest leased bytes. Changes nothing: no lease, no LRU."""
+        """The best complete copy of each key: exact before rectified, then in an arena before spilled, then
+        the nearest, then that of the owner with the fewest leased bytes. Changes nothing: no lease, no
+        LRU."""
         self.tick(now)
         node = self._node(near)
         found = {key: self._choose(key, near, node) for key in dict.fromkeys(keys)}
@@ -163,15 +172,15 @@ class Table:
     def lease(
         self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float
     ) -> dict[SegmentKey, Lease]:
-        """Lease the best complete copy of each key, as `lookup` finds it; absent keys are omitted, and so is
-        what exceeds the holder's limit."""
+        """Lease the best complete copy of each key, as `lookup` finds it, never a spilled one; absent keys
+        are omitted, and so is what exceeds the holder's limit."""
         self.tick(now)
         node = self._node(holder)
         ttl_s = min(ttl_s, self._max_lease_s)
         life = self._owners[holder].owner.incarnation if holder in self._owners else None
         out: dict[SegmentKey, Lease] = {}
         for key in dict.fromkeys(keys):
-            copy = self._choose(key, holder, node)
+            copy = self._choose(key, holder, node, to_lease=True)
             if copy is None:
                 continue
             lease_id = self._leases.grant(copy, holder, life, now, ttl_s)
@@ -187,30 +196,38 @@ class Table:
         ttl_s = min(ttl_s, self._max_lease_s)
         return {lease_id: self._leases.renew(lease_id, now + ttl_s) for lease_id in leases}
 
-    def release(self, leases: Iterable[LeaseId], now: float) -> None:
-        """Unpin. Unknown leases are ignored."""
+    def release(self, leases: Iterable[LeaseId], now: float, *, read: bool = False) -> None:
+        """Unpin. Unknown leases are ignored. read: the holders have the bytes; each counts as one read."""
         self.tick(now)
         for lease_id in leases:
+            copy = self._leases.copy_of(lease_id) if read else None
+            if copy is not None:
+                copy.reads += 1
+                self._note_consumed(copy)
             self._leases.end(lease_id)
 
     # -- eviction --------------------------------------------------------------------------------------
 
     def candidates(self, owner: Owner, nbytes: int, now: float) -> list[Candidate]:
-        """Unleased, complete copies of `owner`, least recently used first, covering `nbytes`."""
+        """Unleased, complete copies in `owner`'s arena that cover `nbytes`: those that all expected readers
+        have read, then the least recently used."""
         self.tick(now)
         out: list[Candidate] = []
         covered = 0
-        for (key, variant), copy in self._live_copies(owner).items():
+        for copy in self._by_use(owner):
             if covered >= nbytes:
                 break
-            if copy.leases or not copy.segment.complete:
+            segment = copy.segment
+            if copy.leases or not segment.complete or segment.spilled:
                 continue
-            out.append(Candidate(key, variant, copy.nbytes, now - copy.used_at))
+            idle_s = now - copy.used_at
+            out.append(Candidate(segment.key, segment.variant, copy.nbytes, idle_s, copy.consumed))
             covered += copy.nbytes
         return out
 
     def evict_copies(self, owner: Owner, copies: Iterable[CopyId], now: float) -> tuple[Segment, ...]:
-        """Remove those of `copies` that are still unleased; what is returned is out of the table."""
+        """Remove those of `copies` that are still unleased; what is returned is out of the table, and tells
+        how often it was read."""
         self.tick(now)
         held = self._live_copies(owner)
         out: list[Segment] = []
@@ -218,7 +235,7 @@ class Table:
             copy = held.get(copy_id)
             if copy is not None and not copy.leases and copy.segment.complete:
                 self._remove(copy)
-                out.append(copy.segment)
+                out.append(replace(copy.segment, reads=copy.reads) if copy.reads else copy.segment)
         return tuple(out)
 
     def retire(self, owner: Owner, copies: Sequence[CopyId], now: float) -> list[int]:
@@ -248,7 +265,7 @@ class Table:
                 self._remove(copy)
 
     def evict(self, owner: Owner, nbytes: int, now: float) -> tuple[Segment, ...]:
-        """Remove the least recently used unleased copies until `nbytes` are covered or none is left."""
+        """Remove unleased copies in the order of `candidates`, until `nbytes` are covered or none is left."""
         chosen = [(c.key, c.variant) for c in self.candidates(owner, nbytes, now)]
         return self.evict_copies(owner, chosen, now)
 
@@ -313,14 +330,19 @@ class Table:
     def _enter(self, state: _OwnerState, segment: Segment, now: float) -> None:
         copy_id = (segment.key, segment.variant)
         old = state.copies.get(copy_id)
-        if old is not None and old.segment.blocks == segment.blocks:
+        if old is not None and segment.spilled and not old.segment.spilled:
+            return  # overtaken: a newer copy lies in the arena
+        same = old is not None and old.segment.spilled == segment.spilled
+        if old is not None and same and old.segment.blocks == segment.blocks:
             old.segment = segment  # the same blocks: leases stay good
             self._touch(old, now)
+            self._note_consumed(old)
             return
         if old is not None:
             self._remove(old)
-        copy = _Copy(segment, state.owner.worker, now, segment.nbytes)
+        copy = _Copy(segment, state.owner.worker, now, segment.nbytes, reads=segment.reads)
         state.copies[copy_id] = copy
+        self._note_consumed(copy)
         self._segments.setdefault(segment.key, []).append(copy)
         self._nbytes += copy.nbytes
 
@@ -329,6 +351,7 @@ class Table:
         self._leases.end_all(copy)
         state = self._owners[copy.worker]
         del state.copies[(key, variant)]
+        state.consumed.pop((key, variant), None)
         state.wishes.pop((key, variant), None)
         copies = [c for c in self._segments[key] if c is not copy]
         if copies:
@@ -341,6 +364,20 @@ class Table:
         for copy in tuple(self._owners[worker].copies.values()):
             self._remove(copy)
         del self._owners[worker]
+
+    def _note_consumed(self, copy: _Copy) -> None:
+        consumed, copy_id = self._owners[copy.worker].consumed, (copy.segment.key, copy.segment.variant)
+        if copy.consumed:
+            consumed[copy_id] = None
+        else:
+            consumed.pop(copy_id, None)  # its producer expects more readers than it did
+
+    def _by_use(self, owner: Owner) -> Iterator[_Copy]:
+        """Copies of a live owner, those that are worth least first."""
+        held = self._live_copies(owner)
+        if held:
+            yield from (held[copy_id] for copy_id in self._owners[owner.worker].consumed)
+        yield from (copy for copy in held.values() if not copy.consumed)
 
     def _touch(self, copy: _Copy, now: float) -> None:
         copy.used_at = now
@@ -356,24 +393,27 @@ class Table:
         state = None if worker is None else self._owners.get(worker)
         return None if state is None else state.owner.node
 
-    def _choose(self, key: SegmentKey, near: WorkerId | None, node: NodeId | None) -> _Copy | None:
+    def _choose(
+        self, key: SegmentKey, near: WorkerId | None, node: NodeId | None, *, to_lease: bool = False
+    ) -> _Copy | None:
         copies = self._segments.get(key)
         if copies is None:
             return None
-        if len(copies) == 1:
-            return copies[0] if copies[0].segment.complete else None
-        ranked = [c for c in copies if c.segment.complete]
+        ranked = [c for c in copies if c.segment.complete and not (to_lease and c.segment.spilled)]
+        if len(ranked) == 1:
+            return ranked[0]
         return min(ranked, key=lambda c: self._rank(c, near, node), default=None)
 
     def _rank(
         self, copy: _Copy, near: WorkerId | None, node: NodeId | None
-    ) -> tuple[bool, int, int, float, str, str]:
+    ) -> tuple[bool, bool, int, int, float, str, str]:
         state = self._owners[copy.worker]
         same_node = node is not None and state.owner.node == node
         distance = 0 if copy.worker == near else 1 if same_node else 2
         segment = copy.segment
         return (
             segment.rectified,
+            segment.spilled,
             distance,
             self._leases.load(copy.worker),
             -copy.used_at,

@@ -340,7 +340,10 @@ def unpack_announced(value: Any) -> Announced:
 
 
 def pack_candidates(offers: Sequence[Candidate]) -> list[Any]:
-    return [pack_copies([(c.key, c.variant) for c in offers]), [[c.nbytes, c.idle_s] for c in offers]]
+    return [
+        pack_copies([(c.key, c.variant) for c in offers]),
+        [[c.nbytes, c.idle_s, c.consumed] for c in offers],
+    ]
 
 
 def unpack_candidates(value: Any) -> list[Candidate]:
@@ -349,8 +352,9 @@ def unpack_candidates(value: Any) -> list[Candidate]:
     found = unpack_copies(copies)
     out: list[Candidate] = []
     for (key, variant), fact in zip(found, array(facts, len(found)), strict=True):
-        nbytes, idle_s = array(fact, 2)
-        out.append(Candidate(key, variant, expect(nbytes, int), expect(idle_s, float)))
+        nbytes, idle_s, consumed = array(fact, 3)
+        facts_of = (expect(nbytes, int), expect(idle_s, float), expect(consumed, bool))
+        out.append(Candidate(key, variant, *facts_of))
     return out
 
 
