@@ -71,7 +71,11 @@ class SpillFolder:
         # Locked before the folder is there: who finds a folder with a free lock has found a leftover.
         self._lock_path = _lock_of(self.path)
         self._lock: int | None = _take_lock(self._lock_path)
-        self.path.mkdir(mode=0o700)
+        try:
+            self.path.mkdir(mode=0o700)
+        except OSError:
+            os.close(self._lock)
+            raise
 
     def nbytes(self, segment: Segment) -> int:
         """Size of the segment's file."""
