@@ -23,7 +23,7 @@ import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,11 @@ class SpillFolder:
         # Locked before the folder is there: who finds a folder with a free lock has found a leftover.
         self._lock_path = _lock_of(self.path)
         self._lock: int | None = _take_lock(self._lock_path)
-        self.path.mkdir(mode=0o700)
+        try:
+            self.path.mkdir(mode=0o700)
+        except OSError:
+            os.close(self._lock)
+            raise
 
     def nbytes(self, segment: Segment) -> int:
         """Size of the segment's file."""
@@ -86,12 +90,12 @@ class SpillFolder:
         self._count += 1
         final = self.path / f"{self._count:08d}.kv"
         partial = final.with_suffix(".part")
-        head = self._head(segment, [xxhash.xxh3_64_intdigest(p) for p in payloads])
+        head = self._head(segment, [xxhash.xxh3_64_intdigest(_view(p)) for p in payloads])
         try:
             descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW, 0o600)
             with open(descriptor, "wb", buffering=0) as file:
-                for part in (head, *payloads):
-                    _write_all(file.fileno(), memoryview(part))
+                for part in (memoryview(head), *(_view(p) for p in payloads)):
+                    _write_all(file.fileno(), part)
             os.replace(partial, final)
         except OSError:
             self.remove(partial)
@@ -114,7 +118,7 @@ class SpillFolder:
             payloads: list[Payload] = []
             for at, (ref, checksum) in enumerate(zip(segment.blocks, sums, strict=True)):
                 payload = np.frombuffer(_read_exactly(file.fileno(), ref.nbytes), np.uint8)
-                if xxhash.xxh3_64_intdigest(payload) != checksum:
+                if xxhash.xxh3_64_intdigest(_view(payload)) != checksum:
                     raise SpillDamaged(f"block {at} of {len(sums)} has another checksum")
                 payloads.append(payload)
         return payloads
@@ -160,6 +164,10 @@ class SpillFolder:
         if bytes(head) != self._head(segment, sums):
             raise SpillDamaged("the header is another segment's, or of another version")
         return sums
+
+
+def _view(payload: Payload) -> memoryview:
+    return memoryview(cast("Any", payload))
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
