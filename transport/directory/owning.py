@@ -106,6 +106,7 @@ class OwnerSide:
         of them took; a shard that missed something gets everything again with a later beat."""
         moved: set[str] = set()
         for _ in range(_MOVES):
+            epoch = self._fleet.view.epoch
             parts = self._by_replica(segments, only=only)
             packed = wire.OWNER.pack(owner)
             names = self._worth_asking(parts, segments)
@@ -119,9 +120,20 @@ class OwnerSide:
             moved = asked.moved
             for name in set(parts) - set(asked) - moved:
                 self._epochs.pop(name, None)
-            if not moved:
+            if self._fleet.view.epoch == epoch:
                 return self._missing(segments, parts, asked)
+            self._note_left({name: parts[name] for name in asked})
         return moved
+
+    def _note_left(self, taken: Mapping[str, Sequence[Segment]]) -> None:
+        """Remember what shards took just before they ceased to answer for it: `_settle` may have come first,
+        and nobody would take it back."""
+        with self._lock:
+            for name, segments in taken.items():
+                left = [s for s in segments if name not in self._fleet.replicas(s.key)]
+                if left:
+                    known = self._lingering.setdefault(name, {})
+                    known.update(dict.fromkeys((s.key, s.variant) for s in left))
 
     def _missing(
         self, segments: Sequence[Segment], parts: Mapping[str, Sequence[Segment]], asked: Asked
