@@ -5,7 +5,7 @@ running cluster holds, and what operators do to it. Parses, shows and exits; `di
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,14 +60,14 @@ _COLUMNS = ("segment", "tokens", "bytes", "variant", "owner", "node", "leases", 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.add_typer(directory_app, name="directory", context_settings=HELP)
-    commands: tuple[tuple[str, Callable[..., None], tuple[str, ...]], ...] = (
-        ("ls", ls, ("relay ls", "relay ls --owner w0 --idle-s 60 --json -")),
-        ("evict", evict, ("relay evict 3fa9", "relay evict --owner w1 --idle-s 600")),
-        ("pin", pin, ("relay pin 3fa9 --ttl-s 3600", "relay pin --owner w0 --ttl-s 600 --name demo")),
-        ("unpin", unpin, ("relay unpin 3fa9", "relay unpin --name demo")),
-    )
-    for name, body, lines in commands:
-        app.command(name, epilog=examples(*lines))(command(body))
+    few = examples("relay ls", "relay ls --owner w0 --idle-s 60 --json -")
+    app.command("ls", epilog=few)(command(ls))
+    few = examples("relay evict 3fa9", "relay evict --owner w1 --idle-s 600")
+    app.command("evict", epilog=few)(command(evict))
+    few = examples("relay pin 3fa9 --ttl-s 3600", "relay pin --owner w0 --ttl-s 600 --name demo")
+    app.command("pin", epilog=few)(command(pin))
+    few = examples("relay unpin 3fa9", "relay unpin --name demo")
+    app.command("unpin", epilog=few)(command(unpin))
 
 
 @contextmanager
