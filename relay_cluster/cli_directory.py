@@ -60,13 +60,14 @@ _COLUMNS = ("segment", "tokens", "bytes", "variant", "owner", "node", "leases", 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
     app.add_typer(directory_app, name="directory", context_settings=HELP)
-    for name, body, lines in (
-        ("ls", ls, ("relay ls", "relay ls --owner w0 --idle-s 60 --json -")),
-        ("evict", evict, ("relay evict 3fa9", "relay evict --owner w1 --idle-s 600")),
-        ("pin", pin, ("relay pin 3fa9 --ttl-s 3600", "relay pin --owner w0 --ttl-s 600 --name demo")),
-        ("unpin", unpin, ("relay unpin 3fa9", "relay unpin --name demo --all")),
-    ):
-        app.command(name, epilog=examples(*lines))(command(body))
+    few = examples("relay ls", "relay ls --owner w0 --idle-s 60 --json -")
+    app.command("ls", epilog=few)(command(ls))
+    few = examples("relay evict 3fa9", "relay evict --owner w1 --idle-s 600")
+    app.command("evict", epilog=few)(command(evict))
+    few = examples("relay pin 3fa9 --ttl-s 3600", "relay pin --owner w0 --ttl-s 600 --name demo")
+    app.command("pin", epilog=few)(command(pin))
+    few = examples("relay unpin 3fa9", "relay unpin --name demo")
+    app.command("unpin", epilog=few)(command(unpin))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from transport.types import (
 
 W0, W1 = WorkerId("w0"), WorkerId("w1")
 ME = Owner(W0, Incarnation(1), NodeId("n0"), {"tcp": b"x"})
-SETTINGS = DirectorySettings(shards=3, heartbeat_s=0.02, call_timeout_s=0.5)
+SETTINGS = DirectorySettings(shards=3, heartbeat_s=0.02, call_timeout_s=5.0, owner_timeout_s=60.0)
 
 
 def segment(i: int, nbytes: int = 100, generation: int = 1) -> Segment:

@@ -7,10 +7,12 @@ import threading
 from dataclasses import replace
 
 import pytest
+import ray
 
 from tests.transport.directory_rigs import ME, SETTINGS, W1, Rig, segment
 from tests.transport.rigs import wait_for
 from transport.directory.catalogue import Filter
+from transport.directory.fleet import RayCalls, ShardFailed
 from transport.directory.view import View
 from transport.errors import ConfigError, RelayError
 from transport.types import Incarnation, NodeId, Owner, Segment, SegmentKey
@@ -209,3 +211,30 @@ def test_resizes_while_everything_runs(replicas: int) -> None:
     wait_for(lambda: len(rig.client.lookup(KEYS)) == 60, "all is found in the end")
     assert rig.client.fenced is None
     rig.client.close()
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_shards_that_restart_are_refilled_while_everything_runs(replicas: int) -> None:
+    rig = Rig(replace(SETTINGS, replicas=replicas), ABC)
+    with Traffic(rig) as traffic:
+        for turn in range(9):
+            before = rig.client.stats()["republished"]
+            rig.restart(ABC[turn % 3])
+            wait_for(lambda before=before: rig.client.stats()["republished"] > before, "it is refilled")
+            traffic.stop.wait(0.05)
+    assert not [x for x in traffic.faults if "is not held" in x]
+    assert traffic.leased > 100
+    assert traffic.evicted > 100
+    wait_for(lambda: len(rig.client.lookup(KEYS)) == 60, "all is found in the end")
+    rig.client.close()
+
+
+def test_a_client_that_left_ray_does_not_start_one() -> None:
+    """A call on an actor's handle starts a Ray of its own where there is none: a heartbeat must not."""
+    assert not ray.is_initialized()
+    calls = RayCalls()
+    with pytest.raises(ShardFailed, match="left Ray"):
+        calls.find("relay-directory-0")
+    with pytest.raises(ShardFailed, match="left Ray"):
+        calls.send(object(), "view", b"")
+    assert not ray.is_initialized()

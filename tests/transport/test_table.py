@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from transport.directory.table import Table
+from transport.directory import table as table_module
+from transport.directory.catalogue import PIN_PREFIX, Cursor, Filter, Listed
+from transport.directory.operating import OperatedTable
 from transport.types import (
     BlockId,
     BlockRef,
@@ -38,8 +42,21 @@ def segment(i: int, nbytes: int = 100, variant: str = "", block: int = 0, comple
     return Segment(key(i), 10, 0, refs, variant=variant, complete=complete)
 
 
-def table() -> Table:
-    return Table(owner_timeout_s=TIMEOUT, lease_prefix="t:")
+def table() -> OperatedTable:
+    return OperatedTable(owner_timeout_s=TIMEOUT, lease_prefix="t:")
+
+
+def listed(t: OperatedTable, chosen: Filter, now: float = 0.0, limit: int = 2) -> list[Listed]:
+    """All rows, by small pages."""
+    rows: list[Listed] = []
+    after: Cursor | None = None
+    while True:
+        page = t.page(chosen, now, after=after, limit=limit)
+        assert len(page.rows) <= limit
+        rows.extend(page.rows)
+        after = page.after
+        if after is None:
+            return rows
 
 
 def test_lookup_prefers_self_then_node_then_any() -> None:
@@ -103,7 +120,7 @@ def test_evict_covers_the_bytes_asked_for() -> None:
 
 
 def test_retract_takes_these_very_copies_leased_or_not() -> None:
-    t = Table(owner_timeout_s=TIMEOUT)
+    t = table()
     old, new = segment(0, block=1), segment(0, block=2)
     t.publish(owner(W0), [new, segment(1)], 0)
     t.publish(owner(W1), [new], 0)
@@ -200,6 +217,146 @@ def test_an_exact_copy_comes_before_a_nearer_rectified_one() -> None:
     assert lease.located == found[key(1)]
 
 
+def test_of_equal_distance_the_least_loaded_owner_comes_first() -> None:
+    t = table()
+    for worker in (W0, W1, W2):
+        t.announce(owner(worker, node="n0" if worker == W0 else "n1"), 0)
+    t.publish(owner(W1, node="n1"), [segment(1), segment(2, nbytes=300), segment(3)], 0)
+    t.publish(owner(W2, node="n1"), [segment(1), segment(2, nbytes=300)], 1)
+    assert t.lookup([key(1)], 2, near=W0)[key(1)].owner.worker == W2, "used last"
+    first = t.lease([key(2)], 2, holder=W0, ttl_s=60)[key(2)]
+    assert first.located.owner.worker == W2
+    assert t.lookup([key(1)], 2, near=W0)[key(1)].owner.worker == W1, "the other one is reading from w2"
+    more = t.lease([key(1), key(3)], 2, holder=W0, ttl_s=60)
+    assert {x.located.owner.worker for x in more.values()} == {W1}
+    assert t.lookup([key(1)], 2, near=W0)[key(1)].owner.worker == W1, "by bytes: 200 there, 300 here"
+    t.pin(Filter(owner="w1"), 2, name="p", ttl_s=60, limit=9)
+    assert t.lookup([key(1)], 2, near=W0)[key(1)].owner.worker == W1, "a pin is no load"
+    assert t.lookup([key(1)], 2, near=W2)[key(1)].owner.worker == W2, "what is here comes before all others"
+    t.release([first.id], 2)
+    assert t.lookup([key(1)], 2, near=W0)[key(1)].owner.worker == W2
+    t.publish(owner(W0, node="n0"), [segment(1, variant="c~naive")], 2)
+    assert t.lookup([key(1)], 2, near=W0)[key(1)].owner.worker == W2, "exact before near and idle"
+
+
+def test_existence_probes_never_extend_life() -> None:
+    """Mooncake#2187: probes renewed leases, so that nothing could be evicted any more."""
+    t = table()
+    t.publish(owner(W0), [segment(1), segment(2)], 0)
+    lease = t.lease([key(1)], 0, holder=W1, ttl_s=5)[key(1)]
+    for at in range(1, 9):
+        t.announce(owner(W0), at)
+        t.lookup([key(1), key(2)], at, near=W1)
+        assert len(listed(t, Filter(), at)) == 2
+    assert t.renew([lease.id], 9, ttl_s=5) == {lease.id: False}
+    assert [s.key for s in t.evict(owner(W0), 10**9, 9)] == [key(2), key(1)]
+
+
+def test_leases_and_pins_are_bounded_in_time_and_number() -> None:
+    t = OperatedTable(owner_timeout_s=1e9, max_lease_s=20, max_pin_s=50, max_leases=2)
+    t.publish(owner(W0), [segment(i) for i in range(4)], 0)
+    leases = t.lease([key(i) for i in range(4)], 0, holder=W1, ttl_s=1000)
+    assert [x.ttl_s for x in leases.values()] == [20, 20]
+    assert t.stats(0)["refused_leases"] == 2
+    assert len(t.lease([key(3)], 0, holder=W2, ttl_s=1)) == 1, "the limit is of one holder"
+    t.renew([x.id for x in leases.values()], 10, ttl_s=1000)
+    assert t.stats(29)["leases"] == 2
+    assert t.stats(30)["leases"] == 0
+    assert [len(r.pins) for r in t.pin(Filter(), 30, name="p", ttl_s=1e9, limit=9).rows] == [1, 1, 0, 0]
+    assert [r.pins for r in listed(t, Filter(pinned=True), 40)] == [{"p": 40.0}] * 2
+    assert t.stats(80)["pins"] == 0
+
+
+def test_what_is_over_is_forgotten() -> None:
+    """Fences, leases that were released, and expiries do not grow for ever."""
+    t = OperatedTable(owner_timeout_s=1e9)
+    t.publish(owner(W0), [segment(1)], 0)
+    for _ in range(5000):
+        held = [x.id for x in t.lease([key(1)], 0, holder=W1, ttl_s=1e6).values()]
+        for at in range(3):
+            t.renew(held, at, ttl_s=1e6)
+        t.release(held, 0)
+    book = t._leases
+    assert len(book._expiries) < 3000
+    assert (book._held_by, dict(book._load), t._segments[key(1)][0].leases) == ({}, {}, None)
+
+
+def test_forgotten_fences_keep_fenced_lives_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_module, "_FENCES", 3)
+    t = OperatedTable(owner_timeout_s=1e9)
+    t.announce(owner(W1, 5), 0)
+    for i in range(10):
+        t.drop_owner(WorkerId(f"gone{i}"), 100 + i, 0)
+    assert t.stats(0)["fences"] <= 3 + 1
+    for i in range(10):
+        assert t.publish(owner(WorkerId(f"gone{i}"), 100 + i), [segment(1)], 0).fenced_by is not None
+    assert t.announce(owner(W1, 5), 0).known, "a live owner is not forgotten"
+    assert t.announce(owner(WorkerId("gone1"), 500), 0).fenced_by is None, "its successor is younger"
+
+
+def test_leases_are_counted_by_age() -> None:
+    t = OperatedTable(owner_timeout_s=1e9)
+    t.publish(owner(W0), [segment(1)], 0)
+    for at in (0, 55, 59.5):
+        t.lease([key(1)], at, holder=W1, ttl_s=1000)
+    t.pin(Filter(), 0, name="p", ttl_s=1e6, limit=1)
+    stats = t.stats(61)
+    ages = [stats[f"leases_age_{x}"] for x in ("le_1", "le_10", "le_60", "gt_60")]
+    assert ages == [0, 2, 0, 1]
+
+
+def test_retire_says_what_is_leased() -> None:
+    t = table()
+    t.publish(owner(W0), [segment(1), segment(2), segment(3, complete=False)], 0)
+    t.lease([key(2)], 0, holder=W1, ttl_s=5)
+    named = [(key(n), "") for n in (1, 2, 3, 9)]
+    assert t.retire(owner(W0, 2), named, 0) == [], "another life holds nothing"
+    assert t.retire(owner(W0), named, 0) == [1]
+    assert [r.key for r in listed(t, Filter())] == [key(2)]
+    assert t.retire(owner(W0), named, 5) == []
+    assert t.stats(5)["segments"] == 0
+
+
+def test_pages_come_in_order_and_filters_choose() -> None:
+    t = table()
+    t.publish(owner(W1), [segment(n) for n in (7, 3, 5)], 0)
+    t.publish(owner(W0), [segment(3), segment(3, variant="a~x"), segment(5, complete=False)], 4)
+    names = [(r.key, r.variant, r.owner) for r in listed(t, Filter(), 5)]
+    expected = [(3, "", W0), (3, "", W1), (3, "a~x", W0), (5, "", W0), (5, "", W1), (7, "", W1)]
+    assert names == [(key(k), v, w) for k, v, w in expected]
+    assert [r.owner for r in listed(t, Filter(key_prefix="03"), 5, limit=1)] == [W0, W1, W0]
+    assert len(listed(t, Filter(key_prefix="s/0"), 5)) == 6
+    assert listed(t, Filter(key_prefix="x/0"), 5) == []
+    assert {r.owner for r in listed(t, Filter(idle_s=2), 5)} == {W1}
+    assert [r.variant for r in listed(t, Filter(kind="rectified"), 5)] == ["a~x"]
+    assert [r.complete for r in listed(t, Filter(owner="w0", kind="exact"), 5)] == [True, False]
+    t.lease([key(7)], 5, holder=W0, ttl_s=1)
+    assert [(r.leases, r.busy) for r in listed(t, Filter(leased=True), 5)] == [(1, True)]
+
+
+def test_a_listing_goes_on_while_keys_come_and_go() -> None:
+    t = table()
+    t.publish(owner(W0), [segment(n) for n in range(8)], 0)
+    page = t.page(Filter(), 0, limit=3)
+    t.retract(owner(W0), [segment(n) for n in (3, 4)], 0)
+    t.publish(owner(W0), [segment(n) for n in (9,)], 0)
+    rest = t.page(Filter(), 0, after=page.after, limit=9)
+    assert [r.key for r in rest.rows] == [key(n) for n in (5, 6, 7)]
+    assert rest.after is None
+    assert len(listed(t, Filter())) == 7
+
+
+def test_wishes_reach_the_owner_once_and_only_for_what_it_holds() -> None:
+    t = table()
+    t.publish(owner(W0), [segment(n) for n in range(4)], 0)
+    assert t.wish(W0, [(key(n), "") for n in (1, 2, 9)], 0) == 2
+    assert t.wish(W1, [(key(1), "")], 0) == 0
+    t.evict_copies(owner(W0), [(key(2), "")], 0)
+    assert t.announce(owner(W0), 1).wishes == ((key(1), ""),)
+    assert t.announce(owner(W0), 1).wishes == ()
+    assert t.stats(1)["segments"] == 3, "the owner evicts, the table does not"
+
+
 @dataclass
 class ModelCopy:
     segment: Segment
@@ -219,6 +376,8 @@ class TableMachine(RuleBasedStateMachine):
         self.fence: dict[WorkerId, int] = {}
         self.copies: dict[tuple[WorkerId, SegmentKey, str], ModelCopy] = {}
         self.leases: dict[LeaseId, tuple[float, WorkerId, int]] = {}
+        self.freed: set[tuple[WorkerId, BlockId, int]] = set()  # blocks whose owner was told to free them
+        self.generation = 0
         self.ever: list[LeaseId] = []
 
     # -- the model ----------------------------------------------------------------------------------------
@@ -256,20 +415,35 @@ class TableMachine(RuleBasedStateMachine):
 
     def best(self, k: SegmentKey, near: WorkerId) -> set[WorkerId]:
         """Workers that a lookup may answer with: of those with an exact copy, or else of all, those at the
-        smallest distance."""
+        smallest distance; of these, the ones with the fewest leased bytes."""
         nodes = {w: NODES[w] for w in self.seen}
-        ranks: dict[WorkerId, tuple[bool, int]] = {}
+        ranks: dict[WorkerId, tuple[bool, int, int]] = {}
         for (worker, at, _), copy in self.copies.items():
             if at == k and copy.segment.complete:
                 same = near in nodes and nodes[near] == nodes[worker]
                 distance = 0 if worker == near else 1 if same else 2
-                rank = "~" in copy.segment.variant, distance
+                rank = "~" in copy.segment.variant, distance, self.load(worker)
                 ranks[worker] = min(rank, ranks.get(worker, rank))
         return {w for w, r in ranks.items() if r == min(ranks.values())}
+
+    def load(self, worker: WorkerId) -> int:
+        mine = [c for (w, _, _), c in self.copies.items() if w == worker]
+        return sum(c.segment.nbytes * sum(not self.is_pin(x) for x in c.leases) for c in mine)
+
+    def is_pin(self, lease: LeaseId) -> bool:
+        return self.leases[lease][1].startswith(PIN_PREFIX)
+
+    def told_to_free(self, worker: WorkerId, segments: Sequence[Segment]) -> None:
+        """The owner frees the blocks: nobody may hold a lease on them from here on."""
+        for s in segments:
+            copy = self.copies.pop((worker, s.key, s.variant))
+            assert not copy.leases, "evicted under a lease or a pin"
+            self.freed |= {(worker, b.block, b.generation) for b in s.blocks}
 
     # -- rules --------------------------------------------------------------------------------------------
 
     workers = st.sampled_from([W0, W1, W2])
+    variants = st.sampled_from(["", "v", "v~naive"])
     keys = st.sampled_from([key(i) for i in range(3)])
     lives = st.integers(1, 3)
 
@@ -291,18 +465,24 @@ class TableMachine(RuleBasedStateMachine):
         worker=workers,
         life=lives,
         k=st.integers(0, 2),
-        variant=st.sampled_from(["", "v", "v~naive"]),
+        variant=variants,
         nbytes=st.sampled_from([100, 200]),
         complete=st.sampled_from([True, True, False]),
     )
     def publish(self, worker: WorkerId, life: int, k: int, variant: str, nbytes: int, complete: bool) -> None:
-        made = segment(k, nbytes, variant, complete=complete)
+        name = (worker, key(k), variant)
+        old = self.copies.get(name)
+        if old is not None and old.segment.nbytes == nbytes:
+            made = replace(old.segment, complete=complete)  # the same blocks again
+        else:
+            self.generation += 1  # a freed block comes back under another generation, as in the arena
+            made = segment(k, nbytes, variant, complete=complete)
+            made = replace(made, blocks=(replace(made.blocks[0], generation=self.generation),))
         reply = self.table.publish(owner(worker, life, NODES[worker]), [made], self.now)
         accepted = self.admit(owner(worker, life))
         assert (reply.fenced_by is None) == accepted
         if accepted:
-            name = (worker, made.key, variant)
-            old = self.copies.get(name)
+            old = self.copies.get(name)  # it may have gone with an older life
             keep = old is not None and old.segment.blocks == made.blocks
             if old is not None and not keep:
                 for lease in list(old.leases):
@@ -322,6 +502,9 @@ class TableMachine(RuleBasedStateMachine):
         for lease in self.table.lease([k], self.now, holder=holder, ttl_s=ttl).values():
             located = lease.located
             assert located.owner.worker in best
+            worker = located.owner.worker
+            held = {(worker, b.block, b.generation) for b in located.segment.blocks}
+            assert not held & self.freed, "a lease on freed blocks"
             assert lease.id not in self.ever
             self.ever.append(lease.id)
             life = self.seen[holder][0] if holder in self.seen else 0
@@ -365,8 +548,63 @@ class TableMachine(RuleBasedStateMachine):
         while free and sum(s.nbytes for s in expected) < nbytes:
             expected.append(free.pop(0).segment)
         assert list(gone) == expected, "oldest unleased first, no more than needed"
-        for s in gone:
-            del self.copies[(worker, s.key, s.variant)]
+        self.told_to_free(worker, gone)
+
+    @rule(worker=workers, life=lives, ks=st.lists(st.integers(0, 2), max_size=3), variant=variants)
+    def evict_named(self, worker: WorkerId, life: int, ks: list[int], variant: str) -> None:
+        named = [(key(k), variant) for k in ks]
+        gone = self.table.evict_copies(owner(worker, life), named, self.now)
+        mine = self.seen.get(worker, (0, 0.0))[0] == life
+        there = {c: self.copies.get((worker, *c)) for c in named if mine}
+        free = {c for c, x in there.items() if x is not None and not x.leases and x.segment.complete}
+        assert {(s.key, s.variant) for s in gone} == free
+        self.told_to_free(worker, gone)
+
+    @rule(worker=workers, life=lives, ks=st.lists(st.integers(0, 2), max_size=3, unique=True))
+    def retire(self, worker: WorkerId, life: int, ks: list[int]) -> None:
+        named = [(key(k), "") for k in ks]
+        mine = self.seen.get(worker, (0, 0.0))[0] == life
+        there = [self.copies.get((worker, *c)) if mine else None for c in named]
+        kept = self.table.retire(owner(worker, life), named, self.now)
+        assert kept == [at for at, x in enumerate(there) if x is not None and x.leases]
+        self.told_to_free(worker, [x.segment for x in there if x is not None and not x.leases])
+
+    @rule(worker=workers, life=lives, k=st.integers(0, 2), variant=variants)
+    def retract(self, worker: WorkerId, life: int, k: int, variant: str) -> None:
+        copy = self.copies.get((worker, key(k), variant))
+        if copy is None:
+            return
+        self.table.retract(owner(worker, life), [copy.segment], self.now)
+        if self.seen[worker][0] == life:
+            for lease in list(copy.leases):
+                self.end(lease)
+            self.told_to_free(worker, [copy.segment])
+
+    @rule(worker=workers, ttl=st.sampled_from([1.0, 8.0]), name=st.sampled_from(["p", "q"]))
+    def pin(self, worker: WorkerId, ttl: float, name: str) -> None:
+        holder = WorkerId(PIN_PREFIX + name)
+        self.table.pin(Filter(owner=worker), self.now, name=name, ttl_s=ttl, limit=100)
+        for (w, k, v), copy in self.copies.items():
+            if w != worker:
+                continue
+            mine = [x for x in copy.leases if self.leases[x][1] == holder]
+            if mine:
+                expires, _, life = self.leases[mine[0]]
+                self.leases[mine[0]] = (max(expires, self.now + ttl), holder, life)
+                continue
+            state = next(c for c in self.table._segments[k] if (c.worker, c.segment.variant) == (w, v))
+            new = next(iter(set(state.leases or ()) - copy.leases))
+            copy.leases.add(new)
+            self.leases[new] = (self.now + ttl, holder, 0)
+
+    @rule(worker=workers, name=st.sampled_from(["p", ""]))
+    def unpin(self, worker: WorkerId, name: str) -> None:
+        self.table.unpin(Filter(owner=worker), self.now, name=name, limit=100)
+        for (w, _, _), copy in self.copies.items():
+            for lease in list(copy.leases):
+                holder = self.leases[lease][1]
+                if w == worker and self.is_pin(lease) and name in ("", holder.removeprefix(PIN_PREFIX)):
+                    self.end(lease)
 
     @rule(worker=workers, life=lives)
     def drop(self, worker: WorkerId, life: int) -> None:
@@ -385,6 +623,25 @@ class TableMachine(RuleBasedStateMachine):
         assert stats["leases"] == len(self.leases)
         assert stats["owners"] == len(self.seen)
         assert stats["keys"] == len({k for _, k, _ in self.copies})
+        assert stats["pins"] == sum(map(self.is_pin, self.leases))
+        for worker in (W0, W1, W2):
+            assert self.table._leases.load(worker) == self.load(worker)
+
+    @invariant()
+    def listing_agrees(self) -> None:
+        rows = listed(self.table, Filter(), self.now, limit=4)
+        assert [(r.owner, r.key, r.variant) for r in rows] == sorted(
+            self.copies, key=lambda c: (c[1].space, c[1].digest, c[2], c[0])
+        )
+        for row in rows:
+            held = self.copies[(row.owner, row.key, row.variant)].leases
+            assert row.leases + len(row.pins) == len(held)
+
+    @invariant()
+    def fenced_lives_hold_nothing(self) -> None:
+        for worker, state in self.table._owners.items():
+            assert state.owner.incarnation > self.fence.get(worker, 0)
+        assert {row.owner for row in listed(self.table, Filter(), self.now, limit=50)} <= self.seen.keys()
 
 
 NODES = {W0: "n0", W1: "n1", W2: "n1"}

@@ -6,16 +6,34 @@ announcement, and a pin ends by itself.
 
 from __future__ import annotations
 
-import heapq
+from bisect import bisect_left
 from collections.abc import Iterable
+from typing import Final
 
 from transport.directory.catalogue import PIN_PREFIX, Cursor, Filter, Listed, Page
 from transport.directory.table import CopyId, Table, _Copy
-from transport.types import WorkerId
+from transport.types import SegmentKey, WorkerId
+
+_SCANNED_PER_PAGE: Final = 4_000
+"""Keys that one page looks at: a filter that few of them pass must not keep readers waiting."""
+_LAST: Final = "\U0010ffff"
+"""Behind every variant and worker's name."""
+
+
+def _place(key: SegmentKey) -> tuple[str, bytes]:
+    return key.space, key.digest
+
+
+def _cursor(copy: _Copy) -> Cursor:
+    return (*_place(copy.segment.key), copy.segment.variant, copy.worker)
 
 
 class OperatedTable(Table):
     """A table with its operators' calls."""
+
+    # The keys in order, as they were when a listing began, until one ends: what is published meanwhile may
+    # be missing from it, and sorting for every page would keep readers waiting.
+    _order: list[SegmentKey] | None = None
 
     def page(self, chosen: Filter, now: float, *, after: Cursor | None = None, limit: int) -> Page:
         """Rows that the filter accepts, in the order of their cursors, behind `after`. Changes nothing."""
@@ -74,17 +92,23 @@ class OperatedTable(Table):
     def _select(
         self, chosen: Filter, now: float, after: Cursor | None, limit: int
     ) -> tuple[list[_Copy], Cursor | None]:
-        """Up to `limit` copies behind `after`, in order, and the cursor of the last where there are more."""
-        found = [
-            ((key.space, key.digest, copy.segment.variant, str(copy.worker)), copy)
-            for key, copies in self._segments.items()
-            if chosen.names(key)
-            for copy in copies
-            if self._accepts(chosen, copy, now)
-        ]
-        behind = found if after is None else [x for x in found if x[0] > after]
-        first = heapq.nsmallest(limit + 1, behind, key=lambda x: x[0])
-        return [copy for _, copy in first[:limit]], first[limit - 1][0] if len(first) > limit else None
+        """Up to `limit` copies behind `after`, in order, and where the next page begins, if there is one."""
+        if after is None or self._order is None:
+            self._order = sorted(self._segments, key=_place)
+        begin = 0 if after is None else bisect_left(self._order, after[:2], key=_place)
+        found: list[_Copy] = []
+        for at in range(begin, len(self._order)):
+            key = self._order[at]
+            for copy in sorted(self._segments.get(key, ()), key=_cursor):
+                if (after is None or _cursor(copy) > after) and chosen.names(key):
+                    if len(found) == limit:
+                        return found, _cursor(found[-1])
+                    if self._accepts(chosen, copy, now):
+                        found.append(copy)
+            if at - begin >= _SCANNED_PER_PAGE:
+                return found, (*_place(key), _LAST, _LAST)
+        self._order = None
+        return found, None
 
     def _accepts(self, chosen: Filter, copy: _Copy, now: float) -> bool:
         if chosen.owner not in ("", copy.worker) or now - copy.used_at < chosen.idle_s:

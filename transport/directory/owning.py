@@ -104,11 +104,12 @@ class OwnerSide:
     def _publish(self, owner: Owner, segments: Sequence[Segment], only: set[str] | None = None) -> set[str]:
         """Enter segments at their replicas, or at those of them in `only`. The shards of segments that none
         of them took; a shard that missed something gets everything again with a later beat."""
-        left = list(segments)
+        moved: set[str] = set()
         for _ in range(_MOVES):
-            parts = self._by_replica(left, only=only)
-            names = self._worth_asking(parts, left)
+            epoch = self._fleet.view.epoch
+            parts = self._by_replica(segments, only=only)
             packed = wire.OWNER.pack(owner)
+            names = self._worth_asking(parts, segments)
             messages = {n: (packed, wire.pack_segments(parts[n])) for n in names}
             asked = self._fleet.ask(messages, "publish", even_down=True)
             for name, answer in asked.items():
@@ -116,11 +117,23 @@ class OwnerSide:
                 refuse_fenced(owner, verdict)
                 if not verdict.known:
                     self._epochs.pop(name, None)  # it knew nothing of us: the next beat sends the rest
-            for name in set(parts) - set(asked) - asked.moved:
+            moved = asked.moved
+            for name in set(parts) - set(asked) - moved:
                 self._epochs.pop(name, None)
-            if not asked.moved:
-                return self._missing(left, parts, asked)
-        return set(asked.moved)
+            if self._fleet.view.epoch == epoch:
+                return self._missing(segments, parts, asked)
+            self._note_left({name: parts[name] for name in asked})
+        return moved
+
+    def _note_left(self, taken: Mapping[str, Sequence[Segment]]) -> None:
+        """Remember what shards took just before they ceased to answer for it: `_settle` may have come first,
+        and nobody would take it back."""
+        with self._lock:
+            for name, segments in taken.items():
+                left = [s for s in segments if name not in self._fleet.replicas(s.key)]
+                if left:
+                    known = self._lingering.setdefault(name, {})
+                    known.update(dict.fromkeys((s.key, s.variant) for s in left))
 
     def _missing(
         self, segments: Sequence[Segment], parts: Mapping[str, Sequence[Segment]], asked: Asked

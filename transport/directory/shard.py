@@ -106,11 +106,11 @@ class Shard:
     # -- one method per call: unpack, ask the table, pack -----------------------------------------------
 
     def _announce(self, owner: Any) -> Any:
-        return wire.pack_announced(self._table.announce(wire.OWNER.of(owner), self._clock()))
+        return wire.pack_announced(self._table.announce(wire.OWNER.unpack(owner), self._clock()))
 
     def _publish(self, owner: Any, segments: Any) -> Any:
         held = wire.unpack_segments(segments, packed=True)
-        return wire.pack_announced(self._table.publish(wire.OWNER.of(owner), held, self._clock()))
+        return wire.pack_announced(self._table.publish(wire.OWNER.unpack(owner), held, self._clock()))
 
     def _lookup(self, keys: Any, near: Any) -> Any:
         wanted = wire.unpack_keys(keys)
@@ -133,19 +133,19 @@ class Shard:
         self._table.release(ids, self._clock(), read=wire.expect(read, bool))
 
     def _candidates(self, owner: Any, nbytes: Any) -> Any:
-        offers = self._table.candidates(wire.OWNER.of(owner), wire.expect(nbytes, int), self._clock())
+        offers = self._table.candidates(wire.OWNER.unpack(owner), wire.expect(nbytes, int), self._clock())
         return wire.pack_candidates(offers)
 
     def _evict_copies(self, owner: Any, copies: Any) -> Any:
         named = wire.unpack_copies(copies)
-        return wire.pack_segments(self._table.evict_copies(wire.OWNER.of(owner), named, self._clock()))
+        return wire.pack_segments(self._table.evict_copies(wire.OWNER.unpack(owner), named, self._clock()))
 
     def _retire(self, owner: Any, copies: Any) -> Any:
-        return self._table.retire(wire.OWNER.of(owner), wire.unpack_copies(copies), self._clock())
+        return self._table.retire(wire.OWNER.unpack(owner), wire.unpack_copies(copies), self._clock())
 
     def _retract(self, owner: Any, segments: Any) -> None:
         held = wire.unpack_segments(segments, packed=True)
-        self._table.retract(wire.OWNER.of(owner), held, self._clock())
+        self._table.retract(wire.OWNER.unpack(owner), held, self._clock())
 
     def _drop_owner(self, worker: Any, incarnation: Any) -> None:
         name = WorkerId(wire.expect(worker, str))

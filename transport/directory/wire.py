@@ -11,10 +11,12 @@ a million objects for the garbage collector. This module does not know what a ca
 from __future__ import annotations
 
 import dataclasses
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from sys import intern
 from typing import Any, Final, Generic, TypeVar, cast
 
@@ -115,32 +117,51 @@ class Record(Generic[T]):
 
     def __init__(self, cls: type[T], *without: str) -> None:
         hints = typing.get_type_hints(cls)
+        fields = [f.name for f in dataclasses.fields(cast("Any", cls))]
         self._cls = cls
-        self.names = tuple(f.name for f in dataclasses.fields(cast("Any", cls)) if f.name not in without)
+        self.names = tuple(name for name in fields if name not in without)
+        self._get = operator.attrgetter(*self.names)
+        given = [*without, *self.names]
+        self._order = [given.index(name) for name in fields]
+        self._by_name = any(f.kw_only for f in dataclasses.fields(cast("Any", cls)))
+        self._fields = fields
         pairs = [_checker(hints[name]) for name in self.names]
-        self._plain = tuple(kind for kind, _ in pairs)
+        self._plain = [kind for kind, _ in pairs]
         self._checks = [(at, check) for at, (_, check) in enumerate(pairs) if check is not None]
 
     def pack(self, value: T) -> list[Any]:
-        return [getattr(value, name) for name in self.names]
+        return list(self._get(value))
 
     def check(self, items: Any) -> list[Any]:
         """The fields' values, each of its type. Raises MalformedMessage."""
         items = array(items, len(self.names))
+        if list(map(type, items)) == self._plain:  # the usual case, in one comparison
+            return items
         for at, kind in enumerate(self._plain):
-            if kind is not None and type(items[at]) is not kind:
+            if kind is not None:
                 expect(items[at], kind)
         for at, check in self._checks:
             items[at] = check(items[at])
         return items
 
-    def unpack(self, items: Any, **rest: Any) -> T:
-        """Raises MalformedMessage."""
-        return self._cls(**dict(zip(self.names, self.check(items), strict=True)), **rest)
+    def unpack(self, items: Any, *rest: Any) -> T:
+        """rest: the fields of `without`, in that order. Raises MalformedMessage."""
+        checked = self.check(items)
+        if self._by_name:
+            return self._cls(**dict(zip(self._fields, self._sorted(checked, rest), strict=True)))
+        return self._cls(*(self._sorted(checked, rest) if rest else checked))
 
-    def of(self, items: Any) -> T:
-        """As `unpack`, where no field was left out: positional, which is faster."""
-        return self._cls(*self.check(items))
+    def unpack_all(self, rows: list[Any]) -> tuple[T, ...]:
+        """Many records of positional fields, none left out. Raises MalformedMessage."""
+        plain = self._plain
+        for at, items in enumerate(rows):
+            if type(items) is not list or list(map(type, items)) != plain:
+                rows[at] = self.check(items)
+        return tuple(starmap(self._cls, rows))
+
+    def _sorted(self, checked: list[Any], rest: tuple[Any, ...]) -> list[Any]:
+        given = [*rest, *checked]
+        return [given[at] for at in self._order]
 
 
 BLOCK: Final = Record(BlockRef)
@@ -173,7 +194,7 @@ class PackedBlocks(Sequence[BlockRef]):
 
     def unpacked(self) -> tuple[BlockRef, ...]:
         """Raises MalformedMessage."""
-        return tuple(BLOCK.of(item) for item in array(unpack(self.data)))
+        return BLOCK.unpack_all(array(unpack(self.data)))
 
     def __len__(self) -> int:
         return len(array(unpack(self.data)))
@@ -199,10 +220,6 @@ class PackedBlocks(Sequence[BlockRef]):
 def pack_keys(keys: Sequence[SegmentKey]) -> list[Any]:
     """Keys as [spaces, [[index of space, digest], ...]]: one cluster has few spaces."""
     spaces: dict[str, int] = {}
-    return [[], []] if not keys else _with_spaces(keys, spaces)
-
-
-def _with_spaces(keys: Sequence[SegmentKey], spaces: dict[str, int]) -> list[Any]:
     items = [[spaces.setdefault(k.space, len(spaces)), k.digest] for k in keys]
     return [list(spaces), items]
 
@@ -234,7 +251,7 @@ def unpack_segment(key: SegmentKey, value: Any, *, packed: bool) -> Segment:
     blocks = cast("tuple[BlockRef, ...]", held) if packed else held.unpacked()
     if packed:  # thousands of segments share these texts
         items = [intern(x) if type(x) is str else x for x in items]
-    return SEGMENT.unpack(items, key=key, blocks=blocks)
+    return SEGMENT.unpack(items, key, blocks)
 
 
 def pack_segments(segments: Sequence[Segment]) -> list[Any]:
@@ -279,7 +296,7 @@ def pack_located(found: Mapping[SegmentKey, Located], keys: Sequence[SegmentKey]
 def unpack_located(value: Any, keys: Sequence[SegmentKey]) -> dict[SegmentKey, Located]:
     """Raises MalformedMessage."""
     told, items = array(value, 2)
-    owners = [OWNER.of(x) for x in array(told)]
+    owners = [OWNER.unpack(x) for x in array(told)]
     out: dict[SegmentKey, Located] = {}
     for item in array(items):
         at, of, segment = array(item, 3)
@@ -316,7 +333,7 @@ def unpack_page(value: Any) -> Page:
     """Raises MalformedMessage."""
     keys, rows, after = array(value, 3)
     found = unpack_keys(keys)
-    listed = [LISTED.unpack(x, key=k) for k, x in zip(found, array(rows, len(found)), strict=True)]
+    listed = [LISTED.unpack(x, k) for k, x in zip(found, array(rows, len(found)), strict=True)]
     return Page(tuple(listed), unpack_cursor(after))
 
 
