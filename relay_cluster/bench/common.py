@@ -24,6 +24,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relay_cluster import __version__, console
+from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
 from transport.errors import ConfigError
 from workers.methods import METHODS
@@ -172,9 +173,10 @@ ROWS: Mapping[str, type] = {
     "chain": TimingRow,
     "fidelity": FidelityRow,
     "decay": DecayRow,
+    "transfer": TransferRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow
+Row = TimingRow | FidelityRow | DecayRow | TransferRow
 
 
 # --- document -----------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ class Document:
     """What a benchmark found.
 
     Attributes:
-        name: "ttft", "chain", "fidelity" or "decay".
+        name: a key of `ROWS`.
         settings: everything that it was run with, and how its inputs were made; plain JSON values.
         rows: see `ROWS`.
     """
