@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt
 
 MIB = 1 << 20
 
-Backend = Literal["auto", "nixl", "tcp", "inprocess"]
+Backend = Literal["auto", "nixl", "ucx", "tcp", "inprocess"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class TransportSettings:
     """How blocks are held and moved.
 
     Attributes:
-        backend: "auto" takes nixl where both ends have it, else tcp, and says why.
+        backend: "auto" takes nixl where both ends have it, else ucx, else tcp, and says why.
         arena_bytes: hard budget for published and landing blocks of one worker.
         block_tokens: tokens per block.
         pull_timeout_s: deadline of one pull, verification included.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.transport.conformance import Conformance, PartsConformance, RemoteConformance
+from transport import ucx_binding
 from transport.nixl import probe
 
 HAS_NIXL, WHY = probe()
 nixl = pytest.mark.skipif(not HAS_NIXL, reason=WHY)
+HAS_UCX, WHY_NOT = ucx_binding.probe()
+ucx = pytest.mark.skipif(not HAS_UCX, reason=WHY_NOT)
 
 
 class TestInProcess(Conformance):
@@ -60,6 +63,31 @@ class TestNixlSharedMemoryParts(PartsConformance):
 @pytest.mark.nixl
 class TestNixlTcpParts(PartsConformance):
     backend = "nixl"
+    env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
+
+    @pytest.fixture(autouse=True)
+    def _only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxSharedMemory(RemoteConformance):
+    """Whatever UCX chooses between processes of one machine; the owner takes part in each read."""
+
+    backend = "ucx"
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxSharedMemoryParts(PartsConformance):
+    backend = "ucx"
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxTcp(RemoteConformance):
+    backend = "ucx"
     env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
 
     @pytest.fixture(autouse=True)
