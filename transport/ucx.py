@@ -25,7 +25,7 @@ from transport.errors import TransportError
 from transport.frames import MAX_BLOCKS, FrameError, decode_body, encode_request, expect_data
 from transport.pulling import Landed, OnPart, ReadFailed, Reading, plan_steps, run_pull, time_out
 from transport.types import BlockId, Lease, Outcome, Transfer
-from transport.ucx_binding import Binding, load_binding
+from transport.ucx_binding import Binding, close_endpoint, load_binding
 from transport.ucx_server import UcxServer, frame_of, tag_of
 
 logger = logging.getLogger(__name__)
@@ -67,10 +67,10 @@ class _Connection:
     def __init__(self, binding: Binding, host: str, port: int) -> None:
         self._binding = binding
         self._worker = binding.make_worker()
-        self._endpoint = binding.api.UCXEndpoint.create(self._worker, host, port, True)
+        self._endpoint: Any = binding.api.UCXEndpoint.create(self._worker, host, port, True)
         self._serial = 0
+        self._closed = False
         self.asked: deque[_Ask] = deque()
-        self._ended: list[_Ask] = []
 
     def ask(self, frame: bytes, step: Landed | None, blocks: int, nbytes: int) -> None:
         """Send a READ frame for `nbytes` of each block, and make room for the answer."""
@@ -100,17 +100,21 @@ class _Connection:
         answer = self._endpoint.am_recv()
         self._wait(lambda: answer.completed, deadline)
         answer.check_error()
-        if answer.recv_buffer is None:
+        data = answer.recv_buffer  # to be taken once
+        if data is None:
             raise ConnectionResetError("the owner closed the connection")
-        expect_data(*frame_of(answer.recv_buffer), ask.blocks)
+        expect_data(*frame_of(data), ask.blocks)
         for receiving in ask.receiving:
             self._wait(lambda receiving=receiving: receiving.completed, deadline)
             receiving.check_error()
         return self.asked.popleft()
 
     def close(self) -> bool:
-        """Cancel what is in flight; whether nothing is left that could write into a buffer."""
-        self._endpoint.close()
+        """Cancel what is in flight; whether nothing is left that could write into a buffer. May be called
+        again to find out."""
+        if not self._closed:
+            close_endpoint(self._endpoint)
+            self._closed = True
         self._worker.progress()
         return all(r.completed for ask in self.asked for r in ask.receiving)
 

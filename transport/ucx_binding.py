@@ -26,6 +26,8 @@ _DEFAULTS: Final = {
     "WARN_UNUSED_ENV_VARS": "n",
 }
 _PREFIX: Final = "UCX_"
+_CLOSE_PERIOD_NS: Final = 10_000_000
+_CLOSE_ATTEMPTS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,13 @@ def load_binding() -> Binding:
         added = {n: os.environ.pop(n) for n in list(os.environ) if n.startswith(_PREFIX) and n not in before}
     config = {**_DEFAULTS, **{name.removeprefix(_PREFIX): value for name, value in added.items()}}
     return Binding(api, arrays.Array, config)
+
+
+def close_endpoint(endpoint: Any) -> None:
+    """Cancel what is in flight and close. `close()` would crash in the next progress call where the endpoint
+    has failed (ucxx 0.52); an endpoint that has failed is closed already."""
+    if endpoint.alive:
+        endpoint.close_blocking(_CLOSE_PERIOD_NS, _CLOSE_ATTEMPTS)
 
 
 def probe() -> tuple[bool, str]:

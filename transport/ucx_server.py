@@ -36,7 +36,7 @@ from transport.frames import (
     parse_request,
 )
 from transport.types import BlockId
-from transport.ucx_binding import Binding
+from transport.ucx_binding import Binding, close_endpoint
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class UcxServer:
                 logger.warning("ucx: the owner's thread goes on after: %r", fault)
                 time.sleep(_SLEEP_S)
         for connection in self._connections:
-            connection.endpoint.close()
+            close_endpoint(connection.endpoint)
         self._worker.progress()
         self._connections.clear()
         self._listener = None
@@ -164,10 +164,11 @@ class UcxServer:
             return had > 0
         connection.receiving = None
         received.check_error()
-        if received.recv_buffer is None:  # the reader closed
+        data = received.recv_buffer  # to be taken once
+        if data is None:  # the reader closed
             self._drop(connection)
         else:
-            self._answer(connection, received.recv_buffer)
+            self._answer(connection, data)
         return True
 
     def _answer(self, connection: _Connection, data: Any) -> None:
@@ -195,7 +196,7 @@ class UcxServer:
         connection.sending_until = time.monotonic() + _SEND_TIMEOUT_S
 
     def _drop(self, connection: _Connection) -> None:
-        connection.endpoint.close()
+        close_endpoint(connection.endpoint)
         self._connections.remove(connection)
 
 
