@@ -1,15 +1,16 @@
-"""Backend over UCX through ucxx, for clusters that standardise on UCX without NIXL. Optional: extra [ucx].
+"""Backend over UCX through ucxx, for clusters that standardise on UCX without NIXL (optional: extra [ucx]).
 
-Tagged messages only: the owner takes part in every read (`ucx_server`). Each connection has a UCX worker of its
-own, driven by the pulling thread alone, so there is no lock and no second thread at the reader. Messages land
-in buffers of the connection and are copied into the arena from there: a message that arrives after its deadline
-can then only write into a buffer that nobody reads. This module does not know what a lease is worth, nor what
-the payload means.
+Tagged messages only: the owner takes part in every read (`ucx_server`). Each connection has a UCX worker of
+its own, driven by the pulling thread alone, so there is no lock and no second thread at the reader. Messages
+land in buffers of the connection and are copied into the arena from there: a message that arrives after its
+deadline can then only write into a buffer that nobody reads. This module does not know what a lease is worth,
+nor what the payload means.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import deque
@@ -44,11 +45,13 @@ class _Ask:
     """A request on its way.
 
     Attributes:
+        ticket: its name, which the answer repeats.
         step: what it asks for; None: only whether the blocks still are the leased ones.
         buffer: where the bytes land; receiving: one request of UCX for each block.
         keep: what UCX still reads from or writes into.
     """
 
+    ticket: int
     step: Landed | None
     blocks: int
     buffer: np.ndarray
@@ -68,23 +71,28 @@ class _Connection:
         self._binding = binding
         self._worker = binding.make_worker()
         self._endpoint: Any = binding.api.UCXEndpoint.create(self._worker, host, port, True)
-        self._serial = 0
+        # Apart from those of any other connection: see `UcxServer`.
+        self._tickets = secrets.randbits(30) << 20
         self._closed = False
         self.asked: deque[_Ask] = deque()
 
-    def ask(self, frame: bytes, step: Landed | None, blocks: int, nbytes: int) -> None:
+    def ticket(self) -> int:
+        """A name for the next request."""
+        self._tickets += 1
+        return self._tickets
+
+    def ask(self, frame: bytes, ticket: int, step: Landed | None, blocks: int, nbytes: int) -> None:
         """Send a READ frame for `nbytes` of each block, and make room for the answer."""
         array, api = self._binding.array, self._binding.api
         buffer = np.empty(blocks * nbytes, dtype=np.uint8)
-        ask = _Ask(step, blocks, buffer, [], [])
+        ask = _Ask(ticket, step, blocks, buffer, [], [])
         if nbytes:
             for at in range(blocks):
                 target = array(buffer[at * nbytes : (at + 1) * nbytes])
-                ask.receiving.append(self._endpoint.tag_recv(target, tag=tag_of(api, self._serial, at)))
+                ask.receiving.append(self._endpoint.tag_recv(target, tag=tag_of(api, ticket, at)))
                 ask.keep.append(target)
         message = array(np.frombuffer(frame, dtype=np.uint8))
         ask.keep.extend((message, self._endpoint.am_send(message)))
-        self._serial += 1
         self.asked.append(ask)
 
     def finish(self, deadline: float) -> _Ask:
@@ -96,6 +104,16 @@ class _Connection:
             _Late: not within the deadline.
         """
         ask = self.asked[0]
+        kind, body = self._receive_frame(deadline)
+        while body.get("ticket", ask.ticket) != ask.ticket:  # meant for an endpoint that is dead
+            kind, body = self._receive_frame(deadline)
+        expect_data(kind, body, ask.blocks)
+        for receiving in ask.receiving:
+            self._wait(lambda receiving=receiving: receiving.completed, deadline)
+            receiving.check_error()
+        return self.asked.popleft()
+
+    def _receive_frame(self, deadline: float) -> tuple[int, dict[str, Any]]:
         self._wait(self._endpoint.am_probe, deadline)
         answer = self._endpoint.am_recv()
         self._wait(lambda: answer.completed, deadline)
@@ -103,11 +121,7 @@ class _Connection:
         data = answer.recv_buffer  # to be taken once
         if data is None:
             raise ConnectionResetError("the owner closed the connection")
-        expect_data(*frame_of(data), ask.blocks)
-        for receiving in ask.receiving:
-            self._wait(lambda receiving=receiving: receiving.completed, deadline)
-            receiving.check_error()
-        return self.asked.popleft()
+        return frame_of(data)
 
     def close(self) -> bool:
         """Cancel what is in flight; whether nothing is left that could write into a buffer. May be called
@@ -266,8 +280,11 @@ class UcxTransport:
             for number, step in enumerate(steps):
                 blocks = slice(step.first, step.stop) if step else checks[number - len(steps)]
                 start, stop = arena.part_range(step.part) if step else (0, 0)
-                frame = encode_request(peer.token, incarnation, arena, refs[blocks], start, stop)
-                connection.ask(frame, step, len(refs[blocks]), stop - start)
+                ticket = connection.ticket()
+                frame = encode_request(
+                    peer.token, incarnation, arena, refs[blocks], start, stop, ticket=ticket
+                )
+                connection.ask(frame, ticket, step, len(refs[blocks]), stop - start)
                 while len(connection.asked) > 1 or (connection.asked and number + 1 == len(steps)):
                     landed = _copy(arena, connection.finish(deadline), into)
                     if landed is None:

@@ -1,7 +1,7 @@
 """Loads ucxx, the Python binding of UCX, without leaving traces in this process's environment.
 
-`import ucxx` sets UCX variables for itself. Those would reach NIXL's own UCX as well and make its shared-memory
-path ~5x slower, so they are taken out again and handed to our contexts alone.
+`import ucxx` sets UCX variables for itself. Those would reach NIXL's own UCX as well and make its
+shared-memory path ~5x slower, so they are taken out again and handed to our contexts alone.
 """
 
 from __future__ import annotations

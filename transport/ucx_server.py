@@ -1,8 +1,8 @@
 """The owner's end of the ucx backend: one thread that answers requests for one arena.
 
-UCX's Python binding has no remote read, so the owner takes part: a request comes as an active message (a frame
-of `frames`), the answer goes back as one, and the bytes follow as tagged messages straight from the arena. The
-thread polls while there is work and sleeps in epoll otherwise.
+UCX's Python binding has no remote read, so the owner takes part: a request comes as an active message (a
+frame of `frames`), the answer goes back as one, and the bytes follow as tagged messages straight from the
+arena. The thread polls while there is work and sleeps in epoll otherwise.
 
 UCX chooses the devices that it listens on by itself (UCX_NET_DEVICES), not by an address; what a stranger may
 read is bounded by the token.
@@ -33,6 +33,7 @@ from transport.frames import (
     decode_header,
     encode,
     encode_refusal,
+    is_count,
     parse_request,
 )
 from transport.types import BlockId
@@ -47,9 +48,9 @@ _SEND_TIMEOUT_S: Final = 30.0  # to a reader that does not receive
 _CLOSE_TIMEOUT_S: Final = 5.0
 
 
-def tag_of(api: Any, serial: int, block: int) -> Any:
-    """Tag of a block's bytes: both ends count the requests of their connection."""
-    return api.UCXXTag((serial % (1 << 40)) * MAX_BLOCKS + block)
+def tag_of(api: Any, ticket: int, block: int) -> Any:
+    """Tag of a block's bytes. A ticket is the reader's name for one of its requests."""
+    return api.UCXXTag((ticket * MAX_BLOCKS + block) % (1 << 64))
 
 
 def frame_of(data: Any) -> tuple[int, dict[str, Any]]:
@@ -72,7 +73,6 @@ class _Connection:
 
     def __init__(self, endpoint: Any) -> None:
         self.endpoint = endpoint
-        self.requests = 0
         self.receiving: Any = None
         self.sending: list[Any] = []
         self.sending_until = float("inf")
@@ -172,22 +172,29 @@ class UcxServer:
         return True
 
     def _answer(self, connection: _Connection, data: Any) -> None:
+        # ucxx sorts active messages by an endpoint's handle, and a new endpoint may get the handle of a dead
+        # one, with what that had sent and nobody had taken. Answers therefore carry the request's ticket.
         if len(self._connections) > MAX_CONNECTIONS:
             raise FrameError("busy", f"{MAX_CONNECTIONS} readers are connected already")
-        serial = connection.requests
-        connection.requests += 1
         kind, body = frame_of(data)
-        if kind != KIND_READ:
-            raise FrameError("malformed", f"a reader may not send frames of kind {kind}")
+        ticket = body.get("ticket")
+        if kind != KIND_READ or not is_count(ticket):
+            raise FrameError("malformed", f"not a read request with a ticket (frame of kind {kind})")
         request = parse_request(body)
-        admit(request, self._arena, self.token)
-        self._send(connection, encode(KIND_DATA, {"blocks": len(request.blocks)}))
+        try:
+            admit(request, self._arena, self.token)
+        except FrameError as fault:
+            if fault.code == "token":
+                raise
+            self._send(connection, encode_refusal(fault, ticket=ticket))  # an honest reader with an old view
+            return
+        self._send(connection, encode(KIND_DATA, {"blocks": len(request.blocks), "ticket": ticket}))
         if request.start == request.stop:
             return
         for at, (index, _) in enumerate(request.blocks):
             view = self._arena.outgoing(BlockId(index), request.start, request.stop)
             array = self._binding.array(np.frombuffer(view, dtype=np.uint8))
-            sent = connection.endpoint.tag_send(array, tag=tag_of(self._binding.api, serial, at))
+            sent = connection.endpoint.tag_send(array, tag=tag_of(self._binding.api, ticket, at))
             connection.sending.append(_Sending(sent, array))
 
     def _send(self, connection: _Connection, frame: bytes) -> None:
