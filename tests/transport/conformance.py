@@ -80,11 +80,13 @@ class Conformance:
     backend: ClassVar[str]
     env: ClassVar[dict[str, str]] = {}
     remote: ClassVar[bool] = True
+    PARTS: ClassVar[tuple[int, ...]] = ()
 
     @classmethod
     def make_owner(
-        cls, budget: int = BUDGET, block_nbytes: int = BLOCK, parts: Sequence[int] = ()
+        cls, budget: int = BUDGET, block_nbytes: int = BLOCK, parts: Sequence[int] | None = None
     ) -> OwnerSide:
+        parts = cls.PARTS if parts is None else parts
         if cls.remote:
             return RemoteOwner(cls.backend, budget, block_nbytes, cls.env, parts)
         return LocalOwner(cls.backend, budget, block_nbytes, parts)
@@ -98,7 +100,7 @@ class Conformance:
 
     @pytest.fixture
     def reader(self) -> Iterator[Reader]:
-        reader = Reader(self.backend)
+        reader = Reader(self.backend, parts=self.PARTS)
         yield reader
         stats = reader.arena.stats()
         reader.transport.close()
@@ -221,31 +223,90 @@ class Conformance:
         for refs in segments:
             side.free(refs)
 
-    def test_close_is_idempotent_and_leaves_no_thread(self, reader: Reader) -> None:
+    def test_close_is_idempotent_and_leaves_no_thread(self) -> None:
+        ours = lambda: {t.name for t in threading.enumerate() if t.name.startswith("relay-")}  # noqa: E731
+        before = ours()  # an owner in this process has threads of its own
+        reader = Reader(self.backend)
         reader.transport.close()
         reader.transport.close()
-        names = [t.name for t in threading.enumerate() if t.name.startswith("relay-")]
-        assert names == []
+        assert ours() == before
+
+    # vllm#52234: a failed or stale receive was answered as if it had succeeded. Nothing is handed over here.
+
+    def never_handed_over(self, side: OwnerSide, reader: Reader, refs: list[BlockRef]) -> Outcome:
+        handed: list[int] = []
+        outcome = reader.outcome(side, refs, timeout_s=5.0, on_part=lambda part, _: handed.append(part))
+        assert handed == []
+        return outcome
+
+    def test_vllm_52234_failed_transfer(self, reader: Reader) -> None:
+        side = self.make_owner()
+        refs = side.publish(2, seed=20)
+        side.close()
+        assert self.never_handed_over(side, reader, refs) is Outcome.PEER_GONE
+
+    def test_vllm_52234_block_reused_by_another_segment(self, side: OwnerSide, reader: Reader) -> None:
+        """There it was the previous prompt's answer that came back."""
+        old = side.publish(1, seed=21)
+        side.free(old)
+        new = side.publish(1, seed=22)
+        assert old[0].block == new[0].block
+        # Even a reference with the old bytes' checksum and the new generation names no such block.
+        for stale in (old, [replace(old[0], generation=new[0].generation)]):
+            assert self.never_handed_over(side, reader, stale) in (Outcome.STALE, Outcome.CORRUPT)
+        side.free(new)
+
+    def test_vllm_52234_wrong_incarnation(self, side: OwnerSide, reader: Reader) -> None:
+        refs = side.publish(1, seed=23)
+        into = reader.arena.allocate(1)
+        for other in (-1, 1):
+            owner = replace(side.owner, incarnation=Incarnation(side.owner.incarnation + other))
+            handed: list[int] = []
+            transfer = reader.transport.pull(
+                make_lease(owner, refs), into, timeout_s=5, on_part=handed.append
+            )
+            assert (transfer.outcome, handed) == (Outcome.STALE, [])
+        side.free(refs)
+
+    def test_vllm_52234_corrupt_bytes(self, side: OwnerSide, reader: Reader) -> None:
+        refs = side.publish(2, seed=24)
+        side.corrupt(refs[0], at=0)
+        assert self.never_handed_over(side, reader, refs) is Outcome.CORRUPT
+        side.free(refs)
+
+    def test_vllm_52234_missing_block(self, side: OwnerSide, reader: Reader) -> None:
+        refs = side.publish(2, seed=25)
+        side.free(refs[1:])
+        assert self.never_handed_over(side, reader, refs) is Outcome.STALE
+        missing = [refs[0], replace(refs[0], block=BlockId(10**6))]
+        assert self.never_handed_over(side, reader, missing) is Outcome.STALE
+        side.free(refs[:1])
+
+    def test_mooncake_4239_reader_sleeps_past_its_lease(
+        self, side: OwnerSide, reader: Reader, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between the read and the use: one of Mooncake's read paths does not look at the lease again."""
+        refs = side.publish(1, seed=26)
+        assert reader.outcome(side, refs) is Outcome.PULLED, "connected"
+        ends = time.monotonic() + 0.5
+        verify = reader.arena.verify_part
+
+        def late(*args: Any) -> Outcome:
+            while time.monotonic() <= ends:
+                time.sleep(0.01)
+            return verify(*args)
+
+        monkeypatch.setattr(reader.arena, "verify_part", late)
+        handed: list[int] = []
+        outcome = reader.outcome(side, refs, lease_deadline=ends, on_part=lambda part, _: handed.append(part))
+        assert (outcome, handed) == (Outcome.LEASE_EXPIRED, [])
+        side.free(refs)
 
 
 class PartsConformance(Conformance):
     """Pulls in parts: what is handed over, in which order, and what a failure between two parts leaves."""
 
     PARTS: ClassVar[tuple[int, ...]] = (9_000, 3, 20_997, 10_000)
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def side(cls) -> Iterator[OwnerSide]:
-        owner = cls.make_owner(parts=cls.PARTS)
-        yield owner
-        owner.close()
-
-    @pytest.fixture
-    def reader(self) -> Iterator[Reader]:
-        reader = Reader(self.backend, parts=self.PARTS)
-        yield reader
-        reader.transport.close()
-        assert reader.arena.stats().quarantined == 0
 
     @pytest.mark.parametrize("n", [1, 150])
     def test_parts_are_verified_bytes_when_they_are_handed_over(
@@ -341,6 +402,41 @@ class PartsConformance(Conformance):
         finally:
             other.transport.close()
             side.free(refs)
+
+
+class RemotePartsConformance(PartsConformance):
+    """What a backend promises when its peer stops or dies between two parts."""
+
+    QUARTERS: ClassVar[tuple[int, ...]] = (1 << 18,) * 4
+
+    @pytest.mark.parametrize(
+        ("number", "timeout_s", "expected"),
+        [(signal.SIGKILL, 10.0, Outcome.PEER_GONE), (signal.SIGSTOP, 1.0, Outcome.TIMED_OUT)],
+        ids=["killed", "stopped"],
+    )
+    def test_owner_after_the_first_part(
+        self, number: signal.Signals, timeout_s: float, expected: Outcome
+    ) -> None:
+        # Parts of 16 MiB: more than the kernel's buffers hold, so that later ones cannot have been sent.
+        side = self.make_owner(80 << 20, 1 << 20, self.QUARTERS)
+        assert isinstance(side, RemoteOwner)
+        reader = Reader(self.backend, 80 << 20, 1 << 20, self.QUARTERS)
+        try:
+            refs = side.publish(64, seed=1)
+            handed: list[int] = []
+
+            def strike(part: int, _: list[BlockId]) -> None:
+                handed.append(part)
+                if part == 0:
+                    side.signal(number)
+
+            assert reader.outcome(side, refs, timeout_s=timeout_s, on_part=strike) is expected
+            assert handed == list(range(len(handed)))
+            assert 1 <= len(handed) < 4
+            wait_for(lambda: reader.arena.stats().free == reader.arena.num_blocks, "all blocks are back")
+        finally:
+            reader.transport.close()
+            side.close()
 
 
 class RemoteConformance(Conformance):

@@ -124,9 +124,7 @@ def test_required_ucx_that_is_missing_says_what_to_install(monkeypatch: pytest.M
 
 @pytest.mark.skipif(HAS_UCX, reason="ucxx is installed")
 def test_ucx_that_is_not_installed_says_what_to_install(arena: Arena) -> None:
-    with pytest.raises(
-        TransportError, match=r"ucxx cannot be imported .* pip install 'relay-cluster\[ucx\]'"
-    ):
+    with pytest.raises(TransportError, match=r"ucxx cannot be imported .*pip install 'relay-cluster\[ucx\]'"):
         auto.make_transport(TransportSettings(backend="ucx"))
 
 

@@ -1,10 +1,15 @@
-"""The conformance suite over every backend. Owners of tcp and nixl live in a process of their own."""
+"""The conformance suite over every backend, with the owner in a process of its own and in this one."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.transport.conformance import Conformance, PartsConformance, RemoteConformance
+from tests.transport.conformance import (
+    Conformance,
+    PartsConformance,
+    RemoteConformance,
+    RemotePartsConformance,
+)
 from transport import ucx_binding
 from transport.nixl import probe
 
@@ -28,7 +33,7 @@ class TestTcp(RemoteConformance):
     backend = "tcp"
 
 
-class TestTcpParts(PartsConformance):
+class TestTcpParts(RemotePartsConformance):
     backend = "tcp"
 
 
@@ -61,7 +66,7 @@ class TestNixlSharedMemoryParts(PartsConformance):
 
 @nixl
 @pytest.mark.nixl
-class TestNixlTcpParts(PartsConformance):
+class TestNixlTcpParts(RemotePartsConformance):
     backend = "nixl"
     env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
 
@@ -80,8 +85,13 @@ class TestUcxSharedMemory(RemoteConformance):
 
 @ucx
 @pytest.mark.ucx
-class TestUcxSharedMemoryParts(PartsConformance):
+class TestUcxTcpParts(RemotePartsConformance):
     backend = "ucx"
+    env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
+
+    @pytest.fixture(autouse=True)
+    def _only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
 
 
 @ucx
@@ -93,3 +103,22 @@ class TestUcxTcp(RemoteConformance):
     @pytest.fixture(autouse=True)
     def _only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+class TestTcpInOneProcess(Conformance):
+    backend = "tcp"
+    remote = False
+
+
+@nixl
+@pytest.mark.nixl
+class TestNixlInOneProcess(Conformance):
+    backend = "nixl"
+    remote = False
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxInOneProcess(Conformance):
+    backend = "ucx"
+    remote = False
