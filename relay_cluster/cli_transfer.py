@@ -5,8 +5,9 @@ Measuring is in `bench/transfer.py`. The transport is imported inside the comman
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich import box
@@ -19,6 +20,7 @@ from transport.errors import ConfigError
 
 if TYPE_CHECKING:
     from relay_cluster.bench.common import Document
+    from relay_cluster.bench.transfer_rows import TransferRow
 
 EPILOG = examples(
     "relay bench transfer --quick",
@@ -77,7 +79,7 @@ def _deliver(document: Document, json_file: Path | None, plot: Path | None) -> N
     if json_file and str(json_file) == "-":
         write_json(value, json_file)
     else:
-        console.output().print(_table(document))
+        console.output().print(_table(cast("Any", document.rows)))
         if json_file:
             write_document(value, json_file)
     if plot:
@@ -87,13 +89,13 @@ def _deliver(document: Document, json_file: Path | None, plot: Path | None) -> N
         console.errors().print(Text(f"saved {' and '.join(saved)}", style="dim"), soft_wrap=True)
 
 
-def _table(document: Document) -> Table:
+def _table(rows: Sequence[TransferRow]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("backend", style="bold")
     for name in ("path", "bytes", "verified", "p50", "p90", "GB/s", "baseline", "its GB/s", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     last: object = None
-    for row in document.rows:
+    for row in rows:
         if last not in (None, (row.backend, row.path)):
             table.add_section()
         last = (row.backend, row.path)

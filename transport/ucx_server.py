@@ -178,7 +178,7 @@ class UcxServer:
             raise FrameError("busy", f"{MAX_CONNECTIONS} readers are connected already")
         kind, body = frame_of(data)
         ticket = body.get("ticket")
-        if kind != KIND_READ or not is_count(ticket):
+        if kind != KIND_READ or not isinstance(ticket, int) or not is_count(ticket):
             raise FrameError("malformed", f"not a read request with a ticket (frame of kind {kind})")
         request = parse_request(body)
         try:

@@ -176,7 +176,7 @@ ROWS: Mapping[str, type] = {
     "transfer": TransferRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow | TransferRow
+Row = TimingRow | FidelityRow | DecayRow
 
 
 # --- document -----------------------------------------------------------------------------------------------

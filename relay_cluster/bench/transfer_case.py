@@ -144,7 +144,8 @@ class _Target:
 
     def read(self) -> None:
         """Only the bytes."""
-        for _ in self.transport.read(self.lease, self.into, time.monotonic() + _PULL_TIMEOUT_S):
+        backend: Any = self.transport  # every single backend has `transport.pulling.Read`
+        for _ in backend.read(self.lease, self.into, time.monotonic() + _PULL_TIMEOUT_S):
             pass
 
 
@@ -256,7 +257,8 @@ def main() -> None:
     """Measure the case that the command line names."""
     out = private_stdout()
     fields = json.loads(sys.argv[1])
-    case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    fields.update(sizes=tuple(fields["sizes"]), rounds=tuple(fields["rounds"]))
+    case = Case(**fields)
     out.write(json.dumps([asdict(row) for row in measure(case)]) + "\n")
     out.flush()
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.transport.conformance import (
-    Conformance,
-    PartsConformance,
-    RemoteConformance,
-    RemotePartsConformance,
-)
+from tests.transport.conformance import Conformance, RemoteConformance
+from tests.transport.conformance_parts import PartsConformance, RemotePartsConformance
 from transport import ucx_binding
 from transport.nixl import probe
 
