@@ -1,4 +1,4 @@
-"""The part of the conformance suite that pulls blocks in parts; all of the other one runs in parts as well."""
+"""The conformance suite for blocks in parts; everything of the other one runs in parts as well."""
 
 from __future__ import annotations
 
@@ -138,7 +138,9 @@ class RemotePartsConformance(PartsConformance):
 
             def strike(part: int, _: list[BlockId]) -> None:
                 handed.append(part)
-                if part == 0:
+                if part == 0 and number == signal.SIGKILL:
+                    side.kill()
+                elif part == 0:
                     side.signal(number)
 
             assert reader.outcome(side, refs, timeout_s=timeout_s, on_part=strike) is expected
