@@ -36,9 +36,11 @@ __all__ = ["INSTALL_HINT", "Address", "NixlTransport", "load_bindings", "probe"]
 
 logger = logging.getLogger(__name__)
 
-STEP_BYTES: Final = 1 << 20
+STEP_BYTES: Final = 4 << 20
 """Bytes of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
-lock; steps let the deadline and other pulls have their turn, and are verified while still in the cache."""
+lock; steps let the deadline and other pulls have their turn."""
+DEPTH: Final = 8
+"""Transfers in flight; over tcp two of 1 MiB reach half the rate of a raw socket, 32 MiB in all nine tenths."""
 STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
 
@@ -161,14 +163,14 @@ class NixlTransport:
             self._leave(puller)
 
     def _read_steps(self, posts: Posts, arena: Arena, lease: Lease, into: Sequence[BlockId]) -> Reading:
-        """Two transfers at a time: while one is verified, the next one travels."""
+        """Several transfers at a time: while one is verified, the next ones travel."""
         refs = lease.located.segment.blocks
         steps = plan_steps(arena, len(into), STEP_BYTES, STEP_BLOCKS)
         try:
             for step in steps:
                 part = slice(step.first, step.stop)
                 posts.start(step, refs[part], into[part], arena.part_range(step.part))
-                while posts.waiting and (len(posts.waiting) == 2 or posts.first_is_done()):
+                while posts.waiting and (len(posts.waiting) == DEPTH or posts.first_is_done()):
                     if step is steps[-1] and len(posts.waiting) == 1:
                         break  # the very last one
                     yield posts.finish()
