@@ -25,12 +25,15 @@ from transport.pulling import OnPart
 from transport.settings import TransportSettings
 from transport.tcp import TcpTransport
 from transport.types import BlockId, Lease, Outcome, Owner, Transfer
+from transport.ucx import UcxTransport
+from transport.ucx_binding import INSTALL_HINT as UCX_INSTALL_HINT
+from transport.ucx_binding import probe as probe_ucx
 
 logger = logging.getLogger(__name__)
 
 DISABLE_ENV: Final = "RELAY_DISABLE_BACKENDS"
 """Test-only: comma-separated backends to hide, as if they were not installed. Not a way to configure."""
-PREFERENCE: Final = ("inprocess", "nixl", "tcp")
+PREFERENCE: Final = ("inprocess", "nixl", "ucx", "tcp")
 AVOID_S: Final = 30.0
 """How long a backend that failed to reach a peer is passed over for that peer."""
 _FAILED_TO_REACH: Final = (Outcome.PEER_GONE, Outcome.NO_ROUTE)
@@ -42,16 +45,22 @@ def _hidden() -> set[str]:
 
 def available_backends() -> dict[str, tuple[bool, str]]:
     """Backend name -> (can it be used here, why or why not)."""
+    hidden = (False, f"hidden by {DISABLE_ENV}")
     out = {
-        "nixl": (False, f"hidden by {DISABLE_ENV}") if "nixl" in _hidden() else probe_nixl(),
+        "nixl": hidden if "nixl" in _hidden() else probe_nixl(),
+        "ucx": hidden if "ucx" in _hidden() else probe_ucx(),
         "tcp": (True, "plain sockets, always there"),
         "inprocess": (True, "within one process only; for tests"),
     }
-    return {n: (False, f"hidden by {DISABLE_ENV}") if n in _hidden() else v for n, v in out.items()}
+    return {n: hidden if n in _hidden() else v for n, v in out.items()}
 
 
 def _make_nixl(s: TransportSettings, worker: str, host: str) -> Transport:
     return NixlTransport(worker)
+
+
+def _make_ucx(s: TransportSettings, worker: str, host: str) -> Transport:
+    return UcxTransport(host)
 
 
 def _make_tcp(s: TransportSettings, worker: str, host: str) -> Transport:
@@ -67,6 +76,7 @@ def _make_inprocess(s: TransportSettings, worker: str, host: str) -> Transport:
 
 _BACKENDS: Final[Mapping[str, Callable[[TransportSettings, str, str], Transport]]] = {
     "nixl": _make_nixl,
+    "ucx": _make_ucx,
     "tcp": _make_tcp,
     "inprocess": _make_inprocess,
 }
@@ -84,7 +94,8 @@ def make_backend(name: str, s: TransportSettings, *, worker: str, host: str) -> 
             f"unknown transport backend {name!r}; known: auto, {', '.join(sorted(_BACKENDS))}."
         )
     if name in _hidden():
-        raise TransportError(f"transport backend {name!r} is hidden by {DISABLE_ENV}; {INSTALL_HINT}.")
+        hint = UCX_INSTALL_HINT if name == "ucx" else INSTALL_HINT
+        raise TransportError(f"transport backend {name!r} is hidden by {DISABLE_ENV}; {hint}.")
     return factory(s, worker, host)
 
 
@@ -102,7 +113,7 @@ def make_transport(s: TransportSettings, *, worker: str = "worker", host: str = 
         return AutoTransport([make_backend(s.backend, s, worker=worker, host=host)], {})
     backends: list[Transport] = []
     missing: dict[str, str] = {}
-    for name in ("nixl", "tcp"):
+    for name in ("nixl", "ucx", "tcp"):
         try:
             backends.append(make_backend(name, s, worker=worker, host=host))
         except TransportError as fault:

@@ -114,9 +114,18 @@ def decode_body(data: bytes) -> dict[str, Any]:
 
 
 def encode_request(
-    token: bytes, incarnation: int, arena: Arena, refs: Sequence[BlockRef], start: int, stop: int
+    token: bytes,
+    incarnation: int,
+    arena: Arena,
+    refs: Sequence[BlockRef],
+    start: int,
+    stop: int,
+    **more: int,
 ) -> bytes:
-    """A READ frame for bytes [start, stop) of blocks, into an arena of the same layout."""
+    """A READ frame for bytes [start, stop) of blocks, into an arena of the same layout.
+
+    `more`: fields that a backend needs besides.
+    """
     body = {
         "token": token,
         "incarnation": incarnation,
@@ -124,6 +133,7 @@ def encode_request(
         "start": start,
         "stop": stop,
         "blocks": [[r.block, r.generation] for r in refs],
+        **more,
     }
     return encode(KIND_READ, body)
 
@@ -136,7 +146,7 @@ def parse_request(body: dict[str, Any]) -> ReadRequest:
     """
     token, blocks = body.get("token"), body.get("blocks")
     numbers = [body.get(name) for name in ("incarnation", "stride", "start", "stop")]
-    if not isinstance(token, bytes) or not all(_is_count(n) for n in numbers):
+    if not isinstance(token, bytes) or not all(is_count(n) for n in numbers):
         raise FrameError("malformed", "a read request needs token, incarnation, stride, start and stop")
     incarnation, stride, start, stop = (int(n or 0) for n in numbers)
     if not start <= stop <= stride:
@@ -145,7 +155,7 @@ def parse_request(body: dict[str, Any]) -> ReadRequest:
         raise FrameError("malformed", "a read request needs a list of blocks")
     pairs: list[tuple[int, int]] = []
     for pair in blocks:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_count(x) for x in pair)):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(is_count(x) for x in pair)):
             raise FrameError("malformed", "a block is a pair [index, generation]")
         pairs.append((pair[0], pair[1]))
     return ReadRequest(token, incarnation, stride, start, stop, tuple(pairs))
@@ -171,9 +181,9 @@ def admit(request: ReadRequest, arena: Arena, token: bytes) -> None:
             raise FrameError("stale", f"block {index} has generation {current}, not {generation}")
 
 
-def encode_refusal(fault: FrameError) -> bytes:
+def encode_refusal(fault: FrameError, **more: int) -> bytes:
     """The REFUSED frame that tells a reader why."""
-    return encode(KIND_REFUSED, {"code": fault.code, "detail": str(fault)})
+    return encode(KIND_REFUSED, {"code": fault.code, "detail": str(fault), **more})
 
 
 def expect_data(kind: int, body: dict[str, Any], blocks: int) -> None:
@@ -191,5 +201,6 @@ def expect_data(kind: int, body: dict[str, Any], blocks: int) -> None:
         raise FrameError("malformed", f"expected {blocks} blocks, got kind {kind} with {body}")
 
 
-def _is_count(value: object) -> bool:
+def is_count(value: object) -> bool:
+    """Whether a field is an unsigned 64-bit number."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 MIB = 1 << 20
 
 WireFormat = Literal["raw", "bf16", "int8"]
-Backend = Literal["auto", "nixl", "tcp", "inprocess"]
+Backend = Literal["auto", "nixl", "ucx", "tcp", "inprocess"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class TransportSettings:
     """How blocks are held and moved.
 
     Attributes:
-        backend: "auto" takes nixl where both ends have it, else tcp, and says why.
+        backend: "auto" takes nixl where both ends have it, else ucx, else tcp, and says why.
         arena_bytes: hard budget for published and landing blocks of one worker.
         block_tokens: tokens per block.
         layer_groups: parts in which a block travels, each with some of the layers: computing starts when the

@@ -8,6 +8,7 @@
     fidelity.py   distance from full prefill's answers
     decay.py      speed-up while novel queries keep arriving and the arena evicts
     directory.py  calls per second of the directory's shards, with many segments in them
+    transfer.py   blocks between two processes, beside memcpy and a raw socket; transfer_*.py: its processes
     plots.py      pictures; show.py tables
 
 All of them call product code: a benchmark never computes anything that a request would not.

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from relay_cluster import __version__, console
 from relay_cluster.bench.directory_rows import DirectoryRow
+from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
 from transport.errors import ConfigError
 from workers.methods import METHODS
@@ -174,9 +175,10 @@ ROWS: Mapping[str, type] = {
     "fidelity": FidelityRow,
     "decay": DecayRow,
     "directory": DirectoryRow,
+    "transfer": TransferRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow | DirectoryRow
+Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow
 
 
 # --- document -----------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ class Document:
     """What a benchmark found.
 
     Attributes:
-        name: "ttft", "chain", "fidelity" or "decay".
+        name: a key of `ROWS`.
         settings: everything that it was run with, and how its inputs were made; plain JSON values.
         rows: see `ROWS`.
     """

@@ -113,6 +113,38 @@ def test_verify_judges_and_restores_the_own_header() -> None:
     assert reader.verify(dst, mine, 2) is Outcome.PULLED
 
 
+def test_parts_make_up_a_block() -> None:
+    arena = Arena(4 * 192, 128, parts=(100, 20, 8))
+    assert [arena.part_range(i) for i in range(3)] == [(0, 164), (164, 184), (184, 192)]
+    assert Arena(4 * 192, 128).parts == (128,)
+    for wrong in ((100, 20), (128, 0), (130, -2)):
+        with pytest.raises(ConfigError, match="do not make up a block of 128"):
+            Arena(4 * 192, 128, parts=wrong)
+
+
+def test_each_part_has_its_own_checksum() -> None:
+    arena = Arena(4 * 192, 128, incarnation=1, parts=(100, 20, 8))
+    (block,) = arena.allocate(1)
+    arena.payload(block).copy_(torch.arange(128, dtype=torch.uint8))
+    ref = arena.seal(block)
+    assert len(set(ref.checksums)) == 3
+    for part, at in enumerate((99, 119, 127)):
+        arena.payload(block)[at] ^= 1
+        verdicts = [arena.verify_part(block, ref, i) for i in range(3)]
+        assert verdicts == [Outcome.CORRUPT if i == part else Outcome.PULLED for i in range(3)]
+        arena.payload(block)[at] ^= 1
+    assert arena.verify(block, ref, 1) is Outcome.PULLED
+
+
+def test_the_header_tells_other_parts_of_the_same_size() -> None:
+    owner, reader = (Arena(4 * 192, 128, incarnation=i, parts=p) for i, p in ((1, (64, 64)), (2, (32, 96))))
+    (src,), (dst,) = owner.allocate(1), reader.allocate(1)
+    ref = owner.seal(src)
+    reader.landing(dst)[:] = owner.outgoing(src)
+    assert reader.fits(ref), "as many parts"
+    assert reader.verify_header(dst, ref, 1) is Outcome.LAYOUT_MISMATCH
+
+
 def test_threads_never_share_a_block() -> None:
     arena = Arena(64 * 128, 64)
     clashes: list[int] = []

@@ -1,14 +1,18 @@
-"""The conformance suite over every backend. Owners of tcp and nixl live in a process of their own."""
+"""The conformance suite over every backend, with the owner in a process of its own and in this one."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.transport.conformance import Conformance, PartsConformance, RemoteConformance
+from tests.transport.conformance import Conformance, RemoteConformance
+from tests.transport.conformance_parts import PartsConformance, RemotePartsConformance
+from transport import ucx_binding
 from transport.nixl import probe
 
 HAS_NIXL, WHY = probe()
 nixl = pytest.mark.skipif(not HAS_NIXL, reason=WHY)
+HAS_UCX, WHY_NOT = ucx_binding.probe()
+ucx = pytest.mark.skipif(not HAS_UCX, reason=WHY_NOT)
 
 
 class TestInProcess(Conformance):
@@ -25,7 +29,7 @@ class TestTcp(RemoteConformance):
     backend = "tcp"
 
 
-class TestTcpParts(PartsConformance):
+class TestTcpParts(RemotePartsConformance):
     backend = "tcp"
 
 
@@ -58,10 +62,59 @@ class TestNixlSharedMemoryParts(PartsConformance):
 
 @nixl
 @pytest.mark.nixl
-class TestNixlTcpParts(PartsConformance):
+class TestNixlTcpParts(RemotePartsConformance):
     backend = "nixl"
     env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
 
     @pytest.fixture(autouse=True)
     def _only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxSharedMemory(RemoteConformance):
+    """Whatever UCX chooses between processes of one machine; the owner takes part in each read."""
+
+    backend = "ucx"
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxTcpParts(RemotePartsConformance):
+    backend = "ucx"
+    env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
+
+    @pytest.fixture(autouse=True)
+    def _only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxTcp(RemoteConformance):
+    backend = "ucx"
+    env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
+
+    @pytest.fixture(autouse=True)
+    def _only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+class TestTcpInOneProcess(Conformance):
+    backend = "tcp"
+    remote = False
+
+
+@nixl
+@pytest.mark.nixl
+class TestNixlInOneProcess(Conformance):
+    backend = "nixl"
+    remote = False
+
+
+@ucx
+@pytest.mark.ucx
+class TestUcxInOneProcess(Conformance):
+    backend = "ucx"
+    remote = False

@@ -1,0 +1,120 @@
+"""NIXL's C++ binding: loading it without side effects, making agents, registering an arena.
+
+This module does not know of peers or transfers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import time
+from functools import cache
+from typing import Any, Final
+
+from transport.arena import Arena
+from transport.errors import TransportError
+
+logger = logging.getLogger(__name__)
+
+OWNER_POLL_US: Final = 10_000
+"""Longest sleep of the owner agent's progress thread; traffic wakes it at once (4 KiB over tcp: 60-260 us at
+any value). Idle CPU of the owner's process, 2 cores, nixl-cu12 1.5.1: 0 us -> a full core, 100 and 1,000 us
+-> 1.7-2.3 % of a core, 10,000 us -> 0.7 %, 100,000 us -> 0.1 %."""
+# Keepalives notice a dead link in 4 s, below UCX_KEEPALIVE_INTERVAL (20 s); the sizes double tcp bandwidth.
+_UCX_DEFAULTS: Final = {
+    "UCX_TCP_TX_SEG_SIZE": "64K",
+    "UCX_TCP_RX_SEG_SIZE": "256K",
+    "UCX_TCP_KEEPIDLE": "1s",
+    "UCX_TCP_KEEPINTVL": "1s",
+    "UCX_TCP_KEEPCNT": "3",
+}
+_MODULES: Final = ("nixl_cu12", "nixl_cu13", "nixl")
+INSTALL_HINT: Final = "install it with `pip install nixl-cu12` (or nixl-cu13 for CUDA 13)"
+
+
+@cache
+def load_bindings() -> Any:
+    """The NIXL C++ binding of whichever CUDA variant is installed.
+
+    Raises:
+        TransportError: none is, or it cannot be loaded.
+    """
+    _set_ucx_defaults()
+    faults: list[str] = []
+    raise_exceptions = logging.raiseExceptions
+    for name in _MODULES:
+        try:
+            api = importlib.import_module(f"{name}._api")
+        except (ImportError, OSError, RuntimeError) as fault:
+            faults.append(f"{name}: {fault}")
+            continue
+        finally:
+            _restore_logging(raise_exceptions)
+        return api.nixlBind
+    raise TransportError(f"nixl cannot be imported; {INSTALL_HINT}. Tried: {'; '.join(faults)}")
+
+
+def probe() -> tuple[bool, str]:
+    """Whether NIXL is installed and its UCX backend comes up, and why (not)."""
+    try:
+        bind = load_bindings()
+        make_agent(bind, f"relay-probe-{os.getpid()}-{time.time_ns()}", progress=False)
+    except TransportError as fault:
+        return False, str(fault)
+    return True, f"{bind.__name__.split('.')[0]} with UCX"
+
+
+def _set_ucx_defaults() -> None:
+    for name, value in _UCX_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    # `import ucxx` sets this behind the user's back, and it makes NIXL's shared-memory path ~5x slower.
+    if "ucxx" in sys.modules and os.environ.pop("UCX_RNDV_THRESH", None) is not None:
+        logger.info("removed UCX_RNDV_THRESH, which ucxx has set, before creating a NIXL agent")
+
+
+def _restore_logging(raise_exceptions: bool) -> None:
+    # Importing nixl attaches a stdout handler and clears logging.raiseExceptions for the whole process.
+    logging.raiseExceptions = raise_exceptions
+    nixl_logger = logging.getLogger("nixl")
+    nixl_logger.handlers.clear()
+    nixl_logger.propagate = True
+
+
+def binding_faults(bind: Any) -> tuple[type[BaseException], ...]:
+    """Every exception type that the binding raises."""
+    own = tuple(getattr(bind, n) for n in dir(bind) if n.startswith("nixl") and n.endswith("Error"))
+    return (*own, RuntimeError, ValueError)
+
+
+def make_agent(bind: Any, name: str, *, progress: bool) -> Any:
+    config = bind.nixlAgentConfig()
+    config.useProgThread = progress
+    config.useListenThread = False
+    config.pthrDelay = OWNER_POLL_US if progress else 0
+    # The puller is guarded by our lock; nothing calls the owner after its metadata has been read.
+    config.syncMode = bind.NIXL_THREAD_SYNC_NONE
+    try:
+        agent = bind.nixlAgent(name, config)
+        agent.createBackend("UCX", {})
+    except binding_faults(bind) as fault:
+        raise TransportError(
+            f"nixl: the UCX backend does not come up ({fault}). Check UCX_TLS and UCX_NET_DEVICES, or set "
+            "transport.backend: tcp."
+        ) from fault
+    return agent
+
+
+def segment_kind(bind: Any, kind: str) -> Any:
+    return bind.VRAM_SEG if kind == "cuda" else bind.DRAM_SEG
+
+
+def register_arena(bind: Any, agent: Any, arena: Arena) -> None:
+    region = (arena.base_address(), arena.nbytes, arena.device.index or 0, b"")
+    try:
+        agent.registerMem(bind.nixlRegDList(segment_kind(bind, arena.device.type), [region]), [])
+    except binding_faults(bind) as fault:
+        raise TransportError(
+            f"nixl: the arena of {arena.nbytes} bytes on {arena.device} cannot be registered: {fault}."
+        ) from fault
