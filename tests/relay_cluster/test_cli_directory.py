@@ -29,7 +29,7 @@ PREFIX = "relay-directory-test"
 
 
 def segment(i: int) -> Segment:
-    refs = (BlockRef(BlockId(i), 1, 1000, 0),)
+    refs = (BlockRef(BlockId(i), 1, 1000, (0,)),)
     variant = "x~naive" if i % 4 == 0 else ""
     return Segment(SegmentKey("space-of-a-model", bytes([i] * 16)), 64, 0, refs, variant=variant)
 

@@ -29,7 +29,7 @@ ME, LIFE = WorkerId("w0"), Incarnation(7)
 
 
 def segment(name: str, blocks: int = 1, generation: int = 1) -> Segment:
-    refs = tuple(BlockRef(BlockId(i), generation, BLOCK, 0) for i in range(blocks))
+    refs = tuple(BlockRef(BlockId(i), generation, BLOCK, (0,)) for i in range(blocks))
     return Segment(SegmentKey("space", name.encode()), blocks, 0, refs, spilled=True)
 
 
@@ -325,7 +325,7 @@ LEAVE_FILES = """
     from transport.types import *
     key = SegmentKey("space", b"left")
     folder = SpillFolder(sys.argv[1], WorkerId("w0"), Incarnation(int(sys.argv[2])))
-    folder.write(Segment(key, 1, 0, (BlockRef(BlockId(0), 1, 16, 0),)), [np.zeros(16, np.uint8)])
+    folder.write(Segment(key, 1, 0, (BlockRef(BlockId(0), 1, 16, (0,)),)), [np.zeros(16, np.uint8)])
     print("ready", flush=True)
     time.sleep(60)
 """

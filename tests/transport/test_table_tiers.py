@@ -28,7 +28,7 @@ def key(name: str) -> SegmentKey:
 
 
 def segment(name: str, *, block: int = 0, consumers: int = 0, variant: str = "") -> Segment:
-    refs = (BlockRef(BlockId(block), 1, 100, 0),)
+    refs = (BlockRef(BlockId(block), 1, 100, (0,)),)
     return Segment(key(name), 10, 0, refs, variant=variant, consumers=consumers)
 
 

@@ -87,9 +87,8 @@ class Desk:
 def numbers(got: Acquired, name: str) -> set[float]:
     """Every number of a segment's bytes."""
     pulled = got.pulled[key(name)]
-    return {
-        float(x) for b in pulled.blocks for part in (b.kv.body, b.checkpoint, b.mass) for x in part.unique()
-    }
+    fields = [part for b in pulled.blocks for part in (b.kv.body, b.checkpoint, b.mass)]
+    return {float(x) for part in fields for x in part.unique()}
 
 
 def reasons(got: Acquired) -> dict[str, str]:
