@@ -58,14 +58,18 @@ def run_pull(
     ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
     try:
         _check_before(arena, lease, start, ends)
+        if arena.faults is not None:
+            arena.faults.before_read(arena, lease, into, deadline=start + timeout_s)
         read(lease, into, start + timeout_s)
+        if arena.faults is not None:
+            arena.faults.after_read(arena, lease, into, ends=ends)
         _verify(arena, lease, into)
         _check_after(lease, ends)
         outcome, detail = Outcome.PULLED, ""
     except ReadFailed as failed:
         outcome, detail = failed.outcome, failed.detail
         logger.warning("pull of %s over %s: %s: %s", segment.key, backend, outcome.value, detail)
-    return Transfer(
+    transfer = Transfer(
         source=lease.located.owner.worker,
         destination=lease.holder,
         backend=backend,
@@ -75,6 +79,9 @@ def run_pull(
         outcome=outcome,
         detail=detail,
     )
+    if arena.faults is not None:
+        arena.faults.ended(lease, transfer)
+    return transfer
 
 
 def time_out(arena: Arena, into: Sequence[BlockId], detail: str) -> ReadFailed:

@@ -24,6 +24,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relay_cluster import __version__, console
+from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.doctor import this_machine
 from transport.errors import ConfigError
 from workers.methods import METHODS
@@ -172,9 +173,10 @@ ROWS: Mapping[str, type] = {
     "chain": TimingRow,
     "fidelity": FidelityRow,
     "decay": DecayRow,
+    "faults": FaultRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow
+Row = TimingRow | FidelityRow | DecayRow | FaultRow
 
 
 # --- document -----------------------------------------------------------------------------------------------

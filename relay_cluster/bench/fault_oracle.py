@@ -1,0 +1,111 @@
+"""What an answer should have been: the same request again in a clean room.
+
+The clean room has a worker for each of the cluster, of the same name, in this process: same model, engine and
+store, a directory of its own, and no faults. A request is run there with exactly the spans that its report
+says were relayed (`Request.only_keys`), each from the copy that it names (source and variant), in the order
+in which the requests ended; so upstream segments are there when a downstream request wants them. With greedy
+decoding the answer must be the same, token by token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from transport.directory.local import LocalDirectory
+from transport.types import Outcome, Segment, SegmentKey, WorkerId
+from workers.desk import Desk, load_for_desk, open_desk
+from workers.messages import Reply, Request
+from workers.settings import WorkerSettings
+
+_ARENA_BLOCKS = 64
+
+
+class CleanRoom:
+    """See the module. A context manager.
+
+    Args:
+        model: name of the model.
+        settings: of the workers of the cluster.
+        workers: their names.
+    """
+
+    def __init__(self, model: str, settings: WorkerSettings, workers: Sequence[WorkerId]) -> None:
+        # As the workers do it: how a sum is split over threads is part of its value.
+        torch.set_num_threads(settings.threads or torch.get_num_threads())
+        self.loaded, profile = load_for_desk(model, settings)
+        self._directory = LocalDirectory()
+        self._desks: dict[WorkerId, Desk] = {
+            name: open_desk(
+                name,
+                self.loaded,
+                profile,
+                arena_blocks=_ARENA_BLOCKS,
+                settings=settings,
+                directory=self._directory,
+            )
+            for name in workers
+        }
+
+    def __enter__(self) -> CleanRoom:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for desk in self._desks.values():
+            desk.close()
+
+    def tokens_of(self, text: str) -> int:
+        """Number of tokens of a text."""
+        return len(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def wrong(self, turns: Sequence[tuple[Request, Reply]]) -> list[str]:
+        """Run the requests of one pipeline again; what differs, one line each, without any text."""
+        try:
+            return [line for request, reply in turns if (line := self._differs(request, reply))]
+        finally:
+            for desk in self._desks.values():
+                desk.clear()
+
+    def _differs(self, request: Request, reply: Reply) -> str:
+        clean = replace(
+            request,
+            id=f"{request.id}-clean-{time.time_ns()}",
+            only_keys=reply.relayed_keys,
+            shadow_tokens=0,
+        )
+        desk = self._desks[reply.worker]
+        with self._only_these_copies(reply):
+            again = desk.agent.generate(clean)
+        if again.relayed_keys != reply.relayed_keys:
+            lost = ", ".join(sorted(str(k) for k in reply.relayed_keys - again.relayed_keys))
+            return f"{request.agent}: relayed KV that no fault-free run has made: {lost}"
+        if again.token_ids != reply.token_ids:
+            return (
+                f"{request.agent} on {reply.worker}: {len(reply.relayed_keys)} spans relayed; answered "
+                f"{list(reply.token_ids)}, fault-free {list(again.token_ids)}"
+            )
+        return ""
+
+    @contextmanager
+    def _only_these_copies(self, reply: Reply) -> Iterator[None]:
+        """Hide copies of the relayed segments other than those that were relayed."""
+        used: dict[SegmentKey, tuple[str, str]] = {
+            t.key: (t.transfer.source, t.variant)
+            for t in reply.transfers
+            if t.transfer.outcome is Outcome.PULLED and t.key in reply.relayed_keys
+        }
+        hidden: list[tuple[Desk, Segment]] = [
+            (desk, segment)
+            for name, desk in self._desks.items()
+            for segment in desk.agent.store.segments()
+            if segment.key in used and used[segment.key] != (name, segment.variant)
+        ]
+        for desk, segment in hidden:
+            self._directory.retract(desk.owner, [segment])
+        yield
+        for desk, segment in hidden:
+            self._directory.publish(desk.owner, [segment])

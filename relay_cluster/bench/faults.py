@@ -1,0 +1,454 @@
+"""`relay bench faults`: pipelines under faults, and whether an answer was ever wrong.
+
+Every trial runs a real pipeline on a real cluster (two workers, two directory shards), does one kind of harm
+at one of its stages, and then asks: was every answer that of a fault-free run with the same spans relayed
+(`fault_oracle.py`)? Did it end in time? Is everything given back? Does the report say what happened? All
+choices come from one seed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from relay_cluster.bench.common import Document, median, progress
+from relay_cluster.bench.fault_cluster import WatchedCluster
+from relay_cluster.bench.fault_kinds import HELD_MS, IN_PULL, KINDS, Kind, Stagehand, Trial
+from relay_cluster.bench.fault_oracle import CleanRoom
+from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.texts import Tasks
+from relay_cluster.config import ClusterConfig
+from relay_cluster.pipeline import Agent, Pipeline
+from transport.errors import ConfigError, RelayError
+from transport.faults import ENDED, READ, TEST_MODE_ENV, FaultEvent
+from transport.types import Outcome, WorkerId
+from workers.messages import Fallback, Reply
+from workers.settings import DEFAULT_MODEL
+
+log = logging.getLogger(__name__)
+
+WORKERS: Final = (WorkerId("w0"), WorkerId("w1"))
+_SPAN_TOKENS: Final = 64
+_BACK_TIMEOUT_S: Final = 120.0
+_REST_MARGIN_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultsSettings:
+    """What is done.
+
+    Attributes:
+        trials: pipelines over all backends.
+        kinds: faults that they meet in turn.
+        backends: of the cluster, one after another; each takes its share of the trials.
+        max_new_tokens: of every answer.
+        deadline_s: a pipeline that is not over by then hangs.
+        lease_ttl_s, pull_timeout_s, call_timeout_s: of the cluster.
+    """
+
+    trials: int = 306
+    kinds: tuple[str, ...] = tuple(KINDS)
+    backends: tuple[str, ...] = ("auto", "tcp")
+    model: str = DEFAULT_MODEL
+    seed: int = 0
+    threads: int = 0
+    max_new_tokens: int = 6
+    deadline_s: float = 120.0
+    lease_ttl_s: float = 2.0
+    pull_timeout_s: float = 2.0
+    call_timeout_s: float = 1.0
+
+    def cluster(self, backend: str) -> ClusterConfig:
+        """The cluster of the trials over one backend."""
+        return ClusterConfig.model_validate(
+            {
+                "name": "faults",
+                "workers": len(WORKERS),
+                "model": self.model,
+                "worker": {
+                    "device": "cpu",
+                    "cache_tokens": 4096,
+                    "threads": self.threads,
+                    # Every relay is to be tried, and short answers as well.
+                    "break_even": False,
+                    "min_segment_tokens": 4,
+                    "request_timeout_s": self.deadline_s / 2,
+                },
+                "transport": {
+                    "backend": backend,
+                    "arena_bytes": 128 << 20,
+                    "pull_timeout_s": self.pull_timeout_s,
+                },
+                "directory": {"lease_ttl_s": self.lease_ttl_s, "call_timeout_s": self.call_timeout_s},
+                "ray": {"num_cpus": 2},
+                "runtime": {"max_restarts": -1},
+            }
+        )
+
+
+@dataclass(slots=True)
+class Seen:
+    """What one trial showed; see FaultRow."""
+
+    hit: bool = False
+    wrong: list[str] = field(default_factory=list[str])
+    hang: bool = False
+    leases: int = 0
+    blocks: int = 0
+    uncounted: bool = False
+    fallbacks: Counter[str] = field(default_factory=Counter[str])
+    error: str = ""
+    retries: int = 0
+    detect_s: float | None = None
+    pulls: Counter[str] = field(default_factory=Counter[str])
+    relayed: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.wrong or self.hang or self.leases or self.blocks or self.uncounted)
+
+
+def parse_kinds(text: str | None) -> tuple[str, ...]:
+    """Kinds of a comma-separated list; all of them where there is none.
+
+    Raises:
+        ConfigError: one is unknown.
+    """
+    named = tuple(filter(None, (item.strip() for item in (text or "").split(","))))
+    for name in named:
+        if name not in KINDS:
+            raise ConfigError(f'--kinds "{name}" is no fault. Known: {", ".join(KINDS)}.')
+    return named or tuple(KINDS)
+
+
+def run_faults(settings: FaultsSettings, tasks: Tasks) -> Document:
+    """Run the campaign.
+
+    Raises:
+        RelayError: a cluster does not come up.
+    """
+    begin = time.monotonic()
+    campaign = Campaign(settings)
+    with (
+        _environment(settings),
+        CleanRoom(settings.model, settings.cluster("auto").worker, WORKERS) as room,
+        progress("faults", settings.trials) as advance,
+    ):
+        trials = draw_trials(settings, tasks, room.tokens_of)
+        for backend, share in zip(settings.backends, _shares(trials, settings.backends), strict=True):
+            campaign.run(backend, share, room, advance)
+    facts = {
+        **asdict(settings),
+        "data": list(tasks.sources),
+        "data_digest": tasks.digest,
+        "pulls": dict(campaign.pulls),
+        "relayed_spans": campaign.relayed,
+        "failures": campaign.failures,
+        "seconds": round(time.monotonic() - begin, 1),
+        "oracle": "the same requests in a clean room, with exactly the spans that the report calls relayed",
+    }
+    return Document("faults", facts, campaign.rows())
+
+
+def draw_trials(settings: FaultsSettings, tasks: Tasks, tokens_of: Callable[[str], int]) -> tuple[Trial, ...]:
+    """All trials, the kinds in turn; order, stages, pipelines and texts by the seed."""
+    chance = random.Random(f"faults-{settings.seed}")
+    kinds = [KINDS[settings.kinds[i % len(settings.kinds)]] for i in range(settings.trials)]
+    return tuple(_draw(number, kind, chance, tasks, tokens_of) for number, kind in enumerate(kinds))
+
+
+def _draw(
+    number: int, kind: Kind, chance: random.Random, tasks: Tasks, tokens_of: Callable[[str], int]
+) -> Trial:
+    spans, agents = chance.choice((1, 1, 2, 3)), chance.choice((2, 2, 3))
+    # A reader that dies must have somebody to pull from; any relay of the chain will do.
+    reader = chance.randrange(1, agents)
+    names = ("first", "second", "third")
+    return Trial(
+        number=number,
+        kind=kind,
+        stage=chance.choice(kind.stages),
+        pipeline=_pipeline(spans, agents),
+        inputs={f"text{i}": _text(number, chance, tasks, tokens_of) for i in range(spans)},
+        upstream=names[reader - 1],
+        reader=names[reader],
+        seed=chance.randrange(1 << 30),
+    )
+
+
+def _pipeline(spans: int, agents: int) -> Pipeline:
+    texts = "\n".join(f"{{text{i}}}" for i in range(spans))
+    chain = [
+        Agent("first", system="You read notes.", prompt=f"Notes:\n{texts}\nWhat are they about?"),
+        Agent("second", system="You check.", prompt=f"Notes:\n{texts}\nAnswer:\n{{first}}\nIs that right?"),
+        Agent(
+            "third", system="You judge.", prompt=f"Answers:\n{{first}}\n{{second}}\nNotes:\n{texts}\nSum up."
+        ),
+    ]
+    return Pipeline(chain[:agents], name=f"chain-{agents}-{spans}")
+
+
+def _text(number: int, chance: random.Random, tasks: Tasks, tokens_of: Callable[[str], int]) -> str:
+    """Natural text of 64 tokens or a little more that no other trial has."""
+    text = f"Note {number}-{chance.randrange(10_000)}."
+    while tokens_of(text) < _SPAN_TOKENS + 2:
+        task = chance.choice(tasks.rows)
+        words = f"{task.text} {task.answer}".split()
+        at = chance.randrange(max(1, len(words) - 12))
+        text += " " + " ".join(words[at : at + 12])
+    return text
+
+
+def _shares(trials: Sequence[Trial], backends: Sequence[str]) -> list[list[Trial]]:
+    """Trials of each backend: of every kind as many, to one."""
+    shares: list[list[Trial]] = [[] for _ in backends]
+    met: Counter[str] = Counter()
+    for trial in trials:
+        shares[(met[trial.kind.name] + trial.number) % len(backends)].append(trial)
+        met[trial.kind.name] += 1
+    for at, share in enumerate(shares):
+        random.Random(f"order-{at}").shuffle(share)
+    return shares
+
+
+@contextmanager
+def _environment(settings: FaultsSettings) -> Iterator[None]:
+    """Of this process and of those that Ray starts: test mode, and KV over sockets, so that the owner of a
+    segment takes part in a transfer and a stopped one is noticed."""
+    wanted = {TEST_MODE_ENV: "1", "UCX_TLS": os.environ.get("UCX_TLS", "tcp")}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class Campaign:
+    """Runs trials, and keeps what they show.
+
+    Attributes:
+        pulls: pulls that brought bytes, by backend; relayed: spans.
+        failures: every trial that was not as it should be, so that it can be looked into.
+    """
+
+    def __init__(self, settings: FaultsSettings) -> None:
+        self._settings = settings
+        self._seen: dict[str, list[Seen]] = {kind: [] for kind in settings.kinds}
+        self.pulls: Counter[str] = Counter()
+        self.relayed = 0
+        self.failures: list[dict[str, Any]] = []
+
+    def run(
+        self, backend: str, trials: Sequence[Trial], room: CleanRoom, advance: Callable[[str], None]
+    ) -> None:
+        """Run trials over one backend, on a cluster of their own; on a new one after each that hangs."""
+        left = list(trials)
+        while left:
+            with WatchedCluster(self._settings.cluster(backend), agents_hint=left[0].pipeline) as cluster:
+                while left:
+                    trial, begin = left.pop(0), time.monotonic()
+                    seen = run_trial(cluster, room, trial, self._settings)
+                    self._keep(backend, trial, seen)
+                    log.info(
+                        "trial %d, %s at %s over %s: hit %s, fallbacks %s, %s in %.1f s",
+                        trial.number,
+                        trial.kind.name,
+                        trial.stage,
+                        backend,
+                        seen.hit,
+                        dict(seen.fallbacks),
+                        seen.error or "answered",
+                        time.monotonic() - begin,
+                    )
+                    advance(f"{backend}: {trial.kind.name}")
+                    if seen.hang:
+                        break
+
+    def _keep(self, backend: str, trial: Trial, seen: Seen) -> None:
+        self._seen[trial.kind.name].append(seen)
+        self.pulls += seen.pulls
+        self.relayed += seen.relayed
+        if seen.failed:
+            what = {
+                "trial": trial.number,
+                "kind": trial.kind.name,
+                "stage": trial.stage,
+                "backend": backend,
+                "wrong": seen.wrong,
+                "hang": seen.hang,
+                "leases": seen.leases,
+                "blocks": seen.blocks,
+                "uncounted": seen.uncounted,
+                "error": seen.error,
+            }
+            self.failures.append(what)
+            log.error("a trial failed: %s", what)
+
+    def rows(self) -> list[FaultRow]:
+        """One per kind, and one for all."""
+        every = [seen for found in self._seen.values() for seen in found]
+        return [_row(kind, found) for kind, found in self._seen.items() if found] + [_row("all", every)]
+
+
+def _row(kind: str, found: Sequence[Seen]) -> FaultRow:
+    detected = [seen.detect_s for seen in found if seen.detect_s is not None]
+    return FaultRow(
+        kind=kind,
+        trials=len(found),
+        hits=sum(s.hit for s in found),
+        wrong_outputs=sum(len(s.wrong) for s in found),
+        hangs=sum(s.hang for s in found),
+        leaked_leases=sum(s.leases for s in found),
+        leaked_blocks=sum(s.blocks for s in found),
+        uncounted=sum(s.uncounted for s in found),
+        fallbacks=dict(sum((s.fallbacks for s in found), Counter[str]())),
+        errors=dict(Counter(s.error for s in found if s.error)),
+        retries=sum(s.retries for s in found),
+        detect_s_p50=median(detected) if detected else None,
+        detect_s_max=max(detected) if detected else None,
+    )
+
+
+# --- one trial ----------------------------------------------------------------------------------------------
+
+
+def run_trial(cluster: WatchedCluster, room: CleanRoom, trial: Trial, settings: FaultsSettings) -> Seen:
+    """One pipeline under one fault, judged. The cluster is whole again afterwards, unless the trial hangs."""
+    seen = Seen()
+    cluster.forget()
+    hand = Stagehand(cluster, trial)
+    try:
+        error = _run_pipeline(cluster, trial, hand, settings)
+    except TimeoutError:
+        seen.hang = True
+        return seen
+    finally:
+        hand.go_on()
+    turns = list(cluster.turns)
+    seen.error = "" if error is None else type(error).__name__
+    # The clean room works while a killed worker comes back.
+    seen.wrong = room.wrong(turns)
+    try:
+        cluster.await_alive(_BACK_TIMEOUT_S)
+        events = () if hand.target is None else cluster.facts(hand.target).events
+        seen.leases, seen.blocks = cluster.rest(settings.lease_ttl_s + _REST_MARGIN_S)
+        # The next trial must not find this one's answers: it could not be told then who made them.
+        for worker in cluster.names:
+            cluster.inject(worker, None)
+    except RelayError as lost:
+        log.error("trial %d: the cluster is not whole again: %s", trial.number, lost)  # noqa: TRY400
+        seen.hang = True
+        return seen
+    _count(seen, trial, hand, [reply for _, reply in turns], events, cluster.losses)
+    if error is not None and not isinstance(error, RelayError):
+        seen.uncounted = True  # an error that tells the user nothing
+    return seen
+
+
+def _run_pipeline(
+    cluster: WatchedCluster, trial: Trial, hand: Stagehand, settings: FaultsSettings
+) -> Exception | None:
+    """The error that the pipeline ended in, if any.
+
+    Raises:
+        TimeoutError: it has not ended by its deadline.
+    """
+    ended: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            cluster.run(
+                trial.pipeline,
+                trial.inputs,
+                max_new_tokens=settings.max_new_tokens,
+                on_event=hand.on_event,
+            )
+            ended.append(None)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what the trial is about
+            ended.append(error)
+
+    thread = threading.Thread(target=run, name=f"pipeline-{trial.number}", daemon=True)
+    thread.start()
+    thread.join(settings.deadline_s)
+    if not ended:
+        raise TimeoutError
+    return ended[0]
+
+
+def _count(
+    seen: Seen,
+    trial: Trial,
+    hand: Stagehand,
+    replies: Sequence[Reply],
+    events: Sequence[FaultEvent],
+    losses: Sequence[float],
+) -> None:
+    """Enter what the replies and the reader's events say."""
+    fallbacks: list[Fallback] = [f for reply in replies for f in reply.fallbacks]
+    seen.fallbacks = Counter(f.reason for f in fallbacks)
+    seen.retries = len(losses)
+    seen.relayed = sum(len(reply.relayed_keys) for reply in replies)
+    for reply in replies:
+        seen.pulls.update(t.transfer.backend for t in reply.transfers if t.transfer.outcome is Outcome.PULLED)
+    failed = _failed_pulls(events)
+    spec = trial.kind.spec
+    if spec is None:
+        seen.hit = hand.acted_at is not None
+    elif trial.kind.name == "reuse":
+        seen.hit = bool(failed)
+    else:
+        seen.hit = any(event.what == spec.kind for event in events)
+    must_fail = seen.hit and trial.kind.pull_fails
+    seen.uncounted = bool(failed or must_fail) and not (fallbacks or seen.error or losses)
+    seen.detect_s = _detection(trial, hand, replies, events, losses)
+
+
+def _failed_pulls(events: Sequence[FaultEvent]) -> list[FaultEvent]:
+    """Segments whose last try failed: a pull may fail over one backend and succeed over the next."""
+    last = {event.subject: event for event in events if event.what == ENDED}
+    return [event for event in last.values() if event.outcome != Outcome.PULLED]
+
+
+def _detection(
+    trial: Trial,
+    hand: Stagehand,
+    replies: Sequence[Reply],
+    events: Sequence[FaultEvent],
+    losses: Sequence[float],
+) -> float | None:
+    """Seconds from the fault to its being noticed; None when there was nothing to notice."""
+    acted_at = hand.acted_at
+    if acted_at is None:
+        return None
+    if trial.kind.loses:
+        return losses[0] - acted_at if losses else None
+    if trial.kind.name in ("shard_kill", "directory_drop"):
+        waits = [
+            reply.stages.lookup_s + reply.stages.lease_s
+            for reply in replies
+            if any(f.reason == "directory_down" for f in reply.fallbacks)
+        ]
+        return max(waits, default=None)
+    failed = _failed_pulls(events)
+    if not failed:
+        return None
+    first = min(failed, key=lambda event: event.at_s)
+    begun = [e.at_s for e in events if e.what == READ and e.subject == first.subject]
+    hits = [e.at_s for e in events if trial.kind.spec and e.what == trial.kind.spec.kind]
+    since = max(acted_at, *(begun[:1] or [acted_at]), *(hits[:1] or [acted_at]))
+    if trial.stage == IN_PULL:
+        since = max(since, begun[0] + HELD_MS / 1e3) if begun else since  # our own delay is not its
+    return max(0.0, first.at_s - since)
