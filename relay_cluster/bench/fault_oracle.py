@@ -75,14 +75,21 @@ class CleanRoom:
             request,
             id=f"{request.id}-clean-{time.time_ns()}",
             only_keys=reply.relayed_keys,
+            # With a longer prefix from the cache it might not publish what the cluster's worker did.
+            prefix_limit=reply.prefix_tokens,
             shadow_tokens=0,
         )
         desk = self._desks[reply.worker]
         with self._only_these_copies(reply):
             again = desk.agent.generate(clean)
         if again.relayed_keys != reply.relayed_keys:
-            lost = ", ".join(sorted(str(k) for k in reply.relayed_keys - again.relayed_keys))
-            return f"{request.agent}: relayed KV that no fault-free run has made: {lost}"
+            lost = reply.relayed_keys - again.relayed_keys
+            copies = "; ".join(
+                f"{t.key} of slot {t.slot} from {t.transfer.source}, variant {t.variant[:12]}"
+                for t in reply.transfers
+                if t.key in lost
+            )
+            return f"{request.agent}: relayed KV that no fault-free run has made: {copies}"
         if again.token_ids != reply.token_ids:
             return (
                 f"{request.agent} on {reply.worker}: {len(reply.relayed_keys)} spans relayed; answered "

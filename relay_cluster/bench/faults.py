@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from ray.exceptions import RayError
+
 from relay_cluster.bench.common import Document, median, progress
 from relay_cluster.bench.fault_cluster import WatchedCluster
 from relay_cluster.bench.fault_kinds import HELD_MS, IN_PULL, KINDS, Kind, Stagehand, Trial
@@ -49,6 +51,8 @@ class FaultsSettings:
         trials: pipelines over all backends.
         kinds: faults that they meet in turn.
         backends: of the cluster, one after another; each takes its share of the trials.
+        threads: of every worker; with more of them, killed and restarting workers and the clean room would
+            wait for each other's.
         max_new_tokens: of every answer.
         deadline_s: a pipeline that is not over by then hangs.
         lease_ttl_s, pull_timeout_s, call_timeout_s: of the cluster.
@@ -59,7 +63,7 @@ class FaultsSettings:
     backends: tuple[str, ...] = ("auto", "tcp")
     model: str = DEFAULT_MODEL
     seed: int = 0
-    threads: int = 0
+    threads: int = 1
     max_new_tokens: int = 6
     deadline_s: float = 120.0
     lease_ttl_s: float = 2.0
@@ -348,7 +352,7 @@ def run_trial(cluster: WatchedCluster, room: CleanRoom, trial: Trial, settings: 
         # The next trial must not find this one's answers: it could not be told then who made them.
         for worker in cluster.names:
             cluster.inject(worker, None)
-    except RelayError as lost:
+    except (RelayError, RayError) as lost:
         log.error("trial %d: the cluster is not whole again: %s", trial.number, lost)  # noqa: TRY400
         seen.hang = True
         return seen
