@@ -246,4 +246,5 @@ class Stagehand:
         return send(self._cluster.worker_pid(worker), signals()["kill"])
 
     def _shard_kill(self) -> float:
-        return send(self._chance.choice(self._cluster.shard_pids()), signals()["kill"])
+        pids = self._cluster.shard_pids()
+        return send(pids[self._trial.seed % len(pids)], signals()["kill"])
