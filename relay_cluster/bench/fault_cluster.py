@@ -18,7 +18,8 @@ import ray
 from ray.exceptions import RayError
 
 from relay_cluster.cluster import Cluster
-from transport.errors import DeadlineExceeded, WorkerLost
+from transport.directory.client import DirectoryClient
+from transport.errors import DeadlineExceeded, DirectoryUnavailable, WorkerLost
 from transport.faults import FaultSpec
 from transport.types import WorkerId
 from workers.faults import FaultFacts
@@ -63,6 +64,13 @@ class WatchedCluster(Cluster):
         return reply, ttft_s
 
     # -- faults --------------------------------------------------------------------------------------------
+
+    @property
+    def directory(self) -> DirectoryClient:
+        """Of the driver. Raises DirectoryUnavailable before the start."""
+        if self._directory is None:
+            raise DirectoryUnavailable("the cluster has not been started.")
+        return self._directory
 
     @property
     def names(self) -> tuple[WorkerId, ...]:
