@@ -134,7 +134,7 @@ def parse_kinds(text: str | None) -> tuple[str, ...]:
 
 
 def run_faults(settings: FaultsSettings, tasks: Tasks) -> Document:
-    """Run the campaign.
+    """Run the campaign. Ctrl-C ends it early: the document then has the trials so far.
 
     Raises:
         RelayError: a cluster does not come up.
@@ -147,8 +147,13 @@ def run_faults(settings: FaultsSettings, tasks: Tasks) -> Document:
         progress("faults", settings.trials) as advance,
     ):
         trials = draw_trials(settings, tasks, room.tokens_of)
-        for backend, share in zip(settings.backends, _shares(trials, settings.backends), strict=True):
-            campaign.run(backend, share, room, advance)
+        try:
+            for backend, share in zip(settings.backends, _shares(trials, settings.backends), strict=True):
+                campaign.run(backend, share, room, advance)
+        except KeyboardInterrupt:
+            if not campaign.trials:
+                raise
+            log.warning("interrupted after %d of %d trials", campaign.trials, settings.trials)
     facts = {
         **asdict(settings),
         "data": list(tasks.sources),
@@ -301,6 +306,11 @@ class Campaign:
             }
             self.failures.append(what)
             log.error("a trial failed: %s", what)
+
+    @property
+    def trials(self) -> int:
+        """That have been run."""
+        return sum(map(len, self._seen.values()))
 
     def rows(self) -> list[FaultRow]:
         """One per kind, and one for all."""

@@ -44,7 +44,7 @@ class FaultyCalls:
             ShardFailed: it was lost, or came too late: as over a bad network, after the whole deadline.
         """
         begin = time.monotonic()
-        if pending.lost or pending.delay_s > timeout_s:
+        if pending.lost or (pending.delay_s and pending.delay_s > timeout_s):
             time.sleep(max(0.0, timeout_s))
             raise ShardFailed("no reply within the deadline (injected)")
         if pending.delay_s:
