@@ -10,9 +10,9 @@ decoding the answer must be the same, token by token.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,14 @@ from workers.messages import Reply, Request
 from workers.settings import WorkerSettings
 
 _ARENA_BLOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Clean:
+    """What the clean room answered."""
+
+    token_ids: tuple[int, ...]
+    relayed_keys: frozenset[SegmentKey]
 
 
 class CleanRoom:
@@ -38,6 +46,7 @@ class CleanRoom:
         # As the workers do it: how a sum is split over threads is part of its value.
         torch.set_num_threads(settings.threads or torch.get_num_threads())
         self.loaded, profile = load_for_desk(model, settings)
+        self._known: dict[Hashable, tuple[_Clean, ...]] = {}
         self._directory = LocalDirectory()
         self._desks: dict[WorkerId, Desk] = {
             name: open_desk(
@@ -64,13 +73,17 @@ class CleanRoom:
 
     def wrong(self, turns: Sequence[tuple[Request, Reply]]) -> list[str]:
         """Run the requests of one pipeline again; what differs, one line each, without any text."""
-        try:
-            return [line for request, reply in turns if (line := self._differs(request, reply))]
-        finally:
-            for desk in self._desks.values():
-                desk.clear()
+        name = tuple(_essence(request, reply) for request, reply in turns)
+        if name not in self._known:
+            try:
+                self._known[name] = tuple(self._again(request, reply) for request, reply in turns)
+            finally:
+                for desk in self._desks.values():
+                    desk.clear()
+        found = zip(turns, self._known[name], strict=True)
+        return [line for (request, reply), clean in found if (line := _difference(request, reply, clean))]
 
-    def _differs(self, request: Request, reply: Reply) -> str:
+    def _again(self, request: Request, reply: Reply) -> _Clean:
         clean = replace(
             request,
             id=f"{request.id}-clean-{time.time_ns()}",
@@ -82,29 +95,12 @@ class CleanRoom:
         desk = self._desks[reply.worker]
         with self._only_these_copies(reply):
             again = desk.agent.generate(clean)
-        if again.relayed_keys != reply.relayed_keys:
-            lost = reply.relayed_keys - again.relayed_keys
-            copies = "; ".join(
-                f"{t.key} of slot {t.slot} from {t.transfer.source}, variant {t.variant[:12]}"
-                for t in reply.transfers
-                if t.key in lost
-            )
-            return f"{request.agent}: relayed KV that no fault-free run has made: {copies}"
-        if again.token_ids != reply.token_ids:
-            return (
-                f"{request.agent} on {reply.worker}: {len(reply.relayed_keys)} spans relayed; answered "
-                f"{list(reply.token_ids)}, fault-free {list(again.token_ids)}"
-            )
-        return ""
+        return _Clean(again.token_ids, again.relayed_keys)
 
     @contextmanager
     def _only_these_copies(self, reply: Reply) -> Iterator[None]:
         """Hide copies of the relayed segments other than those that were relayed."""
-        used: dict[SegmentKey, tuple[str, str]] = {
-            t.key: (t.transfer.source, t.variant)
-            for t in reply.transfers
-            if t.transfer.outcome is Outcome.PULLED and t.key in reply.relayed_keys
-        }
+        used = _copies(reply)
         hidden: list[tuple[Desk, Segment]] = [
             (desk, segment)
             for name, desk in self._desks.items()
@@ -116,3 +112,45 @@ class CleanRoom:
         yield
         for desk, segment in hidden:
             self._directory.publish(desk.owner, [segment])
+
+
+def _copies(reply: Reply) -> dict[SegmentKey, tuple[str, str]]:
+    """Key -> (source, variant) of the segments that were relayed."""
+    return {
+        t.key: (t.transfer.source, t.variant)
+        for t in reply.transfers
+        if t.transfer.outcome is Outcome.PULLED and t.key in reply.relayed_keys
+    }
+
+
+def _essence(request: Request, reply: Reply) -> Hashable:
+    """All that a fault-free answer depends on."""
+    return (
+        reply.worker,
+        request.agent,
+        request.system,
+        request.prompt,
+        request.method,
+        request.sampling,
+        tuple(sorted((slot, value.text, value.token_ids) for slot, value in request.values.items())),
+        reply.prefix_tokens,
+        frozenset(_copies(reply).items()),
+        reply.relayed_keys,
+    )
+
+
+def _difference(request: Request, reply: Reply, clean: _Clean) -> str:
+    if clean.relayed_keys != reply.relayed_keys:
+        lost = reply.relayed_keys - clean.relayed_keys
+        copies = "; ".join(
+            f"{t.key} of slot {t.slot} from {t.transfer.source}, variant {t.variant[:12]}"
+            for t in reply.transfers
+            if t.key in lost
+        )
+        return f"{request.agent}: relayed KV that no fault-free run has made: {copies}"
+    if clean.token_ids != reply.token_ids:
+        return (
+            f"{request.agent} on {reply.worker}: {len(reply.relayed_keys)} spans relayed; answered "
+            f"{list(reply.token_ids)}, fault-free {list(clean.token_ids)}"
+        )
+    return ""

@@ -148,7 +148,7 @@ def run_faults(settings: FaultsSettings, tasks: Tasks) -> Document:
     ):
         trials = draw_trials(settings, tasks, room.tokens_of)
         try:
-            for backend, share in zip(settings.backends, _shares(trials, settings.backends), strict=True):
+            for backend, share in zip(settings.backends, shares(trials, settings.backends), strict=True):
                 campaign.run(backend, share, room, advance)
         except KeyboardInterrupt:
             if not campaign.trials:
@@ -216,16 +216,16 @@ def _text(number: int, chance: random.Random, tasks: Tasks, tokens_of: Callable[
     return text
 
 
-def _shares(trials: Sequence[Trial], backends: Sequence[str]) -> list[list[Trial]]:
+def shares(trials: Sequence[Trial], backends: Sequence[str]) -> list[list[Trial]]:
     """Trials of each backend: of every kind as many, to one."""
-    shares: list[list[Trial]] = [[] for _ in backends]
+    out: list[list[Trial]] = [[] for _ in backends]
     met: Counter[str] = Counter()
     for trial in trials:
-        shares[(met[trial.kind.name] + trial.number) % len(backends)].append(trial)
+        out[met[trial.kind.name] % len(backends)].append(trial)
         met[trial.kind.name] += 1
-    for at, share in enumerate(shares):
+    for at, share in enumerate(out):
         random.Random(f"order-{at}").shuffle(share)
-    return shares
+    return out
 
 
 @contextmanager
@@ -367,7 +367,7 @@ def run_trial(cluster: WatchedCluster, room: CleanRoom, trial: Trial, settings: 
         log.error("trial %d: the cluster is not whole again: %s", trial.number, lost)  # noqa: TRY400
         seen.hang = True
         return seen
-    _count(seen, trial, hand, [reply for _, reply in turns], events, cluster.losses)
+    judge(seen, trial, hand, [reply for _, reply in turns], events, cluster.losses)
     if error is not None and not isinstance(error, RelayError):
         seen.uncounted = True  # an error that tells the user nothing
     return seen
@@ -403,15 +403,20 @@ def _run_pipeline(
     return ended[0]
 
 
-def _count(
+def judge(
     seen: Seen,
     trial: Trial,
     hand: Stagehand,
     replies: Sequence[Reply],
     events: Sequence[FaultEvent],
     losses: Sequence[float],
-) -> None:
-    """Enter what the replies and the reader's events say."""
+) -> Seen:
+    """Enter what the replies and the reader's events say.
+
+    Args:
+        hand: which did the harm; replies: of all agents; events: of the reader's worker.
+        losses: time.monotonic() of every worker that was lost under its request.
+    """
     fallbacks: list[Fallback] = [f for reply in replies for f in reply.fallbacks]
     seen.fallbacks = Counter(f.reason for f in fallbacks)
     seen.retries = len(losses)
@@ -429,6 +434,7 @@ def _count(
     must_fail = seen.hit and trial.kind.pull_fails
     seen.uncounted = bool(failed or must_fail) and not (fallbacks or seen.error or losses)
     seen.detect_s = _detection(trial, hand, replies, events, losses)
+    return seen
 
 
 def _failed_pulls(events: Sequence[FaultEvent]) -> list[FaultEvent]:

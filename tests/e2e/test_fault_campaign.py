@@ -37,6 +37,8 @@ from relay_cluster.bench.faults import (
     run_trial,
 )
 from relay_cluster.bench.texts import Tasks, load_tasks
+from relay_cluster.cluster import Result
+from relay_cluster.config import ClusterConfig
 from relay_cluster.pipeline import Agent, Pipeline
 from tests.e2e.conftest import QUESTION
 from transport.errors import ConfigError
@@ -46,10 +48,12 @@ from workers.messages import Reply, Request
 from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Twice as many seconds as a busy machine of two cores was seen to need for the cluster and the campaign.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 W0, W1 = WORKERS
 SETTINGS = FaultsSettings(seed=5, backends=("auto",), max_new_tokens=4)
+NOTES = {"notes": QUESTION}
 PAIR = Pipeline(
     [
         Agent("first", system="You read notes.", prompt="Notes:\n{notes}\nWhat are they about?"),
@@ -67,15 +71,31 @@ def tasks() -> Tasks:
 
 
 @pytest.fixture(scope="module")
-def room() -> Iterator[CleanRoom]:
-    with CleanRoom(SETTINGS.model, SETTINGS.cluster("auto").worker, WORKERS) as opened:
+def config() -> ClusterConfig:
+    """A campaign's cluster without exact prefix caches: the same notes are read as if for the first time in
+    every trial, so that the clean room need not answer again what it has answered once."""
+    config = SETTINGS.cluster("auto")
+    return config.model_copy(update={"worker": replace(config.worker, prefix_cache_bytes=0)})
+
+
+@pytest.fixture(scope="module")
+def room(config: ClusterConfig) -> Iterator[CleanRoom]:
+    with CleanRoom(config.model, config.worker, WORKERS) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[WatchedCluster]:
-    with campaign_environment(), WatchedCluster(SETTINGS.cluster("auto"), agents_hint=PAIR) as running:
+def shared(config: ClusterConfig) -> Iterator[WatchedCluster]:
+    with campaign_environment(), WatchedCluster(config, agents_hint=PAIR) as running:
         yield running
+
+
+def trials_of(settings: FaultsSettings, tasks: Tasks, room: CleanRoom) -> list[Trial]:
+    """Drawn kinds and stages, all with the same two agents."""
+    return [
+        replace(trial, pipeline=PAIR, inputs=NOTES, upstream="first", reader="second")
+        for trial in draw_trials(settings, tasks, room.tokens_of)
+    ]
 
 
 @pytest.fixture
@@ -94,10 +114,10 @@ def cluster(shared: WatchedCluster) -> Iterator[WatchedCluster]:
 
 def test_no_fault_makes_an_answer_wrong(shared: WatchedCluster, room: CleanRoom, tasks: Tasks) -> None:
     """Two trials of every fault that needs no new process; those follow below."""
-    kinds = tuple(name for name, kind in KINDS.items() if not name.endswith(("_kill", "_restart")))
+    kinds = tuple(name for name in KINDS if not name.endswith(("_kill", "_restart")))
     settings = replace(SETTINGS, trials=2 * len(kinds), kinds=kinds)
     campaign = Campaign(settings)
-    for trial in draw_trials(settings, tasks, room.tokens_of):
+    for trial in trials_of(settings, tasks, room):
         campaign.keep("auto", trial, run_trial(shared, room, trial, settings))
     assert campaign.failures == []
     rows = {row.kind: row for row in campaign.rows()}
@@ -106,8 +126,7 @@ def test_no_fault_makes_an_answer_wrong(shared: WatchedCluster, room: CleanRoom,
     assert (total.wrong_outputs, total.hangs, total.leaked_leases, total.leaked_blocks) == (0, 0, 0, 0)
     assert total.uncounted == 0
     assert total.errors == {}
-    # A trial whose answer was too short to relay meets nothing; most meet their fault.
-    assert total.hits >= total.trials * 2 // 3
+    assert total.hits == total.trials, "a fault that never came tells nothing"
     assert campaign.relayed >= 12, "pulls that no fault hit must go through"
     for kind, reason in {
         "drop": "peer_gone",
@@ -118,8 +137,7 @@ def test_no_fault_makes_an_answer_wrong(shared: WatchedCluster, room: CleanRoom,
         "arena_full": "arena_full",
         "directory_drop": "directory_down",
     }.items():
-        if rows[kind].hits:
-            assert rows[kind].fallbacks.get(reason, 0) > 0, f"{kind} left no trace"
+        assert rows[kind].fallbacks.get(reason, 0) >= rows[kind].trials, f"{kind} left no trace"
     check_document(_document(settings, campaign))
 
 
@@ -130,6 +148,15 @@ def _document(settings: FaultsSettings, campaign: Campaign) -> dict[str, Any]:
 
 
 # --- SIGKILL of any one process -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared: WatchedCluster) -> Result:
+    result = shared.run(PAIR, NOTES, method=EXHAUSTIVE, max_new_tokens=8)
+    assert result["second"].relayed_tokens > 0, "without a relay there is nothing to lose"
+    for worker in shared.names:
+        shared.inject(worker, None)
+    return result
 
 
 @pytest.mark.parametrize(
@@ -143,30 +170,23 @@ def _document(settings: FaultsSettings, campaign: Campaign) -> dict[str, Any]:
     ],
 )
 def test_after_sigkill_of_any_one_process_the_answer_is_the_one_without_the_fault(
-    cluster: WatchedCluster, kind: str, stage: str, seed: int
+    cluster: WatchedCluster, undisturbed: Result, kind: str, stage: str, seed: int
 ) -> None:
-    inputs = {"notes": f"{kind} at {stage}, {seed}. {QUESTION}"}
-    options: dict[str, Any] = {"method": EXHAUSTIVE, "max_new_tokens": 4}
-    clean = cluster.run(PAIR, inputs, **options)
-    assert clean["second"].relayed_tokens > 0, "without a relay there is nothing to lose"
-    for worker in cluster.names:
-        cluster.inject(worker, None)
-    cluster.forget()
     trial = Trial(
         number=0,
         kind=KINDS[kind],
         stage=stage,
         pipeline=PAIR,
-        inputs=inputs,
+        inputs=NOTES,
         upstream="first",
         reader="second",
         seed=seed,
     )
     hand = Stagehand(cluster, trial)
-    result = cluster.run(PAIR, inputs, on_event=hand.on_event, **options)
+    result = cluster.run(PAIR, NOTES, method=EXHAUSTIVE, max_new_tokens=8, on_event=hand.on_event)
     assert hand.acted_at is not None, hand.trouble
     for agent in ("first", "second"):
-        assert result[agent].tokens == clean[agent].tokens
+        assert result[agent].tokens == undisturbed[agent].tokens
     lost = {"upstream_kill": "first", "reader_kill": "second"}.get(kind)
     assert {a: result[a].retries for a in ("first", "second")} == {
         a: int(a == lost) for a in ("first", "second")
@@ -181,9 +201,9 @@ def test_after_sigkill_of_any_one_process_the_answer_is_the_one_without_the_faul
 class Relay:
     """An answer of `first` on w0, and the request of `second` on w1 that wants to relay it."""
 
-    def __init__(self, cluster: WatchedCluster, case: str) -> None:
+    def __init__(self, cluster: WatchedCluster) -> None:
         self.cluster = cluster
-        self.notes = SlotValue(text=f"{case}. {QUESTION}")
+        self.notes = SlotValue(text=QUESTION)
         self.upstream = self._publish("first", notes=self.notes)
         values = {"notes": self.notes, "first": self.upstream.output}
         self.asked = self._request("second", **values)
@@ -197,7 +217,7 @@ class Relay:
             prompt=PAIR[agent].prompt,
             values=values,
             publish=publish,
-            sampling=SamplingSettings(max_new_tokens=6),
+            sampling=SamplingSettings(max_new_tokens=5),
         )
 
     def _publish(self, agent: str, **values: SlotValue) -> Reply:
@@ -212,18 +232,13 @@ class Relay:
         """What the directory knows of the relay, with the owner's arena behind it."""
         keys = [p.key for p in self.upstream.published]
         assert len(keys) == 2, "the notes and the answer"
-        return [located.segment for located in self.cluster.directory.lookup(keys).values()]
+        found = self.cluster.directory.lookup(keys).values()
+        self.owner = next(iter(found)).owner
+        return [located.segment for located in found]
 
     def enter(self, segments: list[Segment]) -> None:
         """Let the directory name these as w0's, as after a bug or a race of its own."""
-        key = segments[0].key
-        known = self.cluster.directory.lookup([key]) or self.cluster.directory.lookup(self._others())
-        owner = next(iter(known.values())).owner
-        self.cluster.directory.publish(owner, segments)
-
-    def _others(self) -> list[Any]:
-        other = self._publish("first", notes=SlotValue(text=f"Another note. {QUESTION}"))
-        return [p.key for p in other.published]
+        self.cluster.directory.publish(self.owner, segments)
 
 
 def _nothing(_: int) -> None:
@@ -289,7 +304,7 @@ def _owner_gone(relay: Relay) -> None:
 def test_vllm_52234(cluster: WatchedCluster, case: Callable[[Relay], None], reasons: set[str]) -> None:
     """A receive that failed, or read something else: there, HTTP 200 with garbage or with the previous
     prompt's answer, and a failure counter at 0."""
-    relay = Relay(cluster, case.__name__)
+    relay = Relay(cluster)
     before = sum(cluster.stats()[W1]["fallbacks"].values())
     case(relay)
     reply = relay.answer(relay.asked)
@@ -307,11 +322,11 @@ def test_vllm_52234(cluster: WatchedCluster, case: Callable[[Relay], None], reas
 def test_without_verification_the_campaign_finds_wrong_answers(
     cluster: WatchedCluster, room: CleanRoom, tasks: Tasks
 ) -> None:
-    settings = replace(SETTINGS, seed=1, trials=4, kinds=("truncate",))
+    settings = replace(SETTINGS, seed=1, trials=2, kinds=("truncate",))
     _patch_verification(cluster, off=True)
     try:
         campaign = Campaign(settings)
-        for trial in draw_trials(settings, tasks, room.tokens_of):
+        for trial in trials_of(settings, tasks, room):
             campaign.keep("auto", trial, run_trial(cluster, room, trial, settings))
     finally:
         _patch_verification(cluster, off=False)
