@@ -15,6 +15,7 @@ from rich.text import Text
 from relay_cluster import console
 from relay_cluster.cli_common import DebugOption, JsonOption, check_writable, command, examples, write_json
 from transport.errors import ConfigError
+from transport.settings import WireFormat
 from workers.settings import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -230,6 +231,9 @@ def fidelity(
         Path | None,
         typer.Option("--cases-cache", metavar="DIR", help="Keep decoded answers here for later runs."),
     ] = None,
+    wire: Annotated[
+        WireFormat, typer.Option("--wire", help="Format in which keys and values travel.")
+    ] = "raw",
     model: _Model = DEFAULT_MODEL,
     seed: _Seed = 0,
     threads: _Threads = 0,
@@ -259,6 +263,7 @@ def fidelity(
         seed=seed,
         threads=threads,
         cases_cache=cases_cache,
+        wire=wire,
     )
     _deliver(run_fidelity(settings, tasks), json_file, plot)
 

@@ -16,10 +16,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import ray
 from ray.exceptions import (
@@ -35,6 +35,7 @@ from relay_cluster.config import ClusterConfig
 from relay_cluster.doctor import this_machine
 from relay_cluster.executor import Executor, RunOptions, agent_report
 from relay_cluster.gate import Gate, QualitySettings
+from relay_cluster.links import choose_wire
 from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
@@ -47,6 +48,8 @@ from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck
 from workers.methods import parse_method
 
 log = logging.getLogger(__name__)
+
+_LINK_TIMEOUT_S: Final = 20.0
 
 OnEvent = Callable[..., None]
 
@@ -99,6 +102,8 @@ class Cluster:
         self._shards: dict[str, Any] = {}
         self._directory: DirectoryClient | None = None
         self._started_ray = False
+        self._transport = self.config.transport
+        self._wire_note = ""
         self._prepared: set[tuple[object, ...]] = set()
         self._runs = 0
         self._gates: dict[tuple[str, QualitySettings], Gate] = {}
@@ -204,6 +209,7 @@ class Cluster:
             models = worker_models(agents, count, self.config.model)
             self._check_devices(count)
             self._on_event("cluster", f"starting {count} workers ({', '.join(dict.fromkeys(models))})")
+            self._choose_wire()
             for i, model in enumerate(models):
                 self._spawn(WorkerId(f"w{i}"), model, count)
             self._await_ready()
@@ -215,13 +221,21 @@ class Cluster:
         default = pipeline.model or self.config.model
         return [(name, pipeline[name].model or default) for name in pipeline.order]
 
+    def _choose_wire(self) -> None:
+        """Settle in which format keys and values travel: one for all, who read each other's blocks."""
+        nodes = [str(node["NodeID"]) for node in ray.nodes() if node["Alive"]]
+        chosen, why = choose_wire(self.config.transport, nodes, timeout_s=_LINK_TIMEOUT_S)
+        self._transport = replace(self.config.transport, wire=chosen)
+        if self.config.transport.wire == "auto" and chosen != "raw":
+            self._wire_note = f"transport: keys and values travel as {chosen}, because {why}"
+
     def _spawn(self, worker: WorkerId, model: str, count: int) -> None:
         settings = self.config.worker
         spec = WorkerSpec(
             worker=worker,
             model=model,
             settings=settings,
-            transport=self.config.transport,
+            transport=self._transport,
             directory=self.config.directory,
             directory_shards=tuple(self._shards),
             namespace=self.config.ray.namespace,
@@ -297,7 +311,7 @@ class Cluster:
     def notes(self) -> tuple[str, ...]:
         """Plain sentences about what is not as good as it could be."""
         infos = [m.info for m in self._members.values() if m.info is not None]
-        lines: dict[str, None] = {}
+        lines: dict[str, None] = {self._wire_note: None} if self._wire_note else {}
         for info in infos:
             if self.config.transport.backend == "auto" and "nixl" not in info.backends:
                 why = info.missing_backends.get("nixl", "not available")

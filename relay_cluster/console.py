@@ -289,7 +289,9 @@ def _pulled(agent: AgentReport, gap: str) -> str:
     if not done:
         return "-"
     nbytes = sum(transfer.bytes for transfer in done)
-    seconds = sum(transfer.seconds for transfer in done)
+    seconds = done[0].seconds
+    if len(done) > 1:  # they travel side by side, so their times must not be added up
+        seconds = max(agent.stages.pull_s + agent.pull_hidden_s, *(t.seconds for t in done))
     backends = "+".join(sorted({transfer.backend for transfer in done}))
     rate = f"{gap}@ {nbytes / seconds / 1e9:.1f} GB/s" if seconds > 0 else ""
     size = f"{nbytes / 1e6:.0f}" if nbytes >= 1e7 else f"{nbytes / 1e6:.1f}"
@@ -304,9 +306,13 @@ def stage_table(row: RowReport) -> Table:
     for key in spent:
         table.add_column(_STAGES[key], justify="right", no_wrap=True)
     table.add_column("TTFT", justify="right", no_wrap=True)
+    hidden = any(agent.pull_hidden_s >= 5e-4 for agent in row.agents)
+    if hidden:
+        table.add_column("(pull behind it)", justify="right", no_wrap=True)
     for agent in row.agents:
         cells = [_milliseconds(_stage(agent.stages, key)) for key in spent]
-        table.add_row(escape(agent.agent), *cells, _milliseconds(agent.ttft_s))
+        behind = [_milliseconds(agent.pull_hidden_s)] if hidden else []
+        table.add_row(escape(agent.agent), *cells, _milliseconds(agent.ttft_s), *behind)
     return table
 
 

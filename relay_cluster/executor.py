@@ -366,6 +366,7 @@ def agent_report(
         healed_entries=reply.healed_entries,
         healed_at_token=reply.healed_at_token,
         gate=gate,
+        pull_hidden_s=reply.pull_hidden_s,
     )
 
 

@@ -31,7 +31,7 @@ class Stages:
         queue_s: waiting in the worker for a free sequence.
         lookup_s: asking the directory who holds the segments.
         lease_s: pinning them.
-        pull_s: waiting for bytes.
+        pull_s: waiting for bytes; those that travel while others are computed with cost nothing.
         rotate_s: moving keys to their new positions.
         rectify_s: recomputing the selected (token, layer) entries of relayed spans.
         prefill_s: computing the fresh tokens.
@@ -191,6 +191,8 @@ class AgentReport:
         healed_at_token: index of the first answer token that came from an exact cache (the answer's length
             where only its KV became exact); None where healing was off or did not get so far.
         gate: what the quality gate did; None without one.
+        pull_hidden_s: for how long bytes travelled while the worker computed with those that had come; the
+            time for which it waited is stages.pull_s.
     """
 
     agent: str
@@ -225,6 +227,7 @@ class AgentReport:
     healed_entries: int = 0
     healed_at_token: int | None = None
     gate: GateReport | None = None
+    pull_hidden_s: float = 0.0
 
     @property
     def pulled_bytes(self) -> int:

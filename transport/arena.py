@@ -4,6 +4,9 @@ A block is a 64-byte header followed by the payload; its stride is rounded up to
 payload is 64-byte aligned. The header carries the block's generation and its owner's incarnation. A reader
 copies header and payload together, so one look at the landed bytes tells whether they are the leased ones.
 
+A payload is divided into *parts*, contiguous byte ranges that are read, verified and handed over one after
+the other; each has a checksum of its own. The header travels with part 0.
+
 Life of a block:
 
     free --allocate--> used --free--> free            (free bumps the generation)
@@ -15,6 +18,7 @@ This module does not know what the payload means, who reads it, or how it travel
 
 from __future__ import annotations
 
+import itertools
 import logging
 import struct
 import threading
@@ -37,9 +41,9 @@ logger = logging.getLogger(__name__)
 
 HEADER_NBYTES: Final = 64
 ALIGN: Final = 64
-_MAGIC: Final = b"RELAYKV1"
-# magic, block index, generation, incarnation, payload bytes; the rest of the 64 bytes is zero.
-_HEADER: Final = struct.Struct("<8sQQQQ24x")
+_MAGIC: Final = b"RELAYKV2"
+# magic, block index, generation, incarnation, payload bytes, digest of the parts' sizes; the rest is zero.
+_HEADER: Final = struct.Struct("<8sQQQQQ16x")
 
 _FREE, _USED, _QUARANTINED = 0, 1, 2
 _STATE_NAMES: Final = ("free", "used", "quarantined")
@@ -64,6 +68,12 @@ class ArenaStats:
     nbytes: int
 
 
+def _ranges(parts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """[start, stop) of every part from the start of its block; the header belongs to part 0."""
+    stops = tuple(HEADER_NBYTES + end for end in itertools.accumulate(parts))
+    return tuple(zip((0, *stops[:-1]), stops, strict=True))
+
+
 def _bytes_of(flat: torch.Tensor) -> memoryview:
     """CPU: a view of the tensor's own memory; otherwise of a copy."""
     return memoryview(cast("Any", flat.cpu().numpy()))
@@ -77,9 +87,10 @@ class Arena:
         block_nbytes: payload bytes of one block.
         device: a torch device; "cuda" buffers are hashed and sent through a CPU copy.
         incarnation: which life of the worker this is; written into every header. Default: now, in ns.
+        parts: bytes of every part of the payload, in order; their sum is block_nbytes. Default: one part.
 
     Raises:
-        ConfigError: not even one block fits into the budget.
+        ConfigError: not even one block fits into the budget, or the parts do not make up a block.
     """
 
     def __init__(
@@ -88,10 +99,16 @@ class Arena:
         block_nbytes: int,
         device: str = "cpu",
         incarnation: int | None = None,
+        parts: Sequence[int] = (),
     ) -> None:
         if block_nbytes < 1:
             raise ConfigError(f"block_nbytes is {block_nbytes}: a block must hold at least one byte.")
         self.block_nbytes = block_nbytes
+        self.parts = tuple(parts) or (block_nbytes,)
+        if sum(self.parts) != block_nbytes or min(self.parts) < 1:
+            raise ConfigError(f"parts of {list(parts)} bytes do not make up a block of {block_nbytes}.")
+        self._parts_digest = xxhash.xxh3_64_intdigest(struct.pack(f"<{len(self.parts)}Q", *self.parts))
+        self._ranges = _ranges(self.parts)
         self.stride = (HEADER_NBYTES + block_nbytes + ALIGN - 1) // ALIGN * ALIGN
         self.num_blocks = budget_bytes // self.stride
         if self.num_blocks < 1:
@@ -186,11 +203,11 @@ class Arena:
         Raises:
             ValueError: the block is not in use.
         """
-        checksum = self._checksum(block)
+        checksums = tuple(self._checksum(block, part) for part in range(len(self.parts)))
         with self._lock:
             self._expect([block], _USED, "seal")
             self._write_header(block)
-            return BlockRef(block, self._generation[block], self.block_nbytes, checksum)
+            return BlockRef(block, self._generation[block], self.block_nbytes, checksums)
 
     def generation(self, block: BlockId) -> int:
         """The current generation of a block."""
@@ -198,27 +215,48 @@ class Arena:
         return self._generation[block]
 
     def verify(self, block: BlockId, ref: BlockRef, owner_incarnation: int) -> Outcome:
-        """Judge a landed block: is it the one that `ref` names, as its owner sealed it?
-
-        The owner's header travelled with the payload and overwrote this block's own; whatever the verdict,
-        the own header is put back, so that the block can be sealed or freed like any other.
+        """Judge a block that landed as a whole: is it the one that `ref` names, as its owner sealed it?
 
         Returns:
-            PULLED, STALE (freed, reused or made by another life of the owner), CORRUPT (bytes differ) or
-            LAYOUT_MISMATCH (blocks of another size).
+            What `verify_header` or `verify_part` say.
         """
-        magic, index, generation, incarnation, nbytes = _HEADER.unpack(self._read_header(block))
+        verdict = self.verify_header(block, ref, owner_incarnation)
+        for part in range(len(self.parts)):
+            if verdict is not Outcome.PULLED:
+                break
+            verdict = self.verify_part(block, ref, part)
+        return verdict
+
+    def verify_header(self, block: BlockId, ref: BlockRef, owner_incarnation: int) -> Outcome:
+        """Judge the header of a landed block.
+
+        The owner's header travelled with part 0 and overwrote this block's own; whatever the verdict, the own
+        header is put back, so that the block can be sealed or freed like any other.
+
+        Returns:
+            PULLED, STALE (freed, reused or made by another life of the owner), CORRUPT (no header) or
+            LAYOUT_MISMATCH (blocks of another size or in other parts).
+        """
+        magic, index, generation, incarnation, nbytes, parts = self._read_header(block)
         with self._lock:
             self._write_header(block)
-        if ref.nbytes != self.block_nbytes:
+        if not self.fits(ref):
             return Outcome.LAYOUT_MISMATCH
         if magic != _MAGIC:
             return Outcome.CORRUPT
         if (index, generation, incarnation) != (ref.block, ref.generation, owner_incarnation):
             return Outcome.STALE
-        if nbytes != self.block_nbytes or self._checksum(block) != ref.checksum:
-            return Outcome.CORRUPT
+        if (nbytes, parts) != (self.block_nbytes, self._parts_digest):
+            return Outcome.LAYOUT_MISMATCH
         return Outcome.PULLED
+
+    def verify_part(self, block: BlockId, ref: BlockRef, part: int) -> Outcome:
+        """Judge the bytes of one landed part: PULLED, or CORRUPT when they are not the sealed ones."""
+        return Outcome.PULLED if self._checksum(block, part) == ref.checksums[part] else Outcome.CORRUPT
+
+    def fits(self, ref: BlockRef) -> bool:
+        """Whether a peer's block has as many bytes and as many parts as ours."""
+        return ref.nbytes == self.block_nbytes and len(ref.checksums) == len(self.parts)
 
     # -- for backends ----------------------------------------------------------------------------------
 
@@ -230,26 +268,32 @@ class Arena:
         """Raw address and byte count of header + payload, padding included."""
         return self.base_address() + self._offset(block), self.stride
 
-    def outgoing(self, block: BlockId) -> memoryview:
-        """Header + payload for sending. CPU: the arena's own memory; otherwise a copy."""
-        start = self._offset(block)
-        if self._view is not None:
-            return self._view[start : start + self.stride]
-        return _bytes_of(self._buffer[start : start + self.stride])
+    def part_range(self, part: int) -> tuple[int, int]:
+        """[start, stop) of a part, in bytes from the start of its block; part 0 begins with the header."""
+        return self._ranges[part]
 
-    def landing(self, block: BlockId) -> memoryview:
-        """Where received header + payload bytes go. CPU: the arena's own memory; otherwise a bounce
+    def outgoing(self, block: BlockId, start: int = 0, stop: int | None = None) -> memoryview:
+        """Bytes [start, stop) of a block for sending, counted from its header on; default: all of the stride.
+        CPU: the arena's own memory; otherwise a copy."""
+        at = self._offset(block)
+        end = at + (self.stride if stop is None else stop)
+        if self._view is not None:
+            return self._view[at + start : end]
+        return _bytes_of(self._buffer[at + start : end])
+
+    def landing(self, block: BlockId, start: int = 0, stop: int | None = None) -> memoryview:
+        """Where received bytes [start, stop) of a block go. CPU: the arena's own memory; otherwise a bounce
         buffer, which `landed` copies in."""
         if self._view is not None:
-            return self.outgoing(block)
-        return memoryview(bytearray(self.stride))
+            return self.outgoing(block, start, stop)
+        return memoryview(bytearray((self.stride if stop is None else stop) - start))
 
-    def landed(self, block: BlockId, view: memoryview) -> None:
-        """Finish what `landing` began: a no-op on CPU."""
+    def landed(self, block: BlockId, view: memoryview, start: int = 0) -> None:
+        """Finish what `landing` began at the same `start`: a no-op on CPU."""
         if self._view is None:
-            start = self._offset(block)
+            at = self._offset(block) + start
             host = torch.from_numpy(np.frombuffer(view, dtype=np.uint8))
-            self._buffer[start : start + self.stride].copy_(host)
+            self._buffer[at : at + len(view)].copy_(host)
 
     def stats(self) -> ArenaStats:
         """Counts by state, taken at one instant."""
@@ -293,19 +337,20 @@ class Arena:
 
     def _write_header(self, block: BlockId) -> None:
         start = block * self.stride
-        fields = (_MAGIC, block, self._generation[block], self.incarnation, self.block_nbytes)
+        generation = self._generation[block]
+        fields = (_MAGIC, block, generation, self.incarnation, self.block_nbytes, self._parts_digest)
         if self._view is not None:
             _HEADER.pack_into(self._view, start, *fields)
             return
         host = torch.frombuffer(bytearray(_HEADER.pack(*fields)), dtype=torch.uint8)
         self._buffer[start : start + HEADER_NBYTES].copy_(host)
 
-    def _read_header(self, block: BlockId) -> bytes:
-        start = self._offset(block)
-        return bytes(self._buffer[start : start + HEADER_NBYTES].cpu().numpy())
+    def _read_header(self, block: BlockId) -> tuple[bytes, int, int, int, int, int]:
+        return _HEADER.unpack(self.outgoing(block, 0, HEADER_NBYTES))
 
-    def _checksum(self, block: BlockId) -> int:
-        return xxhash.xxh3_64_intdigest(_bytes_of(self.payload(block)))
+    def _checksum(self, block: BlockId, part: int) -> int:
+        start, stop = self._ranges[part]
+        return xxhash.xxh3_64_intdigest(self.outgoing(block, max(start, HEADER_NBYTES), stop))
 
     def _full_message(self, n: int) -> str:
         quarantined = self._state.count(_QUARANTINED)

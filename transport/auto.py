@@ -21,6 +21,7 @@ from transport.errors import TransportError
 from transport.inprocess import InProcessTransport
 from transport.nixl import INSTALL_HINT, NixlTransport
 from transport.nixl import probe as probe_nixl
+from transport.pulling import OnPart
 from transport.settings import TransportSettings
 from transport.tcp import TcpTransport
 from transport.types import BlockId, Lease, Outcome, Owner, Transfer
@@ -179,9 +180,10 @@ class AutoTransport:
         *,
         timeout_s: float,
         lease_deadline: float | None = None,
+        on_part: OnPart | None = None,
     ) -> Transfer:
         """See `transport.base.Transport.pull`. When the best backend does not reach the peer, the next one
-        is tried within the same deadlines."""
+        is tried within the same deadlines, unless a part was handed over already: its bytes may be in use."""
         owner = lease.located.owner
         start = time.monotonic()
         ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
@@ -189,13 +191,24 @@ class AutoTransport:
         if not usable:
             return self._no_route(lease, len(into), start)
         self._tell(owner, usable[0], passed_over)
-        transfer = self._backends[usable[0]].pull(lease, into, timeout_s=timeout_s, lease_deadline=ends)
+        handed_over: list[int] = []
+
+        def hand_over(part: int) -> None:
+            handed_over.append(part)
+            if on_part is not None:
+                on_part(part)
+
+        transfer = self._backends[usable[0]].pull(
+            lease, into, timeout_s=timeout_s, lease_deadline=ends, on_part=hand_over
+        )
         for tried, name in itertools.pairwise(usable):
             left = start + timeout_s - time.monotonic()
-            if transfer.outcome not in _FAILED_TO_REACH or left <= 0:
+            if transfer.outcome not in _FAILED_TO_REACH or handed_over or left <= 0:
                 break
             self._pass_over(owner, tried, transfer)
-            transfer = self._backends[name].pull(lease, into, timeout_s=left, lease_deadline=ends)
+            transfer = self._backends[name].pull(
+                lease, into, timeout_s=left, lease_deadline=ends, on_part=hand_over
+            )
         self._count(f"pulls.{transfer.backend}")
         return replace(transfer, seconds=time.monotonic() - start)
 

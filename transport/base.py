@@ -2,13 +2,14 @@
 
 A pull is: lease -> read -> verify -> commit. `Transport.pull` takes a `Lease`, so an unleased pull cannot
 be written. Verify means: the block's generation (in the block's own header, read together with the payload)
-is the leased one, and xxh3 of the payload equals the published checksum. Only then do the destination
-blocks belong to the caller; after a timeout they are quarantined in the arena, because late writes are real.
+is the leased one, and xxh3 of every part of the payload equals the published checksum. Only then do the
+destination blocks belong to the caller; after a timeout they are quarantined in the arena, because late
+writes are real.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from transport.types import (
@@ -63,13 +64,23 @@ class Transport(Protocol):
         *,
         timeout_s: float,
         lease_deadline: float | None = None,
+        on_part: Callable[[int], None] | None = None,
     ) -> Transfer:
         """Read every block of the leased segment into `into` (same length, allocated by the caller in the
         registered arena), verify, and report. Never raises for a remote fault: the `Transfer` says it.
         `lease_deadline` is the time.monotonic() instant at which the lease ends, counted by the caller from
         before its lease request (None: `lease.ttl_s` from the start of the pull).
-        On any outcome other than PULLED the caller must not use the destination. Blocks are returned to the
-        arena by the caller, except after TIMED_OUT, when the backend has quarantined them itself."""
+
+        `on_part(i)` is called in this thread, once and in order for every part i of the arena's blocks, when
+        that part of *all* blocks has been verified and the lease is still live; later parts travel meanwhile.
+        It should be quick (set an event, queue an index). Bytes that were handed over are the published ones
+        whatever comes after; whether they are of use without the rest is the caller's decision. After
+        TIMED_OUT the blocks are not the caller's any more: whoever may still read them in another thread must
+        throw away what it read. What `on_part` raises ends the pull and comes out of it.
+
+        On any outcome other than PULLED the caller must not use parts that were not handed over. Blocks are
+        returned to the arena by the caller, except after TIMED_OUT, when the backend has quarantined them
+        itself."""
         ...
 
     def close(self) -> None:

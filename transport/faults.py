@@ -18,13 +18,14 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from transport.arena import HEADER_NBYTES, Arena
 from transport.errors import ArenaFull, ConfigError
-from transport.pulling import ReadFailed, time_out
+from transport.pulling import ReadFailed, Reading, time_out
 from transport.settings import FaultSettings
 from transport.types import BlockId, Lease, LeaseId, Outcome, Transfer
 
@@ -200,6 +201,34 @@ class Faults:
 
     # -- around a pull ---------------------------------------------------------------------------------
 
+    def disturb(
+        self,
+        arena: Arena,
+        lease: Lease,
+        into: Sequence[BlockId],
+        reading: Reading,
+        *,
+        deadline: float,
+        ends: float,
+    ) -> Reading:
+        """A backend's read with its faults: before it begins, and after each piece that has landed.
+
+        Args:
+            deadline: time.monotonic() instant at which the read must end; ends: at which the lease does.
+
+        Raises:
+            ReadFailed: see `before_read`.
+        """
+        with closing(reading):
+            self.before_read(arena, lease, into, deadline=deadline)
+            for landed in reading:
+                # Parts are counted from the header on, and the last one has padding behind the payload.
+                start, stop = (max(0, at - HEADER_NBYTES) for at in arena.part_range(landed.part))
+                piece = into[landed.first : landed.stop]
+                stop = min(stop, arena.block_nbytes)
+                self.after_read(arena, lease, piece, ends=ends, start=start, stop=stop)
+                yield landed
+
     def before_read(self, arena: Arena, lease: Lease, into: Sequence[BlockId], *, deadline: float) -> None:
         """Before a backend's read: DROP, HANG, DELAY.
 
@@ -230,11 +259,12 @@ class Faults:
         start: int = 0,
         stop: int | None = None,
     ) -> None:
-        """After the read and before the bytes are verified: CORRUPT, TRUNCATE, STALE, LEASE_EXPIRY.
+        """After bytes have landed and before they are verified: CORRUPT, TRUNCATE, STALE, LEASE_EXPIRY.
 
         Args:
+            into: the blocks concerned.
             ends: time.monotonic() instant at which the lease ends.
-            start, stop: the payload bytes of every block that have just landed; by default all.
+            start, stop: the payload bytes of each that have landed; by default all.
         """
         name = str(lease.located.segment.key)
         landed = range(start, arena.block_nbytes if stop is None else stop)

@@ -14,11 +14,12 @@ from typing import Final
 
 from transport.arena import Arena
 from transport.errors import TransportError
-from transport.pulling import ReadFailed, run_pull, time_out
+from transport.pulling import OnPart, ReadFailed, Reading, plan_steps, run_pull, time_out
 from transport.types import BlockId, Lease, Outcome, Transfer
 
 _ARENAS: Final[dict[bytes, Arena]] = {}
 _ARENAS_LOCK: Final = threading.Lock()
+_STEP_BYTES: Final = 256 << 10  # verified while still in the processor's cache
 
 
 class InProcessTransport:
@@ -53,6 +54,7 @@ class InProcessTransport:
         *,
         timeout_s: float,
         lease_deadline: float | None = None,
+        on_part: OnPart | None = None,
     ) -> Transfer:
         """See `transport.base.Transport.pull`."""
         if self._arena is None:
@@ -62,9 +64,10 @@ class InProcessTransport:
             self._arena,
             lease,
             into,
-            self._read,
+            self.read,
             timeout_s=timeout_s,
             lease_deadline=lease_deadline,
+            on_part=on_part,
         )
 
     def close(self) -> None:
@@ -72,7 +75,8 @@ class InProcessTransport:
         with _ARENAS_LOCK:
             _ARENAS.pop(self._token, None)
 
-    def _read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> None:
+    def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
+        """Copy without verifying: see `transport.pulling.Read`."""
         owner = lease.located.owner
         mine = self._arena
         token = owner.addresses.get(self.name)
@@ -84,11 +88,18 @@ class InProcessTransport:
             raise ReadFailed(Outcome.PEER_GONE, f"{owner.worker} has closed, or lives in another process.")
         if theirs.stride != mine.stride:
             raise ReadFailed(Outcome.LAYOUT_MISMATCH, f"strides {theirs.stride} and {mine.stride} differ.")
-        for block, ref in zip(into, lease.located.segment.blocks, strict=True):
-            if time.monotonic() >= deadline:
-                raise time_out(mine, into, f"{owner.worker}: the copy exceeded its deadline.")
-            if not 0 <= ref.block < theirs.num_blocks:
-                raise ReadFailed(Outcome.STALE, f"{owner.worker} has no block {ref.block}.")
-            view = mine.landing(block)
-            view[:] = theirs.outgoing(ref.block)
-            mine.landed(block, view)
+        refs = lease.located.segment.blocks
+        for step in plan_steps(mine, len(into), _STEP_BYTES, len(into)):
+            start, stop = mine.part_range(step.part)
+            for at in range(step.first, step.stop):
+                if time.monotonic() >= deadline:
+                    raise time_out(mine, into, f"{owner.worker}: the copy exceeded its deadline.")
+                if not 0 <= refs[at].block < theirs.num_blocks:
+                    raise ReadFailed(Outcome.STALE, f"{owner.worker} has no block {refs[at].block}.")
+                view = mine.landing(into[at], start, stop)
+                view[:] = theirs.outgoing(refs[at].block, start, stop)
+                mine.landed(into[at], view, start)
+                # Part 0 brought the header, which tells as well; later a block may have been freed meanwhile.
+                if step.part and theirs.generation(refs[at].block) != refs[at].generation:
+                    raise ReadFailed(Outcome.STALE, f"block {refs[at].block} was freed during the pull.")
+            yield step

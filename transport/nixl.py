@@ -26,7 +26,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -34,21 +35,23 @@ from typing import Any, Final
 import msgpack
 import numpy as np
 
-from transport.arena import Arena
+from transport.arena import HEADER_NBYTES, Arena
 from transport.errors import TransportError
-from transport.pulling import ReadFailed, run_pull
+from transport.pulling import Landed, OnPart, ReadFailed, Reading, check_headers, plan_steps, run_pull
 from transport.types import BlockId, BlockRef, Lease, Outcome, Transfer
 
 logger = logging.getLogger(__name__)
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 OWNER_POLL_US: Final = 10_000
 """Longest sleep of the owner agent's progress thread; traffic wakes it at once (4 KiB over tcp: 60-260 us at
 any value). Idle CPU of the owner's process, 2 cores, nixl-cu12 1.5.1: 0 us -> a full core, 100 and 1,000 us
 -> 1.7-2.3 % of a core, 10,000 us -> 0.7 %, 100,000 us -> 0.1 %."""
-GROUP_BYTES: Final = 32 << 20
+STEP_BYTES: Final = 1 << 20
 """Bytes of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
-lock; groups let the deadline and other pulls have their turn."""
+lock; steps let the deadline and other pulls have their turn, and are verified while still in the cache."""
+STEP_BLOCKS: Final = 1024
+"""Descriptors of one posted transfer."""
 
 # Keepalives notice a dead link in 4 s, below UCX_KEEPALIVE_INTERVAL (20 s); the sizes double tcp bandwidth.
 _UCX_DEFAULTS: Final = {
@@ -263,11 +266,19 @@ class _Puller:
             if not self._peers[name].in_flight:
                 self._drop(name)
 
-    def post(self, remote: str, address: Address, refs: Sequence[BlockRef], into: Sequence[BlockId]) -> Any:
-        """Start one READ; returns its handle. The caller holds the lock."""
+    def post(
+        self,
+        remote: str,
+        address: Address,
+        refs: Sequence[BlockRef],
+        into: Sequence[BlockId],
+        span: tuple[int, int],
+    ) -> Any:
+        """Start one READ of bytes [span[0], span[1]) of every block; returns its handle. The caller holds the
+        lock."""
         base, stride = self._arena.base_address(), self._arena.stride
-        local = _descriptors(base, stride, into, self._arena.device.index or 0)
-        far = _descriptors(address.base, stride, [r.block for r in refs], address.device)
+        local = _descriptors(base, stride, into, span, self._arena.device.index or 0)
+        far = _descriptors(address.base, stride, [r.block for r in refs], span, address.device)
         handle = self._agent.createXferReq(
             self.bind.NIXL_READ,
             self.bind.nixlXferDList(_segment_kind(self.bind, self._arena.device.type), local),
@@ -315,6 +326,70 @@ class _Puller:
             self._agent.invalidateRemoteMD(name)
         except self.faults as fault:
             logger.debug("nixl: metadata of %s not removed: %s", name, fault)
+
+
+class _Late(Exception):
+    """A transfer did not end before the deadline."""
+
+
+class _Posts:
+    """Transfers of one pull that are in flight, oldest first.
+
+    Args:
+        deadline: time.monotonic() instant at which waiting ends.
+    """
+
+    def __init__(self, puller: _Puller, peer: _Peer, address: Address, deadline: float) -> None:
+        self.puller, self.peer, self.address = puller, peer, address
+        self._deadline = deadline
+        self.waiting: deque[tuple[Landed, Any]] = deque()
+
+    def start(
+        self, step: Landed, refs: Sequence[BlockRef], into: Sequence[BlockId], span: tuple[int, int]
+    ) -> None:
+        """Post the read of a step."""
+        with self.puller.lock:
+            handle = self.puller.post(self.peer.remote, self.address, refs, into, span)
+        self.waiting.append((step, handle))
+
+    def first_is_done(self) -> bool:
+        """Whether the oldest has ended: over shared memory, that is when `start` returns."""
+        with self.puller.lock:
+            return not self.puller.in_progress(self.waiting[0][1])
+
+    def finish(self) -> Landed:
+        """Wait for the oldest.
+
+        Raises:
+            _Late: not within the deadline; it stays in flight.
+        """
+        step, handle = self.waiting[0]
+        if not _poll(self.puller, handle, self._deadline):
+            raise _Late
+        self._drop_first()
+        return step
+
+    def settle(self) -> bool:
+        """Wait until all have ended, well or badly; False when one has not by the deadline."""
+        while self.waiting:
+            try:
+                self.finish()
+            except _Late:
+                return False
+            except self.puller.faults as fault:
+                logger.debug("nixl: a transfer of an ended pull failed: %s", fault)
+                self._drop_first()
+        return True
+
+    def abandon(self) -> None:
+        """Give up all handles; what is in flight may still land."""
+        while self.waiting:
+            self._drop_first()
+
+    def _drop_first(self) -> None:
+        _, handle = self.waiting.popleft()
+        with self.puller.lock:
+            self.puller.release(handle)
 
 
 class NixlTransport:
@@ -378,6 +453,7 @@ class NixlTransport:
         *,
         timeout_s: float,
         lease_deadline: float | None = None,
+        on_part: OnPart | None = None,
     ) -> Transfer:
         """See `transport.base.Transport.pull`."""
         if self._arena is None or self._closed:
@@ -387,9 +463,10 @@ class NixlTransport:
             self._arena,
             lease,
             into,
-            self._read,
+            self.read,
             timeout_s=timeout_s,
             lease_deadline=lease_deadline,
+            on_part=on_part,
         )
 
     def stats(self) -> dict[str, int]:
@@ -408,69 +485,75 @@ class NixlTransport:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def _read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> None:
-        owner = lease.located.owner
+    def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
+        """Read without verifying: see `transport.pulling.Read`."""
+        owner, arena = lease.located.owner, self._arena
         raw = owner.addresses.get(self.name)
-        if raw is None or self._arena is None:
+        if raw is None or arena is None:
             raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker} has no nixl address.")
         address = Address.unpack(raw)
-        refs = lease.located.segment.blocks
-        if address.stride != self._arena.stride:
-            raise ReadFailed(
-                Outcome.LAYOUT_MISMATCH, f"strides {address.stride} and {self._arena.stride} differ."
-            )
-        if any(not 0 <= r.block < address.blocks for r in refs):
+        if address.stride != arena.stride:
+            raise ReadFailed(Outcome.LAYOUT_MISMATCH, f"strides {address.stride} and {arena.stride} differ.")
+        if any(not 0 <= r.block < address.blocks for r in lease.located.segment.blocks):
             raise ReadFailed(Outcome.STALE, f"{owner.worker} has no such block.")
-        puller = self._enter(self._arena)
+        puller = self._enter(arena)
         try:
             with puller.lock:
                 puller.forget_other_lives(f"{owner.worker}.", address.agent)
                 peer = puller.connect(address)
             try:
-                self._read_groups(puller, peer, address, refs, into, deadline)
+                yield from self._read_steps(_Posts(puller, peer, address, deadline), arena, lease, into)
             finally:
                 with puller.lock:
                     peer.in_flight -= 1
         finally:
             self._leave(puller)
 
-    def _read_groups(
-        self,
-        puller: _Puller,
-        peer: _Peer,
-        address: Address,
-        refs: Sequence[BlockRef],
-        into: Sequence[BlockId],
-        deadline: float,
-    ) -> None:
+    def _read_steps(self, posts: _Posts, arena: Arena, lease: Lease, into: Sequence[BlockId]) -> Reading:
+        """Two transfers at a time: while one is verified, the next one travels."""
+        refs = lease.located.segment.blocks
+        steps = plan_steps(arena, len(into), STEP_BYTES, STEP_BLOCKS)
         try:
-            for part in _groups(len(refs), address.stride):
-                with puller.lock:
-                    handle = puller.post(peer.remote, address, refs[part], into[part])
-                try:
-                    done = _poll(puller, handle, deadline)
-                finally:
-                    with puller.lock:
-                        puller.release(handle)
-                if not done:
-                    raise self._timed_out(puller, peer, into, address.agent)
-        except puller.faults as fault:
-            peer.poisoned = True
-            raise ReadFailed(Outcome.PEER_GONE, f"{address.agent}: {fault}.") from fault
+            for step in steps:
+                part = slice(step.first, step.stop)
+                posts.start(step, refs[part], into[part], arena.part_range(step.part))
+                while posts.waiting and (len(posts.waiting) == 2 or posts.first_is_done()):
+                    if step is steps[-1] and len(posts.waiting) == 1:
+                        break  # the very last one
+                    yield posts.finish()
+            while len(posts.waiting) > 1:
+                yield posts.finish()
+            if posts.waiting:
+                last = posts.finish()
+                if last.part:  # the header came with part 0: is the block still the leased one?
+                    posts.start(last, refs, into, (0, HEADER_NBYTES))
+                    posts.finish()
+                    check_headers(arena, lease, into)
+                yield last
+        except posts.puller.faults as fault:
+            posts.peer.poisoned = True
+            raise ReadFailed(Outcome.PEER_GONE, f"{posts.address.agent}: {fault}.") from fault
+        except _Late:
+            raise self._timed_out(posts, into) from None
+        finally:
+            # Ended early: what is still in flight would land in blocks that their caller gets back.
+            if not posts.settle():
+                raise self._timed_out(posts, into)
 
-    def _timed_out(self, puller: _Puller, peer: _Peer, into: Sequence[BlockId], agent: str) -> ReadFailed:
-        arena = self._arena
+    def _timed_out(self, posts: _Posts, into: Sequence[BlockId]) -> ReadFailed:
+        arena, puller = self._arena, posts.puller
         if arena is None:
             raise TransportError("nixl: read before register()")
-        peer.poisoned = True
+        posts.peer.poisoned = True
+        posts.abandon()
         with self._lock:
             arena.quarantine(into)
             puller.quarantined.extend(into)
             self._retire(puller)
         return ReadFailed(
             Outcome.TIMED_OUT,
-            f"{agent} did not deliver within the deadline; {len(into)} destination blocks stay quarantined "
-            "until the puller agent is renewed.",
+            f"{posts.address.agent} did not deliver within the deadline; {len(into)} destination blocks stay "
+            "quarantined until the puller agent is renewed.",
         )
 
     # -- life of the puller ----------------------------------------------------------------------------
@@ -518,19 +601,15 @@ class NixlTransport:
                 logger.info("nixl: puller agent ended, %d quarantined blocks are free again", freed)
 
 
-def _descriptors(base: int, stride: int, blocks: Sequence[int], device: int) -> np.ndarray:
+def _descriptors(
+    base: int, stride: int, blocks: Sequence[int], span: tuple[int, int], device: int
+) -> np.ndarray:
     """[n, 3] uint64: address, bytes, device id."""
     out = np.empty((len(blocks), 3), dtype=np.uint64)
-    out[:, 0] = np.asarray(blocks, dtype=np.uint64) * np.uint64(stride) + np.uint64(base)
-    out[:, 1] = stride
+    out[:, 0] = np.asarray(blocks, dtype=np.uint64) * np.uint64(stride) + np.uint64(base + span[0])
+    out[:, 1] = span[1] - span[0]
     out[:, 2] = device
     return out
-
-
-def _groups(n: int, stride: int) -> Iterator[slice]:
-    per = max(1, GROUP_BYTES // stride)
-    for at in range(0, n, per):
-        yield slice(at, at + per)
 
 
 def _poll(puller: _Puller, handle: Any, deadline: float) -> bool:

@@ -1,22 +1,40 @@
-"""What every backend's pull has in common: lease check -> read -> verify -> commit -> report.
+"""What every backend's pull has in common: lease check -> read -> verify -> hand over -> report.
 
-A backend supplies only `read`, which moves header + payload bytes or raises `ReadFailed`. This module does
-not know how bytes travel.
+A backend supplies only `read`, which moves header + payload bytes, part by part, and says what has landed. It
+keeps the next read in flight while it says so, and that is the time in which the bytes that have landed are
+verified and handed over. This module does not know how bytes travel.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
 
 from transport.arena import Arena
-from transport.types import BlockId, Lease, Outcome, Transfer
+from transport.types import BlockId, BlockRef, Lease, Outcome, Transfer
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[Lease, Sequence[BlockId], float], None]
-"""(lease, destination blocks, time.monotonic() deadline) -> None, or ReadFailed."""
+
+class Landed(NamedTuple):
+    """One part of the destination blocks into[first:stop] has been read."""
+
+    part: int
+    first: int
+    stop: int
+
+
+Reading = Generator[Landed, None, None]
+"""A read in progress. It yields part 0 of all blocks in order, then part 1, and so on; closing it early ends
+the read. Both raise ReadFailed. Once it has ended, nothing writes into the destination any more, or it has
+ended in TIMED_OUT."""
+Read = Callable[[Lease, Sequence[BlockId], float], Reading]
+"""(lease, destination blocks, time.monotonic() deadline) -> what lands."""
+OnPart = Callable[[int], None]
+"""Called with the number of a part once all its bytes have been verified."""
 
 
 class ReadFailed(Exception):
@@ -40,6 +58,7 @@ def run_pull(
     *,
     timeout_s: float,
     lease_deadline: float | None,
+    on_part: OnPart | None = None,
 ) -> Transfer:
     """Run one pull around a backend's `read`.
 
@@ -47,6 +66,7 @@ def run_pull(
         timeout_s: deadline of the read, in seconds from now.
         lease_deadline: time.monotonic() instant at which the lease ends, counted by the caller from before
             its lease request. None: `lease.ttl_s` from now.
+        on_part: see `transport.base.Transport.pull`. What it raises ends the read and comes out of here.
 
     Raises:
         ValueError: `into` has another length than the segment, which is the caller's mistake.
@@ -58,13 +78,14 @@ def run_pull(
     ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
     try:
         _check_before(arena, lease, start, ends)
+        reading = read(lease, into, start + timeout_s)
         if arena.faults is not None:
-            arena.faults.before_read(arena, lease, into, deadline=start + timeout_s)
-        read(lease, into, start + timeout_s)
-        if arena.faults is not None:
-            arena.faults.after_read(arena, lease, into, ends=ends)
-        _verify(arena, lease, into)
-        _check_after(lease, ends)
+            reading = arena.faults.disturb(arena, lease, into, reading, deadline=start + timeout_s, ends=ends)
+        with closing(reading):
+            for part in _verified(arena, lease, into, reading):
+                _check_lease(lease, ends)
+                if on_part is not None:
+                    on_part(part)
         outcome, detail = Outcome.PULLED, ""
     except ReadFailed as failed:
         outcome, detail = failed.outcome, failed.detail
@@ -92,21 +113,45 @@ def time_out(arena: Arena, into: Sequence[BlockId], detail: str) -> ReadFailed:
     return ReadFailed(Outcome.TIMED_OUT, detail)
 
 
+def plan_steps(arena: Arena, blocks: int, step_bytes: int, most_blocks: int) -> list[Landed]:
+    """In which steps a backend reads `blocks` blocks: part by part, and of each part as many blocks at once
+    as make up `step_bytes`, at least one and at most `most_blocks`."""
+    steps: list[Landed] = []
+    for part in range(len(arena.parts)):
+        start, stop = arena.part_range(part)
+        at_once = min(most_blocks, max(1, step_bytes // (stop - start)))
+        steps.extend(Landed(part, at, min(blocks, at + at_once)) for at in range(0, blocks, at_once))
+    return steps
+
+
+def check_headers(arena: Arena, lease: Lease, into: Sequence[BlockId]) -> None:
+    """Judge headers that have landed.
+
+    Raises:
+        ReadFailed: STALE, CORRUPT or LAYOUT_MISMATCH.
+    """
+    owner = lease.located.owner
+    for block, ref in zip(into, lease.located.segment.blocks, strict=True):
+        _expect_pulled(arena.verify_header(block, ref, owner.incarnation), ref, lease)
+
+
 def _check_before(arena: Arena, lease: Lease, now: float, ends: float) -> None:
+    owner = lease.located.owner
     if now >= ends:
         raise ReadFailed(
             Outcome.LEASE_EXPIRED, f"the lease of {lease.ttl_s:g} s ended {now - ends:.3f} s before the pull."
         )
     for ref in lease.located.segment.blocks:
-        if ref.nbytes != arena.block_nbytes:
+        if not arena.fits(ref):
             raise ReadFailed(
                 Outcome.LAYOUT_MISMATCH,
-                f"blocks of {lease.located.owner.worker} hold {ref.nbytes} bytes, ours {arena.block_nbytes}. "
-                "Use one model, dtype and transport.block_tokens on both workers.",
+                f"blocks of {owner.worker} hold {ref.nbytes} bytes in {len(ref.checksums)} parts, ours "
+                f"{arena.block_nbytes} in {len(arena.parts)}. Use one model, dtype and "
+                "transport.block_tokens on both workers.",
             )
 
 
-def _check_after(lease: Lease, ends: float) -> None:
+def _check_lease(lease: Lease, ends: float) -> None:
     late = time.monotonic() - ends
     if late > 0:
         raise ReadFailed(
@@ -116,13 +161,26 @@ def _check_after(lease: Lease, ends: float) -> None:
         )
 
 
-def _verify(arena: Arena, lease: Lease, into: Sequence[BlockId]) -> None:
-    owner = lease.located.owner
-    for block, ref in zip(into, lease.located.segment.blocks, strict=True):
-        verdict = arena.verify(block, ref, owner.incarnation)
-        if verdict is not Outcome.PULLED:
-            raise ReadFailed(
-                verdict,
-                f"block {ref.block} of {owner.worker} (generation {ref.generation}) "
-                f"is {verdict.value} after the read.",
-            )
+def _verified(arena: Arena, lease: Lease, into: Sequence[BlockId], reading: Reading) -> Iterator[int]:
+    """Verify what lands; yields each part when all its blocks are the sealed ones."""
+    refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
+    ready = 0
+    for part, first, stop in reading:
+        for at in range(first, stop):
+            if part == 0:
+                _expect_pulled(arena.verify_header(into[at], refs[at], incarnation), refs[at], lease)
+            _expect_pulled(arena.verify_part(into[at], refs[at], part), refs[at], lease)
+        if stop == len(into):
+            yield part
+            ready += 1
+    if into and ready != len(arena.parts):
+        raise RuntimeError(f"a backend read {ready} parts of {len(arena.parts)} and said that it was done")
+
+
+def _expect_pulled(verdict: Outcome, ref: BlockRef, lease: Lease) -> None:
+    if verdict is not Outcome.PULLED:
+        raise ReadFailed(
+            verdict,
+            f"block {ref.block} of {lease.located.owner.worker} (generation {ref.generation}) "
+            f"is {verdict.value} after the read.",
+        )

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le
 
 MIB = 1 << 20
 
+WireFormat = Literal["raw", "bf16", "int8"]
 Backend = Literal["auto", "nixl", "tcp", "inprocess"]
 
 
@@ -62,7 +63,11 @@ class TransportSettings:
         backend: "auto" takes nixl where both ends have it, else tcp, and says why.
         arena_bytes: hard budget for published and landing blocks of one worker.
         block_tokens: tokens per block.
+        layer_groups: parts in which a block travels, each with some of the layers: computing starts when the
+            first one is there. 1 = a block travels whole.
         pull_timeout_s: deadline of one pull, verification included.
+        wire: format of keys and values in blocks: "raw" (exact), "bf16" (half of float32) or "int8" (about a
+            quarter). "auto": raw on one node; over several, by the speed of the slowest link between them.
         connect_timeout_s: deadline for reaching a peer the first time.
         bind_host: address on which the tcp backend listens. "auto": loopback for a one-node cluster,
             otherwise the node's own address.
@@ -72,6 +77,8 @@ class TransportSettings:
     backend: Backend = "auto"
     arena_bytes: Annotated[int, Ge(1 * MIB)] = 512 * MIB
     block_tokens: Annotated[int, Ge(1)] = 64
+    layer_groups: Annotated[int, Ge(1)] = 6
+    wire: WireFormat | Literal["auto"] = "auto"
     pull_timeout_s: Annotated[float, Gt(0)] = 5.0
     connect_timeout_s: Annotated[float, Gt(0)] = 3.0
     bind_host: str = "auto"

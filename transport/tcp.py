@@ -1,25 +1,20 @@
 """Backend over plain TCP sockets: works on any machine, and is what the others are downgraded to.
 
-The owner runs a small server; the reader asks for (block, generation) pairs and receives header + payload
-bytes straight into its arena memory. Plain threads and not asyncio: one blocking `sendall` per block releases
-the GIL for the whole block and needs no hop through an event loop, and the number of connections is small
-(one per concurrent reader, bounded by MAX_CONNECTIONS).
-
-Frames are a fixed binary header, then a msgpack body of bounded size; there is no pickle. Hostile bytes get a
-typed refusal and a closed connection. The reader presents the owner's random token, which it can only know
-from the directory. This module does not know what a lease is worth, nor what the payload means.
+The owner runs a small server (`tcp_server`); the reader asks for byte ranges of (block, generation) pairs
+and receives them straight into its arena memory. The next request is on its way before the bytes of the one
+before have been received, so that the owner never waits for the reader. The reader presents the owner's
+random token, which it can only know from the directory. This module does not know what a lease is worth, nor
+what the payload means.
 """
 
 from __future__ import annotations
 
-import hmac
+import itertools
 import logging
-import secrets
 import socket
-import struct
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,298 +22,14 @@ import msgpack
 
 from transport.arena import Arena
 from transport.errors import TransportError
-from transport.pulling import ReadFailed, run_pull, time_out
-from transport.types import BlockId, BlockRef, Lease, Outcome, Transfer
+from transport.frames import MAX_BLOCKS, FrameError, decode_body, encode_request, expect_data
+from transport.pulling import Landed, OnPart, ReadFailed, Reading, run_pull, time_out
+from transport.tcp_server import TcpServer, recv_exact, recv_frame, shut, tune
+from transport.types import BlockId, Lease, Outcome, Transfer
 
 logger = logging.getLogger(__name__)
 
-SCHEMA: Final = 1
-MAX_BODY: Final = 128 * 1024
-"""Bytes of a msgpack body; both sides refuse a frame that announces more, before reading it."""
-MAX_BLOCKS: Final = 1024
-"""Blocks of one request; a larger pull is several requests on one connection."""
-MAX_CONNECTIONS: Final = 64
-FRAME: Final = struct.Struct("<4sBBHI")
-"""magic, schema, kind, reserved (0), body bytes."""
-MAGIC: Final = b"RLYT"
-KIND_READ, KIND_DATA, KIND_REFUSED = 1, 2, 3
-
-_FRAME_TIMEOUT_S: Final = 5.0  # from the first byte of a request to its last
-_IDLE_TIMEOUT_S: Final = 60.0  # a silent connection is closed; the reader reconnects
-_SEND_TIMEOUT_S: Final = 30.0  # one block into the socket of a reader that does not read
-_JOIN_TIMEOUT_S: Final = 5.0
-
-_REFUSALS: Final = {
-    "stale": Outcome.STALE,
-    "incarnation": Outcome.STALE,
-    "layout": Outcome.LAYOUT_MISMATCH,
-    "token": Outcome.PEER_GONE,
-    "busy": Outcome.PEER_GONE,
-    "malformed": Outcome.PEER_GONE,
-}
-
-
-class FrameError(Exception):
-    """Bytes that are not one of our frames. `code` goes into the refusal."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
-
-
-@dataclass(frozen=True, slots=True)
-class ReadRequest:
-    """What a reader asks for: blocks as (index, generation), of one life of the owner."""
-
-    token: bytes
-    incarnation: int
-    stride: int
-    blocks: tuple[tuple[int, int], ...]
-
-
-# -- frames (pure) -----------------------------------------------------------------------------------------
-
-
-def encode(kind: int, body: dict[str, Any]) -> bytes:
-    """A frame of `kind` with a msgpack body."""
-    packed = bytes(msgpack.packb(body, use_bin_type=True) or b"")
-    return FRAME.pack(MAGIC, SCHEMA, kind, 0, len(packed)) + packed
-
-
-def decode_header(data: bytes) -> tuple[int, int]:
-    """(kind, body bytes) of a frame header.
-
-    Raises:
-        FrameError: wrong magic, schema or kind, or a body over MAX_BODY.
-    """
-    magic, schema, kind, reserved, nbytes = FRAME.unpack(data)
-    if magic != MAGIC or reserved != 0:
-        raise FrameError("malformed", "this is not a relay_cluster peer")
-    if schema != SCHEMA:
-        raise FrameError("malformed", f"frame schema {schema}, ours is {SCHEMA}: upgrade the older worker")
-    if kind not in (KIND_READ, KIND_DATA, KIND_REFUSED):
-        raise FrameError("malformed", f"unknown frame kind {kind}")
-    if nbytes > MAX_BODY:
-        raise FrameError("malformed", f"a body of {nbytes} bytes exceeds the limit of {MAX_BODY}")
-    return kind, nbytes
-
-
-def decode_body(data: bytes) -> dict[str, Any]:
-    """The msgpack map of a frame.
-
-    Raises:
-        FrameError: not msgpack, not a map with string keys, or too large in any dimension.
-    """
-    try:
-        body = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            max_array_len=MAX_BLOCKS,
-            max_map_len=16,
-            max_str_len=1024,
-            max_bin_len=1024,
-            max_ext_len=0,
-        )
-    except (ValueError, RecursionError, msgpack.UnpackException) as fault:
-        raise FrameError("malformed", f"the frame's body is not valid msgpack: {fault}") from fault
-    if not isinstance(body, dict) or not all(isinstance(k, str) for k in body):
-        raise FrameError("malformed", "the frame's body is not a map with text keys")
-    return body
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64
-
-
-def parse_request(body: dict[str, Any]) -> ReadRequest:
-    """Check every field of a read request.
-
-    Raises:
-        FrameError: a field is missing or of another type.
-    """
-    token, incarnation, stride = body.get("token"), body.get("incarnation"), body.get("stride")
-    blocks = body.get("blocks")
-    if not isinstance(token, bytes) or not _is_count(incarnation) or not _is_count(stride):
-        raise FrameError("malformed", "a read request needs token, incarnation and stride")
-    if not isinstance(blocks, list) or not blocks:
-        raise FrameError("malformed", "a read request needs a list of blocks")
-    pairs: list[tuple[int, int]] = []
-    for pair in blocks:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(_is_count(x) for x in pair)):
-            raise FrameError("malformed", "a block is a pair [index, generation]")
-        pairs.append((pair[0], pair[1]))
-    return ReadRequest(token, int(incarnation or 0), int(stride or 0), tuple(pairs))
-
-
-def admit(request: ReadRequest, arena: Arena, token: bytes) -> None:
-    """Decide whether a request may be served.
-
-    Raises:
-        FrameError: wrong token, incarnation, stride or generation.
-    """
-    if not hmac.compare_digest(request.token, token):
-        raise FrameError("token", "wrong token: the reader's directory entry is not of this worker")
-    if request.incarnation != arena.incarnation:
-        raise FrameError("incarnation", f"this is incarnation {arena.incarnation}, not {request.incarnation}")
-    if request.stride != arena.stride:
-        raise FrameError("layout", f"blocks here are {arena.stride} bytes with header, not {request.stride}")
-    for index, generation in request.blocks:
-        if index >= arena.num_blocks:
-            raise FrameError("stale", f"no block {index} in an arena of {arena.num_blocks}")
-        current = arena.generation(BlockId(index))
-        if current != generation:
-            raise FrameError("stale", f"block {index} has generation {current}, not {generation}")
-
-
-# -- sockets -----------------------------------------------------------------------------------------------
-
-
-def _tune(sock: socket.socket) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-
-
-def recv_exact(sock: socket.socket, view: memoryview, deadline: float) -> None:
-    """Fill `view` from the socket.
-
-    Raises:
-        TimeoutError: the time.monotonic() deadline passed.
-        ConnectionError: the peer closed.
-    """
-    got = 0
-    while got < len(view):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("deadline passed while receiving")
-        sock.settimeout(left)
-        n = sock.recv_into(view[got:])
-        if n == 0:
-            raise ConnectionResetError("the peer closed the connection")
-        got += n
-
-
-def recv_frame(sock: socket.socket, deadline: float) -> tuple[int, dict[str, Any]]:
-    """One frame as (kind, body). Raises what `recv_exact`, `decode_header` and `decode_body` raise."""
-    header = bytearray(FRAME.size)
-    recv_exact(sock, memoryview(header), deadline)
-    kind, nbytes = decode_header(bytes(header))
-    body = bytearray(nbytes)
-    recv_exact(sock, memoryview(body), deadline)
-    return kind, decode_body(bytes(body))
-
-
-class _Server:
-    """Serves one arena. One accept thread, one thread per connection, all daemons, all joined by close."""
-
-    def __init__(self, arena: Arena, host: str) -> None:
-        self._arena = arena
-        self.token = secrets.token_bytes(16)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            self._listener.bind((host, 0))
-            self._listener.listen(MAX_CONNECTIONS)
-        except OSError as fault:
-            self._listener.close()
-            raise TransportError(
-                f"tcp: cannot listen on {host}: {fault}. Set transport.bind_host to an address of this node."
-            ) from fault
-        self.port: int = self._listener.getsockname()[1]
-        self._lock = threading.Lock()
-        self._connections: dict[socket.socket, threading.Thread] = {}
-        self._closing = False
-        self._acceptor = threading.Thread(target=self._accept, name=f"relay-tcp-{self.port}", daemon=True)
-        self._acceptor.start()
-
-    def close(self) -> None:
-        self._closing = True
-        # shutdown() wakes a thread blocked in accept() on Linux, close() does it elsewhere.
-        _shut(self._listener)
-        with self._lock:
-            threads = list(self._connections.items())
-        for sock, _ in threads:
-            _shut(sock)
-        self._acceptor.join(_JOIN_TIMEOUT_S)
-        for _, thread in threads:
-            thread.join(_JOIN_TIMEOUT_S)
-
-    def _accept(self) -> None:
-        while not self._closing:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError as fault:
-                if self._closing:
-                    return
-                logger.warning("tcp: accept failed: %s", fault)
-                time.sleep(0.1)  # out of file descriptors: do not spin
-                continue
-            thread = threading.Thread(
-                target=self._serve, args=(sock,), name=f"relay-tcp-{self.port}-conn", daemon=True
-            )
-            with self._lock:
-                full = len(self._connections) >= MAX_CONNECTIONS or self._closing
-                if not full:
-                    self._connections[sock] = thread
-            if full:
-                _refuse(sock, FrameError("busy", f"{MAX_CONNECTIONS} readers are connected already"))
-                _shut(sock)
-            else:
-                thread.start()
-
-    def _serve(self, sock: socket.socket) -> None:
-        try:
-            _tune(sock)
-            while not self._closing:
-                self._serve_one(sock)
-        except FrameError as fault:
-            logger.warning("tcp: request refused (%s): %s", fault.code, fault)
-            _refuse(sock, fault)
-        except OSError as fault:  # TimeoutError and ConnectionError are OSErrors
-            logger.debug("tcp: connection ended: %s", fault)
-        finally:
-            _shut(sock)
-            with self._lock:
-                self._connections.pop(sock, None)
-
-    def _serve_one(self, sock: socket.socket) -> None:
-        sock.settimeout(_IDLE_TIMEOUT_S)
-        if not sock.recv(1, socket.MSG_PEEK):
-            raise ConnectionResetError("the reader closed the connection")
-        kind, body = recv_frame(sock, time.monotonic() + _FRAME_TIMEOUT_S)
-        if kind != KIND_READ:
-            raise FrameError("malformed", f"a reader may not send frames of kind {kind}")
-        request = parse_request(body)
-        try:
-            admit(request, self._arena, self.token)
-        except FrameError as fault:
-            if fault.code == "token":
-                raise
-            _refuse(sock, fault)  # an honest reader with an old view: keep its connection
-            return
-        sock.settimeout(_SEND_TIMEOUT_S)
-        sock.sendall(encode(KIND_DATA, {"blocks": len(request.blocks)}))
-        for index, _ in request.blocks:
-            sock.sendall(self._arena.outgoing(BlockId(index)))
-
-
-def _refuse(sock: socket.socket, fault: FrameError) -> None:
-    try:
-        sock.settimeout(1.0)
-        sock.sendall(encode(KIND_REFUSED, {"code": fault.code, "detail": str(fault)}))
-    except OSError as unsent:
-        logger.debug("tcp: refusal not delivered: %s", unsent)
-
-
-def _shut(sock: socket.socket) -> None:
-    try:
-        sock.shutdown(socket.SHUT_RDWR)
-    except OSError as fault:
-        logger.debug("tcp: shutdown: %s", fault)
-    sock.close()
-
-
-# -- the backend -------------------------------------------------------------------------------------------
+_STEP_BYTES: Final = 256 << 10  # verified while still in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +71,7 @@ class TcpTransport:
         self._advertise_host = advertise_host or bind_host
         self._connect_timeout_s = connect_timeout_s
         self._arena: Arena | None = None
-        self._server: _Server | None = None
+        self._server: TcpServer | None = None
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, int], list[socket.socket]] = {}
         self._closed = False
@@ -373,7 +84,7 @@ class TcpTransport:
         """
         if self._server is not None:
             raise TransportError("tcp: register() was called twice; use one transport per arena.")
-        self._server = _Server(arena, self._bind_host)
+        self._server = TcpServer(arena, self._bind_host)
         self._arena = arena
 
     def address(self) -> bytes:
@@ -394,6 +105,7 @@ class TcpTransport:
         *,
         timeout_s: float,
         lease_deadline: float | None = None,
+        on_part: OnPart | None = None,
     ) -> Transfer:
         """See `transport.base.Transport.pull`."""
         if self._arena is None:
@@ -403,9 +115,10 @@ class TcpTransport:
             self._arena,
             lease,
             into,
-            self._read,
+            self.read,
             timeout_s=timeout_s,
             lease_deadline=lease_deadline,
+            on_part=on_part,
         )
 
     def close(self) -> None:
@@ -415,11 +128,12 @@ class TcpTransport:
             idle = [sock for socks in self._idle.values() for sock in socks]
             self._idle.clear()
         for sock in idle:
-            _shut(sock)
+            shut(sock)
         if self._server is not None:
             self._server.close()
 
-    def _read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> None:
+    def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
+        """Receive without verifying: see `transport.pulling.Read`."""
         owner = lease.located.owner
         raw = owner.addresses.get(self.name)
         if raw is None or self._arena is None:
@@ -427,7 +141,7 @@ class TcpTransport:
         peer = _parse_address(raw)
         where = f"{owner.worker} at {peer.host}:{peer.port}"
         try:
-            self._read_with_retry(peer, lease, into, deadline)
+            yield from self._receive(self._arena, peer, lease, into, deadline)
         except TimeoutError as fault:
             # Nobody but this thread writes into the destination and its socket is closed: no late writes.
             raise time_out(self._arena, into, f"{where} did not answer within the deadline.") from fault
@@ -436,19 +150,63 @@ class TcpTransport:
         except FrameError as fault:
             raise ReadFailed(Outcome.PEER_GONE, f"{where} sent bytes we cannot read: {fault}") from fault
 
-    def _read_with_retry(
-        self, peer: _Address, lease: Lease, into: Sequence[BlockId], deadline: float
-    ) -> None:
+    def _receive(
+        self, arena: Arena, peer: _Address, lease: Lease, into: Sequence[BlockId], deadline: float
+    ) -> Reading:
+        asks = _plan_asks(arena, len(into))
+        if not asks:
+            return
+        refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
+        frames = [
+            encode_request(peer.token, incarnation, arena, refs[a.first : a.stop], a.start, a.end)
+            for a in asks
+        ]
+        sock, answer = self._begin(peer, frames[0], deadline)
+        reusable = False
+        held_back: Landed | None = None
+        try:
+            for number, ask in enumerate(asks):
+                if number:
+                    answer = recv_frame(sock, deadline)
+                expect_data(*answer, ask.stop - ask.first)
+                if number + 1 < len(asks):
+                    _send(sock, frames[number + 1], deadline)
+                for landed in _receive_blocks(sock, arena, ask, into, deadline):
+                    if number + 1 < len(asks) and _is_last(landed, arena, len(into)):
+                        held_back = landed  # until the owner has confirmed the generations
+                    else:
+                        yield landed
+            reusable = True
+        except ReadFailed as failed:
+            reusable = failed.outcome is Outcome.STALE  # nothing else had been asked for by then
+            raise
+        finally:
+            self._put_back(sock, peer, reusable)
+        if held_back is not None:
+            yield held_back
+
+    def _begin(
+        self, peer: _Address, frame: bytes, deadline: float
+    ) -> tuple[socket.socket, tuple[int, dict[str, Any]]]:
+        """A connection, and the answer to the first request on it."""
         kept = self._take_idle(peer)
         if kept is not None:
             try:
-                self._read_on(kept, peer, lease, into, deadline)
+                return kept, self._ask(kept, frame, deadline)
             except ConnectionError as fault:
                 # The server closes idle connections, and a restarted one knows nothing of them.
                 logger.debug("tcp: kept connection to %s:%d was dead (%s)", peer.host, peer.port, fault)
-            else:
-                return
-        self._read_on(self._connect(peer, deadline), peer, lease, into, deadline)
+        fresh = self._connect(peer, deadline)
+        return fresh, self._ask(fresh, frame, deadline)
+
+    @staticmethod
+    def _ask(sock: socket.socket, frame: bytes, deadline: float) -> tuple[int, dict[str, Any]]:
+        try:
+            _send(sock, frame, deadline)
+            return recv_frame(sock, deadline)
+        except (OSError, FrameError):
+            shut(sock)
+            raise
 
     def _connect(self, peer: _Address, deadline: float) -> socket.socket:
         limit = time.monotonic() + self._connect_timeout_s
@@ -461,7 +219,7 @@ class TcpTransport:
             if time.monotonic() >= deadline:
                 raise
             raise ConnectionError(f"no connection within {self._connect_timeout_s:g} s") from fault
-        _tune(sock)
+        tune(sock)
         return sock
 
     def _take_idle(self, peer: _Address) -> socket.socket | None:
@@ -469,57 +227,54 @@ class TcpTransport:
             kept = self._idle.get((peer.host, peer.port))
             return kept.pop() if kept else None
 
-    def _read_on(
-        self, sock: socket.socket, peer: _Address, lease: Lease, into: Sequence[BlockId], deadline: float
-    ) -> None:
-        refs = lease.located.segment.blocks
-        reusable = False
-        try:
-            for at in range(0, len(refs), MAX_BLOCKS):
-                part = slice(at, at + MAX_BLOCKS)
-                self._read_part(sock, peer, lease.located.owner.incarnation, refs[part], into[part], deadline)
-            reusable = True
-        except ReadFailed as failed:
-            reusable = failed.outcome is Outcome.STALE  # a refusal leaves the stream in order
-            raise
-        finally:
-            self._put_back(sock, peer, reusable)
-
     def _put_back(self, sock: socket.socket, peer: _Address, reusable: bool) -> None:
         with self._lock:
             if reusable and not self._closed:
                 self._idle.setdefault((peer.host, peer.port), []).append(sock)
                 return
-        _shut(sock)
+        shut(sock)
 
-    def _read_part(
-        self,
-        sock: socket.socket,
-        peer: _Address,
-        incarnation: int,
-        refs: Sequence[BlockRef],
-        into: Sequence[BlockId],
-        deadline: float,
-    ) -> None:
-        arena = self._arena
-        if arena is None:
-            raise TransportError("tcp: read before register()")
-        request = {
-            "token": peer.token,
-            "incarnation": incarnation,
-            "stride": arena.stride,
-            "blocks": [[r.block, r.generation] for r in refs],
-        }
-        sock.settimeout(max(deadline - time.monotonic(), 1e-3))
-        sock.sendall(encode(KIND_READ, request))
-        kind, body = recv_frame(sock, deadline)
-        if kind == KIND_REFUSED:
-            code = str(body.get("code"))
-            outcome = _REFUSALS.get(code, Outcome.PEER_GONE)
-            raise ReadFailed(outcome, f"refused by the owner ({code}): {body.get('detail')}.")
-        if kind != KIND_DATA or body.get("blocks") != len(refs):
-            raise FrameError("malformed", f"expected {len(refs)} blocks, got kind {kind} with {body}")
-        for block in into:
-            view = arena.landing(block)
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """One request: bytes [start, end) of blocks into[first:stop], all of one part; empty: only check."""
+
+    part: int
+    first: int
+    stop: int
+    start: int
+    end: int
+
+
+def _plan_asks(arena: Arena, blocks: int) -> list[_Ask]:
+    """Part by part; with several parts, a last question whether the generations still are the leased ones."""
+    slices = [(at, min(at + MAX_BLOCKS, blocks)) for at in range(0, blocks, MAX_BLOCKS)]
+    parts = range(len(arena.parts))
+    asks = [_Ask(part, *s, *arena.part_range(part)) for part, s in itertools.product(parts, slices)]
+    if len(parts) > 1:
+        asks.extend(_Ask(parts[-1], *s, 0, 0) for s in slices)
+    return asks
+
+
+def _is_last(landed: Landed, arena: Arena, blocks: int) -> bool:
+    return landed.part + 1 == len(arena.parts) and landed.stop == blocks
+
+
+def _send(sock: socket.socket, frame: bytes, deadline: float) -> None:
+    sock.settimeout(max(deadline - time.monotonic(), 1e-3))
+    sock.sendall(frame)
+
+
+def _receive_blocks(
+    sock: socket.socket, arena: Arena, ask: _Ask, into: Sequence[BlockId], deadline: float
+) -> Iterator[Landed]:
+    if ask.end == ask.start:
+        return
+    at_once = max(1, _STEP_BYTES // (ask.end - ask.start))
+    for first in range(ask.first, ask.stop, at_once):
+        stop = min(ask.stop, first + at_once)
+        for block in into[first:stop]:
+            view = arena.landing(block, ask.start, ask.end)
             recv_exact(sock, view, deadline)
-            arena.landed(block, view)
+            arena.landed(block, view, ask.start)
+        yield Landed(ask.part, first, stop)

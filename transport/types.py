@@ -45,13 +45,14 @@ class BlockRef:
         block: index in the owner's arena.
         generation: the arena's count for this block; it changes when the block is freed.
         nbytes: payload bytes (every block of an arena has the same size).
-        checksum: xxh3-64 over the payload.
+        checksums: xxh3-64 over every part of the payload, in order (every block of an arena has the same
+            parts; most have one).
     """
 
     block: BlockId
     generation: int
     nbytes: int
-    checksum: int
+    checksums: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Segment:
         blocks: in token order.
         variant: digest of the context under which it was made ("" when unknown); the same tokens
             may be stored under several contexts. Where that context's own KV was not exact, "~" and
-            the method that repaired it follow.
+            the method that repaired it follow; where the format of the blocks loses bits, "~" and that.
         layout: fingerprint of the block layout; a reader with another layout must not use it.
         producer: who made it, for reports ("solver@w0").
         complete: False while the producer still appends blocks (streaming relay).
@@ -103,7 +104,7 @@ class Segment:
 
     @property
     def rectified(self) -> bool:
-        """Whether it was made over KV that was itself only rectified."""
+        """Whether it is not exact: made over KV that was itself only rectified, or in a lossy format."""
         return "~" in self.variant
 
 

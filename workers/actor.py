@@ -108,7 +108,7 @@ class Worker:
         loaded, profile = _load(spec)
         node = NodeId(ray.util.get_node_ip_address())
         incarnation = Incarnation(time.time_ns())
-        self._arena = _arena(spec, loaded.layout.block_nbytes, incarnation, loaded.device)
+        self._arena = _arena(spec, loaded.layout, incarnation, loaded.device)
         self._arena.faults = self._faults
         self._transport = make_transport(spec.transport, worker=spec.worker, host=spec.host or node)
         self._transport.register(self._arena)
@@ -250,14 +250,23 @@ def _load(spec: WorkerSpec) -> tuple[Any, Any]:
         tenant=spec.tenant,
         checkpoint_layer=profile.checkpoint_layer,
         block_tokens=spec.transport.block_tokens,
+        layer_groups=spec.transport.layer_groups,
+        # The cluster has resolved "auto" for all its workers; one that stands alone has no slow link.
+        wire="raw" if spec.transport.wire == "auto" else spec.transport.wire,
     )
     return loaded, profile
 
 
-def _arena(spec: WorkerSpec, block_nbytes: int, incarnation: Incarnation, device: Any) -> Any:
+def _arena(spec: WorkerSpec, layout: Any, incarnation: Incarnation, device: Any) -> Any:
     from transport.arena import Arena
 
-    return Arena(spec.transport.arena_bytes, block_nbytes, device=str(device), incarnation=incarnation)
+    return Arena(
+        spec.transport.arena_bytes,
+        layout.block_nbytes,
+        device=str(device),
+        incarnation=incarnation,
+        parts=layout.parts,
+    )
 
 
 def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: float, max_restarts: int) -> Any:

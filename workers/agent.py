@@ -36,6 +36,7 @@ from workers.methods.kvcomm import KVComm
 from workers.model import LoadedModel
 from workers.prefix_cache import PrefixCache
 from workers.publishing import Publishing, input_masses
+from workers.pulled import SegmentLost
 from workers.sampling import Sampler
 from workers.scheduler import Event, FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent, decoded_mass
 from workers.segment import Prompt, PromptBuilder, PromptTemplate, special_token_ids, splice, stop_token_ids
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 OnToken = Callable[[int, str], None]
 
+_SETTLE_S = 1.0
 _MOST_EVIDENCE = 16
 """Answered requests that can wait for a shadow check."""
 
@@ -117,6 +119,7 @@ class AgentWorker:
             store,
             self.prefixes,
             self.anchors,
+            wire=loaded.layout.wire if loaded.layout.lossy else "",
             min_segment_tokens=settings.min_segment_tokens,
             on_engine=self.on_engine,
         )
@@ -137,8 +140,12 @@ class AgentWorker:
         """
         turn = self._begin(request, request.sampling.max_new_tokens)
         try:
-            self._loading.load(turn)
-            return self._answer(turn, self._start(turn), on_token)
+            self._loading.load(turn, pipelined=True)
+            while True:
+                try:
+                    return self._answer(turn, self._start(turn), on_token)
+                except SegmentLost:  # before the first token; each time a segment less
+                    self._loading.load_again(turn)
         finally:
             self._end(turn)
 
@@ -403,7 +410,7 @@ class AgentWorker:
         self._loop.submit(sequence)
         turn.sequence = sequence
         # The engine computes meanwhile; the leases are a call to the directory away.
-        self.store.release(turn.acquired)
+        self.store.release_leases(turn.acquired)
         return sequence
 
     def _events(self, turn: Turn, sequence: Sequence) -> Iterator[Event]:
@@ -436,6 +443,8 @@ class AgentWorker:
         return self._reply(turn, sequence, text, reason)
 
     def _reply(self, turn: Turn, sequence: Sequence, text: str, reason: str) -> Reply:
+        # The last pull may have yet to say how it ended: its bytes came before the first token.
+        turn.acquired.settle(timeout_s=_SETTLE_S)
         output = splice(
             tuple(sequence.tokens),
             stop_ids=self._stop_ids,

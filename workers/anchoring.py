@@ -32,9 +32,9 @@ from workers.kv_cache import SequenceCache
 from workers.layout import BlockViews, KVLayout
 from workers.methods.base import RectifyPlan, Span
 from workers.methods.kvcomm import KVComm
-from workers.prefill import PulledSegment
+from workers.pulled import PulledSegment
 from workers.segment import PromptTemplate
-from workers.store import Acquired, SegmentStore
+from workers.store import SegmentStore
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +83,21 @@ class Anchoring:
 
     @torch.inference_mode()
     def match(
-        self, method: KVComm, template: PromptTemplate, spans: Sequence[Span], acquired: Acquired
+        self,
+        method: KVComm,
+        template: PromptTemplate,
+        spans: Sequence[Span],
+        hits: Mapping[SegmentKey, Located],
+        pulled: Mapping[SegmentKey, PulledSegment],
     ) -> dict[Span, Match]:
         """Measure every span that is a hit. Tensor work: call it on the engine's thread."""
         matches: dict[Span, Match] = {}
         if self.pool.max_bytes == 0:
             return matches
         for span, context in slot_contexts(template_digest(template), spans).items():
-            located = acquired.hits.get(span.key) if span.key is not None else None
+            located = hits.get(span.key) if span.key is not None else None
             if located is not None and span.key is not None:
-                frame = frame_of_segment(acquired.pulled[span.key], len(span), self._inv_freq)
+                frame = frame_of_segment(pulled[span.key], len(span), self._inv_freq)
                 match = self.pool.match(
                     context,
                     source_of(located),
@@ -176,7 +181,7 @@ class Anchoring:
         return True
 
     def _publish(self, key: SegmentKey, anchor: Anchor) -> None:
-        capacity = _window_nbytes(self._layout)
+        capacity = self._layout.window_nbytes
 
         def fill(blocks: Sequence[BlockViews]) -> None:
             self._on_engine(lambda: write_packed(pack(anchor), blocks))
@@ -318,7 +323,7 @@ def unpack(blocks: Sequence[BlockViews], context: Context, layout: KVLayout) -> 
     Raises:
         ValueError: the bytes are no anchor, or of another version of this format.
     """
-    data = torch.cat([_window(b) for b in blocks])
+    data = torch.cat([b.window for b in blocks])
     magic, tokens, bits, version, exact, source = _HEADER.unpack(
         bytes(data[: _HEADER.size].cpu().numpy().tobytes())
     )
@@ -334,7 +339,7 @@ def write_packed(packed: torch.Tensor, blocks: Sequence[BlockViews]) -> None:
     """Spread bytes over the KV windows of blocks; zeros behind them, and in what the windows leave out."""
     at = 0
     for block in blocks:
-        window = _window(block)
+        window = block.window
         n = min(window.shape[0], packed.shape[0] - at)
         window[:n] = packed[at : at + n]
         window[n:] = 0
@@ -378,12 +383,3 @@ class _Reader:
 def _tensors(kv: StoredKV) -> list[torch.Tensor]:
     """In the order in which `_Reader.kv` takes them."""
     return [t for s in (kv.keys, kv.values) for t in (s.data, s.scale) if t is not None]
-
-
-def _window(block: BlockViews) -> torch.Tensor:
-    """The KV part of a block as bytes: a view."""
-    return block.kv.view(-1).view(torch.uint8)
-
-
-def _window_nbytes(layout: KVLayout) -> int:
-    return layout.kv_numel * layout.torch_dtype.itemsize

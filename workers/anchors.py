@@ -31,7 +31,7 @@ import torch
 
 from workers import kernels
 from workers.methods.kvcomm import AnchorCandidate, KVComm
-from workers.prefill import PulledSegment
+from workers.pulled import PulledSegment
 
 KEY_GROUP = 64
 """Tokens that share a key channel's scale in 8 bits: one outlier token costs its neighbours only."""
@@ -153,17 +153,18 @@ class Frame:
 def frame_of_segment(pulled: PulledSegment, tokens: int, inv_freq: torch.Tensor) -> Frame:
     """The first `tokens` tokens of a stored segment. inv_freq: [L or 1, rotary_dim / 2] float32."""
     cos, sin = kernels.rotation(inv_freq, -pulled.start)
-    kv = pulled.blocks[0].kv
+    kv = pulled.blocks[0].kv.body
     shape = (kv.shape[0], kv.shape[2], tokens, kv.shape[4])
     keys = torch.empty(shape, dtype=torch.float32, device=kv.device)
     values = torch.empty_like(keys)
     at = 0
     for block in pulled.blocks:
-        n = min(tokens - at, block.kv.shape[3])
+        n = min(tokens - at, block.mass.shape[0])
         if n <= 0:
             break
-        kernels.rotate_keys(block.kv[:, 0, :, :n], cos, sin, keys[:, :, at : at + n])
-        values[:, :, at : at + n] = block.kv[:, 1, :, :n]
+        there = block.kv.take(n)
+        kernels.rotate_keys(there[:, 0], cos, sin, keys[:, :, at : at + n])
+        values[:, :, at : at + n] = there[:, 1]
         at += n
     return Frame(keys, values)
 

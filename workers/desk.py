@@ -23,6 +23,7 @@ from workers.model import LoadedModel, describe, load_model, resolve
 from workers.profile import load_profile
 from workers.settings import WorkerSettings
 from workers.store import SegmentStore
+from workers.wire import WireFormat
 
 _HEADER_BYTES = 256
 """More than an arena adds to a block."""
@@ -57,8 +58,10 @@ class Desk:
         self.close()
 
 
-def load_for_desk(model: str, settings: WorkerSettings | None = None) -> tuple[LoadedModel, ModelProfile]:
-    """The model, with segments that carry what its profile wants.
+def load_for_desk(
+    model: str, settings: WorkerSettings | None = None, *, wire: WireFormat = "raw"
+) -> tuple[LoadedModel, ModelProfile]:
+    """The model, with segments that carry what its profile wants, in the format `wire`.
 
     Raises:
         ModelError: not found or not supported. ConfigError: the profile does not fit the model.
@@ -67,7 +70,12 @@ def load_for_desk(model: str, settings: WorkerSettings | None = None) -> tuple[L
     resolve(model)
     profile = load_profile(model, int(describe(model)["layers"]), chosen.profile)
     loaded = load_model(
-        model, dtype=chosen.dtype, device=chosen.device, checkpoint_layer=profile.checkpoint_layer
+        model,
+        dtype=chosen.dtype,
+        device=chosen.device,
+        checkpoint_layer=profile.checkpoint_layer,
+        layer_groups=TransportSettings().layer_groups,
+        wire=wire,
     )
     return loaded, profile
 
@@ -93,7 +101,11 @@ def open_desk(
     incarnation = Incarnation(time.time_ns())
     nbytes = loaded.layout.block_nbytes
     arena = Arena(
-        arena_blocks * (nbytes + _HEADER_BYTES), nbytes, device=str(loaded.device), incarnation=incarnation
+        arena_blocks * (nbytes + _HEADER_BYTES),
+        nbytes,
+        device=str(loaded.device),
+        incarnation=incarnation,
+        parts=loaded.layout.parts,
     )
     transport_settings = TransportSettings(backend="inprocess")
     transport = make_transport(transport_settings, worker=name)

@@ -56,13 +56,12 @@ def copy_out(sequence: SequenceCache, start: int, num_tokens: int, blocks: Seque
 
     The rest of the last block becomes zeros: what the block held before may have been another tenant's.
     """
-    size = blocks[0].kv.shape[3]
+    size = blocks[0].mass.shape[0]
     for i, views in enumerate(blocks):
         a, n = start + i * size, min(size, num_tokens - i * size)
-        views.kv[:, :, :, :n] = sequence.kv[:, :, :, a : a + n]
+        views.kv.put(sequence.kv[:, :, :, a : a + n])
         views.checkpoint[:n] = sequence.checkpoint[a : a + n]
         views.mass[:n] = sequence.mass[a : a + n]
-        views.kv[:, :, :, n:] = 0
         views.checkpoint[n:] = 0
         views.mass[n:] = 0
 

@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 
+from transport.errors import DeadlineExceeded
 from transport.types import Located, Outcome, SegmentKey, WorkerId
 from workers.anchoring import Anchoring
 from workers.anchors import Match
@@ -31,6 +32,7 @@ from workers.model import LoadedModel, inverse_frequencies
 from workers.prefill import Prefill, PrefillModel
 from workers.prefix_cache import PrefixCache
 from workers.publishing import input_masses
+from workers.pulled import PulledSegment, SegmentLost
 from workers.scheduler import StepLoop
 from workers.segment import PromptTemplate
 from workers.store import SegmentStore
@@ -85,8 +87,14 @@ class Loading:
         with self._lock:
             return dict(self._fallbacks)
 
-    def load(self, turn: Turn) -> None:
-        """Pull, plan, scatter; afterwards landing blocks are free again."""
+    def load(self, turn: Turn, *, pipelined: bool = False) -> None:
+        """Pull, plan, scatter. Landing blocks are free again as soon as everything is scattered, which is now
+        unless pulls are pipelined: then the engine's thread does the rest, layer by layer as they come.
+
+        Args:
+            pipelined: let the request begin with the first layers; what it computes in one step then depends
+                on when bytes come, and so may the last bits.
+        """
         request, prompt = turn.request, turn.prompt
         method = turn.reuse.method
         wanted: dict[SegmentKey, int] = {}
@@ -96,27 +104,63 @@ class Loading:
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
         # A prompt that is repeated relays what it relayed before, whatever was measured since.
         free = self._break_even and request.only_keys is None
-        turn.acquired = self._store.acquire(wanted, partial(self._worth, turn) if free else None)
+        turn.acquired = self._store.acquire(
+            wanted,
+            partial(self._worth, turn) if free else None,
+            # Anchors are compared with whole segments.
+            pipelined=pipelined and not isinstance(method, KVComm),
+            on_landed=self._loop.wake,
+        )
+        self._start(turn)
+
+    def load_again(self, turn: Turn) -> None:
+        """After `SegmentLost`: wait for the other pulls, and start over with what has come.
+
+        Raises:
+            DeadlineExceeded: the pulls do not end before the request must.
+        """
+        if not turn.acquired.settle(timeout_s=turn.remaining_s):
+            raise DeadlineExceeded(
+                f"request {turn.request.id}: a pull broke off, and the others did not end by its deadline."
+            )
+        log.warning(
+            "a pull broke off while its first layers were in use: starting again without it",
+            extra={"request": turn.request.id, "worker": self._worker},
+        )
+        self._start(turn)
+
+    def _start(self, turn: Turn) -> None:
+        """Plan and scatter with what has come, or begun to come."""
+        begin, before = time.perf_counter(), turn.clock.rotate_s
+        hits, pulled = turn.acquired.snapshot()
         self._count_fallbacks(turn)
-        begin = time.perf_counter()
-        plan = self._plan(turn)
-        turn.prefill = self._loop.call(lambda: self._scatter(turn, plan), timeout_s=turn.remaining_s)
-        turn.stale_from = first_stale(turn.prefill.plan, prompt.token_ids)
+        plan = self._plan(turn, hits, pulled)
+        try:
+            prefill = self._loop.call(lambda: self._scatter(turn, plan, pulled), timeout_s=turn.remaining_s)
+        except SegmentLost:
+            self.load_again(turn)  # a segment less each time
+            return
+        turn.prefill = prefill
+        turn.stale_from = first_stale(plan, turn.prompt.token_ids)
         # The rest of the time was waiting for a step of other requests to end.
-        turn.clock.queue_s += time.perf_counter() - begin - turn.clock.rotate_s
-        self._store.release_bytes(turn.acquired)
+        turn.clock.queue_s += time.perf_counter() - begin - (turn.clock.rotate_s - before)
 
     def measure(self, turn: Turn) -> None:
         """Let a finished prefill count for later predictions, and say how this one's came out."""
         if turn.prefill is None or turn.sequence is None or not turn.prefill.finished:
             return
         prefill, now = turn.prefill, time.monotonic()
-        for located, transfer in turn.acquired.transfers:
-            if transfer.outcome is Outcome.PULLED:
-                node, backend = located.owner.node, transfer.backend
-                self.speeds.observe_pull(node, backend, transfer.nbytes, transfer.seconds, now)
+        done = [(at, t) for at, t in turn.acquired.transfers if t.outcome is Outcome.PULLED]
+        nbytes = sum(t.nbytes for _, t in done)
+        for located, transfer in done:
+            # Several that shared the time share it by bytes.
+            alone = transfer.nbytes == nbytes
+            seconds = transfer.seconds if alone else turn.acquired.moving_s * transfer.nbytes / nbytes
+            node, backend = located.owner.node, transfer.backend
+            self.speeds.observe_pull(node, backend, transfer.nbytes, seconds, now)
         relayed = sum(len(s.span) for s in prefill.plan.spans if s.source)
-        self.speeds.observe_rotate(relayed, turn.clock.rotate_s)
+        scattered = prefill.scatter_s - turn.clock.scattered_s
+        self.speeds.observe_rotate(relayed, turn.clock.rotate_s + scattered)
         self.speeds.observe_prefill(prefill.actual_flops, turn.sequence.prefill_seconds)
         if log.isEnabledFor(logging.DEBUG):
             log_costs(turn, prefill, turn.sequence)
@@ -129,15 +173,17 @@ class Loading:
         )
         return {key for key in found if key not in turn.estimates or turn.estimates[key].worth}
 
-    def _plan(self, turn: Turn) -> RectifyPlan:
-        method, spans, hits = turn.reuse.method, turn.prompt.spans, turn.acquired.hits
+    def _plan(
+        self, turn: Turn, hits: Mapping[SegmentKey, Located], pulled: Mapping[SegmentKey, PulledSegment]
+    ) -> RectifyPlan:
+        method, spans = turn.reuse.method, turn.prompt.spans
         if not isinstance(method, KVComm):
             return method.plan(spans, hits, self._profile)
         template = self._template_of(turn.request)
 
         def match() -> dict[Span, Match]:
             begin = time.perf_counter()
-            matches = self._anchors.match(method, template, spans, turn.acquired)
+            matches = self._anchors.match(method, template, spans, hits, pulled)
             turn.clock.rotate_s += time.perf_counter() - begin
             return matches
 
@@ -146,10 +192,11 @@ class Loading:
         return method.plan(spans, hits, self._profile, candidates)
 
     @torch.inference_mode()
-    def _scatter(self, turn: Turn, plan: RectifyPlan) -> Prefill:
+    def _scatter(self, turn: Turn, plan: RectifyPlan, pulled: Mapping[SegmentKey, PulledSegment]) -> Prefill:
         """Put everything that is reused into the sequence's cache; runs on the engine's thread."""
         begin = time.perf_counter()
-        pulled = turn.acquired.pulled
+        # Attention adds to the mass: a prefill that was broken off has left some there.
+        turn.cache.mass[: len(turn.prompt.token_ids)] = 0
         prefill = Prefill(
             plan,
             turn.prompt.token_ids,
@@ -161,7 +208,9 @@ class Loading:
         prefill.load(
             {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None},
             {i: turn.matches[s.span] for i, s in enumerate(plan.spans) if s.correction is not None},
+            on_loaded=partial(self._store.release_bytes, turn.acquired),
         )
+        turn.clock.scattered_s = prefill.scatter_s
         turn.clock.rotate_s += time.perf_counter() - begin
         return prefill
 
@@ -176,6 +225,9 @@ class Loading:
 
     def _count_fallbacks(self, turn: Turn) -> None:
         for fallback in fallbacks(turn):
+            if fallback in turn.counted:
+                continue  # before the request started again
+            turn.counted.add(fallback)
             with self._lock:
                 self._fallbacks[fallback.reason] += 1
             log.warning(

@@ -48,7 +48,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Where the time to first token went inside the worker; the fields add up to it."""
+    """Where the time to first token went inside the worker; the fields add up to it. pull_s: waiting for
+    bytes, those that travel while others are computed with not counted."""
 
     queue_s: float = 0.0
     lookup_s: float = 0.0
@@ -138,6 +139,8 @@ class Reply:
         healed_entries: stale (token, layer) entries that were made exact after the first token.
         healed_at_token: index of the first answer token that was drawn from exact logits; the length of the
             answer where only its KV became exact; None where healing was off or did not get so far.
+        pull_hidden_s: for how long bytes travelled while the engine computed with those that had come;
+            `stages.pull_s` is the rest, for which the request waited.
     """
 
     request_id: str
@@ -171,6 +174,7 @@ class Reply:
     span_costs: tuple[SpanCost, ...] = ()
     healed_entries: int = 0
     healed_at_token: int | None = None
+    pull_hidden_s: float = 0.0
 
     @property
     def skipped(self) -> tuple[SpanCost, ...]:

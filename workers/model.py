@@ -26,6 +26,7 @@ from workers import embedded
 from workers.fingerprint import canonical, digest, files_digest
 from workers.layout import KVLayout
 from workers.settings import DEFAULT_MODEL, Device, DType
+from workers.wire import WireFormat
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,8 @@ def load_model(
     tenant: str = "default",
     checkpoint_layer: int = 0,
     block_tokens: int = 64,
+    layer_groups: int = 1,
+    wire: WireFormat = "raw",
     cache_dir: str | Path | None = None,
     progress: embedded.Progress | None = None,
 ) -> LoadedModel:
@@ -116,6 +119,7 @@ def load_model(
         tenant: whose data it serves; part of `space`, so that tenants never share KV.
         checkpoint_layer: layer whose input segments carry (from the model's profile).
         block_tokens: tokens per KV block.
+        layer_groups: parts in which a block travels; wire: format of keys and values there.
         cache_dir, progress: see `resolve`.
 
     Raises:
@@ -127,7 +131,14 @@ def load_model(
     check_supported(config)
     where = _choose_device(device)
     number = _choose_dtype(dtype, where, config)
-    layout = kv_layout(config, dtype=number, block_tokens=block_tokens, checkpoint_layer=checkpoint_layer)
+    layout = kv_layout(
+        config,
+        dtype=number,
+        block_tokens=block_tokens,
+        checkpoint_layer=checkpoint_layer,
+        layer_groups=layer_groups,
+        wire=wire,
+    )
     with _errors_of(str(name_or_path)), _quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=number, use_safetensors=True)
@@ -411,7 +422,13 @@ def inverse_frequencies(model: Any, layer: int | str) -> torch.Tensor:
 
 
 def kv_layout(
-    config: Any, *, dtype: torch.dtype, block_tokens: int = 64, checkpoint_layer: int = 0
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    block_tokens: int = 64,
+    checkpoint_layer: int = 0,
+    layer_groups: int = 1,
+    wire: WireFormat = "raw",
 ) -> KVLayout:
     """Layout of the model's KV blocks. Raises ModelError when the checkpoint layer is not one of its
     layers."""
@@ -429,6 +446,8 @@ def kv_layout(
         dtype=str(dtype).removeprefix("torch."),
         block_tokens=block_tokens,
         checkpoint_layer=checkpoint_layer,
+        layer_groups=layer_groups,
+        wire=wire,
     )
 
 

@@ -1,9 +1,13 @@
 """One executor for every plan: turns a `RectifyPlan` and pulled KV into the parts of ragged steps.
 
     load()       rotate the pulled keys by the shift and scatter K, V into the sequence's cache
+    absorb()     the same for layers that have arrived since
     next_part()  rows to compute next, in ascending positions, at most `max_rows` of them unless a span
                  drifts
     done()       takes a part's result; after the last part the first logits are there
+
+Segments may still be on their way when they are loaded: rows are then computed in the layers that have
+arrived, and wait there (`workers/stages.py`).
 
 A selection that only the run can make (`workers/selection.py`) cuts the prefill in two stages: all rows up to
 the detection layer, then the chosen ones and the fresh ones. So does a plan that looks ahead: the fresh rows
@@ -13,8 +17,9 @@ positions. Knows nothing of transport, time or other requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,39 +31,10 @@ from workers.costs import ModelCosts, detection_cut, full_prefill_flops, plan_fl
 from workers.drift import Drift, span_drift
 from workers.engine import Part, PartResult
 from workers.kv_cache import SequenceCache
-from workers.layout import BlockViews
 from workers.methods.base import Choice, Positions, RectifyPlan, Span, SpanPlan, TopMass
+from workers.pulled import PulledSegment, SegmentLost
 from workers.selection import Detected, choose, probed_tokens, resolve_select
-
-
-@dataclass(frozen=True, slots=True)
-class PulledSegment:
-    """Segment bytes in local memory.
-
-    Attributes:
-        blocks: views, in token order.
-        num_tokens: tokens stored; start: position at which the keys were rotated.
-    """
-
-    blocks: tuple[BlockViews, ...]
-    num_tokens: int
-    start: int
-
-    def rows(self, part: str, offsets: torch.Tensor) -> torch.Tensor:
-        """The per-token field "mass" or "checkpoint" at `offsets`, which ascend: [offsets, ...]."""
-        size = getattr(self.blocks[0], part).shape[0]
-        bounds = torch.searchsorted(offsets, torch.arange(len(self.blocks) + 1) * size).tolist()
-        return torch.cat(
-            [
-                getattr(block, part)[offsets[a:b] - i * size]
-                for i, (block, a, b) in enumerate(zip(self.blocks, bounds[:-1], bounds[1:], strict=True))
-                if a < b
-            ]
-        )
-
-    def gather(self, part: str) -> torch.Tensor:
-        """The per-token field "mass" or "checkpoint" of all tokens: [num_tokens, ...]."""
-        return torch.cat([getattr(b, part) for b in self.blocks])[: self.num_tokens]
+from workers.stages import Rows, Slab, Stage
 
 
 class Correction(Protocol):
@@ -90,59 +66,14 @@ class PrefillModel:
 
 
 @dataclass(slots=True)
-class _Rows:
-    """All rows that a prefill may compute, by ascending position.
-
-    Attributes:
-        positions, enter, end: [rows] int64; a row is computed in the layers [enter, end).
-        relayed: [rows] bool; whether it lies in a relayed span.
-        pending: [rows] bool; whether the run has yet to choose if it goes on behind the detection layer.
-        hidden: [rows, hidden_size] input of layer `enter` where that is above 0, else undefined; None when
-            all rows start from their embeddings.
-    """
-
-    positions: torch.Tensor
-    enter: torch.Tensor
-    end: torch.Tensor
-    relayed: torch.Tensor
-    pending: torch.Tensor
-    hidden: torch.Tensor | None
-
-
-@dataclass(slots=True)
-class _Stage:
-    """Rows that go through layers together; `cursor` of them are already handed out.
-
-    Attributes:
-        index: [rows] int64 into `_Rows`; None = all of them.
-        watch: layers in which the queries of the `suffix` last prompt tokens are kept.
-        keep_hidden: whether a stage follows that goes on from here; `kept` then collects the states with
-            which rows leave.
-        looks: whether the fresh rows look ahead, and start again in the next stage.
-    """
-
-    positions: torch.Tensor
-    enter: torch.Tensor
-    exit: torch.Tensor
-    relayed: torch.Tensor
-    hidden: torch.Tensor | None
-    index: torch.Tensor | None = None
-    watch: tuple[int, ...] = ()
-    suffix: int = 0
-    keep_hidden: bool = False
-    looks: bool = False
-    cursor: int = 0
-    kept: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
-
-
-@dataclass(slots=True)
 class _Relayed:
     """A relayed span, and what is needed of its segment after its blocks are gone.
 
     Attributes:
         selected: [selected] int64 offsets of the tokens that are recomputed (may be, where the run chooses).
         checkpoint: [selected, hidden_size] their states at band[0]; None where that is layer 0.
-        values: [kv_heads, tokens, head_dim] reused values at the detection layer, where the run chooses.
+        detection: the layer at which the run chooses; None where the plan has chosen.
+        values: [kv_heads, tokens, head_dim] reused values there, once they have arrived.
         drift: what entries that are not recomputed follow, if anything.
         mass: [tokens] context mass while the prefill looks ahead; nothing is selected yet, and `checkpoint`
             has the states of all tokens.
@@ -151,6 +82,7 @@ class _Relayed:
     plan: SpanPlan
     selected: torch.Tensor
     checkpoint: torch.Tensor | None
+    detection: int | None = None
     values: torch.Tensor | None = None
     drift: Drift | None = None
     mass: torch.Tensor | None = None
@@ -188,6 +120,7 @@ class Prefill:
     Attributes:
         counts: entries computed so far.
         predicted_flops: of the whole prefill, from the plan alone; actual_flops: of the parts done so far.
+        scatter_s: seconds that rotation and scatter took so far.
         logits: [vocab] of the last prompt token, once it is finished.
     """
 
@@ -215,28 +148,46 @@ class Prefill:
         self._masses = masses
         self._choice = _run_time_choice(plan)
         self._cut = None if self._choice is None else detection_cut(self._choice)
+        self.scatter_s = 0.0
         self._relayed: dict[int, _Relayed] = {}
+        self._incoming: dict[int, PulledSegment] = {}
+        self._landed = 0  # layers whose relayed entries are in the cache
+        self._on_loaded: Callable[[], None] | None = None
         self._probes: list[Probe] = []
-        self._rows: _Rows | None = None
-        self._stage: _Stage | None = None
+        self._rows: Rows | None = None
+        self._stage: Stage | None = None
+        self._slab: Slab | None = None
 
     def load(
-        self, pulled: Mapping[int, PulledSegment], corrections: Mapping[int, Correction] | None = None
+        self,
+        pulled: Mapping[int, PulledSegment],
+        corrections: Mapping[int, Correction] | None = None,
+        on_loaded: Callable[[], None] | None = None,
     ) -> None:
-        """Scatter the relayed spans into the cache and lay out the rows.
+        """Scatter the relayed spans into the cache, as far as they have arrived, and lay out the rows.
 
         Args:
-            pulled: index of the span in the plan -> its bytes; they may be freed when this returns.
-            corrections: index of every span whose plan names a correction -> that correction.
+            pulled: index of the span in the plan -> its bytes.
+            corrections: index of every span whose plan names a correction -> that correction. These need all
+                layers of their spans.
+            on_loaded: called once the bytes may be freed, at the latest by the `absorb` that finds the last
+                layer; at once when nothing is on its way.
+
+        Raises:
+            SegmentLost: one of the pulls has broken off.
+            ConfigError: a correction to a span that has not arrived, or a segment that is too short.
         """
+        sources = {i: pulled[i] for i, s in enumerate(self.plan.spans) if s.source is not None}
+        for i, segment in sources.items():
+            self._check_source(self.plan.spans[i], segment)
+        self._incoming, self._on_loaded = sources, on_loaded
+        for i, segment in sources.items():
+            self._relayed[i] = self._keep(self.plan.spans[i], segment)
+        self.absorb()
         for i, span_plan in enumerate(self.plan.spans):
-            span = span_plan.span
-            if span_plan.source is not None:
-                self._scatter(span_plan, pulled[i])
             if span_plan.correction is not None:
+                span = span_plan.span
                 (corrections or {})[i].apply(self.cache.kv[:, :, :, span.start : span.stop], span.start)
-            if span_plan.source is not None:
-                self._relayed[i] = self._keep(span_plan, pulled[i])
         self.counts.relayed = self._model.num_layers * sum(len(r.span) for r in self._relayed.values())
         self._rows = self._lay_out()
         looks = any(r.mass is not None for r in self._relayed.values())
@@ -263,47 +214,61 @@ class Prefill:
 
     @property
     def rows_left(self) -> int:
-        """Rows of the current stage that are not computed yet."""
-        stage = self._current
-        return stage.positions.shape[0] - stage.cursor
+        """Rows that can be computed now; 0 while all of them wait for layers to arrive (`absorb`)."""
+        slab = self._open_slab()
+        return 0 if slab is None else slab.rows_left
+
+    def absorb(self) -> bool:
+        """Scatter what has arrived since the last call, as soon as a layer has come of all spans.
+
+        Returns:
+            Whether rows can be computed now.
+
+        Raises:
+            SegmentLost: a pull has broken off; start again without that segment.
+        """
+        if self._landed < self._model.num_layers:
+            self._absorb()
+        return self.finished or self._stage is None or self.rows_left > 0
 
     def next_part(self, max_rows: int) -> Part:
         """The next rows: at most `max_rows`, or all rows of one span that drifts where they are more (they
         are never cut). Call `done` with its result before asking again."""
-        stage = self._current
-        a = stage.cursor
-        b, drifts = self._part_end(stage, a, min(a + max_rows, stage.positions.shape[0]))
-        positions = stage.positions[a:b]
-        last = int(positions[-1]) == self.num_tokens - 1 and int(stage.exit[b - 1]) == self._model.num_layers
-        probes = tuple(Probe(layer, max(0, self.num_tokens - stage.suffix)) for layer in stage.watch)
+        stage, slab = self._current, self._open_slab()
+        assert slab is not None  # there are rows left
+        a = slab.cursor
+        b, drifts = self._part_end(slab, a, min(a + max_rows, slab.positions.shape[0]))
+        positions = slab.positions[a:b]
+        last = int(positions[-1]) == self.num_tokens - 1 and int(slab.exit[b - 1]) == self._model.num_layers
+        start = max(0, self.num_tokens - stage.suffix)
+        probes = tuple(Probe(layer, start) for layer in stage.watch if slab.low <= layer < slab.stop)
         self._probes += probes
         return Part(
             cache=self.cache,
             positions=positions,
             token_ids=self._ids[positions],
-            enter=stage.enter[a:b],
-            exit=stage.exit[a:b],
-            hidden=None if stage.hidden is None else stage.hidden[a:b],
+            enter=slab.enter[a:b],
+            exit=slab.exit[a:b],
+            hidden=None if slab.hidden is None else slab.hidden[a:b],
             logits_rows=(b - a - 1,) if last else (),
             checkpoint_layer=self._model.checkpoint_layer,
             # Rows that are computed again would add their mass twice.
             masses=() if stage.looks else self._masses,
             probes=probes,
             drifts=drifts,
-            keep_hidden=stage.keep_hidden,
+            keep_hidden=slab.keep,
         )
 
-    def _part_end(self, stage: _Stage, a: int, b: int) -> tuple[int, tuple[Drift, ...]]:
+    def _part_end(self, slab: Slab, a: int, b: int) -> tuple[int, tuple[Drift, ...]]:
         """Where a part that begins at row `a` ends, about `b`: rows of a span that drifts stay together, for
         its entries move when its probes are computed, once. And the drifts of the part's spans."""
         spans = [r.drift for r in self._relayed.values() if r.drift is not None]
         for drift in spans:
-            first, stop = torch.searchsorted(
-                stage.positions, torch.tensor([drift.start, drift.stop])
-            ).tolist()
+            bounds = torch.tensor([drift.start, drift.stop])
+            first, stop = torch.searchsorted(slab.positions, bounds).tolist()
             if first < b < stop:
                 b = first if first > a else stop
-        low, high = int(stage.positions[a]), int(stage.positions[b - 1])
+        low, high = int(slab.positions[a]), int(slab.positions[b - 1])
         return b, tuple(d for d in spans if low < d.stop and d.start <= high)
 
     def done(self, part: Part, result: PartResult) -> tuple[int, int]:
@@ -312,54 +277,100 @@ class Prefill:
         Returns:
             (fresh, rectified) entries that the part computed, for sharing out its time.
         """
-        stage = self._current
-        a, b = stage.cursor, stage.cursor + part.rows
-        stage.cursor = b
-        enter, exit_ = stage.enter[a:b], stage.exit[a:b]
+        slab = self._slab
+        assert slab is not None  # it gave the part
+        a, b = slab.cursor, slab.cursor + part.rows
+        slab.cursor = b
+        enter, exit_ = slab.enter[a:b], slab.exit[a:b]
         entries = exit_ - enter
-        rectified = int(entries[stage.relayed[a:b]].sum()) if self._relayed else 0
+        rectified = int(entries[slab.relayed[a:b]].sum()) if self._relayed else 0
         fresh = int(entries.sum()) - rectified
         self.counts.fresh += fresh
         self.counts.rectified += rectified
         costs = self._model.costs
         self.actual_flops += rows_flops(costs, part.positions.numpy(), enter.numpy(), exit_.numpy())
         self.actual_flops += len(part.logits_rows) * costs.head_flops
-        if stage.keep_hidden:
+        if slab.keep:
             assert result.hidden is not None  # the part asked for them
-            stage.kept.append(result.hidden)
-            if b == stage.positions.shape[0]:
-                self._stage = self._second_stage(stage)
-        elif stage.looks and b == stage.positions.shape[0]:
-            self._stage = self._stage_after_look()
+            slab.kept.append(result.hidden)
+        if not slab.rows_left:
+            self._end_slab(slab)
         if part.logits_rows:
             self.logits = result.logits[-1]
         return fresh, rectified
 
+    def _open_slab(self) -> Slab | None:
+        if self._slab is None:
+            self._slab = self._current.open(self._landed)
+        return self._slab
+
+    def _end_slab(self, slab: Slab) -> None:
+        """On to the next layers, or to the next stage."""
+        stage = self._current
+        stage.close(slab)
+        self._slab = None
+        if stage.finished and stage.keep_hidden:
+            self._stage = self._second_stage(stage)
+        elif stage.finished and stage.looks:
+            self._stage = self._stage_after_look()
+
     @property
-    def _current(self) -> _Stage:
+    def _current(self) -> Stage:
         assert self._stage is not None  # `load` comes first
         return self._stage
 
     # -- reuse ---------------------------------------------------------------------------------------------
 
-    def _scatter(self, plan: SpanPlan, pulled: PulledSegment) -> None:
-        span, count = plan.span, len(plan.span)
-        if pulled.num_tokens < count:
-            raise ConfigError(f"a segment of {pulled.num_tokens} tokens cannot fill a span of {count}.")
+    def _check_source(self, plan: SpanPlan, pulled: PulledSegment) -> None:
+        if pulled.num_tokens < len(plan.span):
+            raise ConfigError(
+                f"a segment of {pulled.num_tokens} tokens cannot fill a span of {len(plan.span)}."
+            )
+        if plan.correction is not None and pulled.landed_layers < self._model.num_layers:
+            raise ConfigError("a span that is corrected must have arrived whole.")
+
+    def _absorb(self) -> None:
+        begin = time.perf_counter()
+        for segment in self._incoming.values():
+            if segment.why_lost:
+                raise SegmentLost(segment.why_lost)
+        layers = self._model.num_layers
+        landed = min((s.landed_layers for s in self._incoming.values()), default=layers)
+        if landed <= self._landed:
+            return
+        for i, segment in self._incoming.items():
+            self._scatter(self._relayed[i], segment, self._landed, landed)
+        self._landed = landed
+        if landed == layers:
+            self._incoming = {}
+            if self._on_loaded is not None:
+                self._on_loaded()
+        self.scatter_s += time.perf_counter() - begin
+
+    def _scatter(self, relayed: _Relayed, pulled: PulledSegment, low: int, high: int) -> None:
+        """Layers [low, high) of a span into the cache."""
+        span, inv_freq = relayed.span, self._model.inv_freq
         shift = span.start - pulled.start
-        cos, sin = kernels.rotation(self._model.inv_freq, shift) if shift else (None, None)
-        at, left = span.start, count
+        if inv_freq.shape[0] > 1:  # a RoPE per layer
+            inv_freq = inv_freq[low:high]
+        cos, sin = kernels.rotation(inv_freq, shift) if shift else (None, None)
+        at, left = span.start, len(span)
+        cache = self.cache.kv[low:high]
         for block in pulled.blocks:
-            n = min(left, block.kv.shape[3])
+            n = min(left, block.mass.shape[0])
             if n <= 0:
                 break
-            kernels.relocate(block.kv[:, :, :, :n], cos, sin, self.cache.kv[:, :, :, at : at + n])
+            kernels.relocate(block.kv.take(n, low, high), cos, sin, cache[:, :, :, at : at + n])
             at, left = at + n, left - n
+        detection = relayed.detection
+        if detection is not None and low <= detection < high:
+            # As they came: the rows of this layer are computed later.
+            relayed.values = self.cache.values(detection)[:, span.start : span.stop].clone()
 
     def _keep(self, plan: SpanPlan, pulled: PulledSegment) -> _Relayed:
         """Resolve the selection where it is known now, and copy what later stages need."""
         count, start, select = len(plan.span), plan.band[0], plan.select
-        values = drift = mass = None
+        detection = drift = mass = None
         if plan.band[1] <= start:
             wanted = selected = _NONE
         elif isinstance(select, TopMass) and self.plan.look is not None:
@@ -370,14 +381,14 @@ class Prefill:
             wanted = selected
         else:
             wanted = selected = torch.arange(count)
-            values = self.cache.values(select.layer)[:, plan.span.start : plan.span.stop].clone()
+            detection = select.layer
         if wanted.numel() and start not in (0, self._model.checkpoint_layer):
             raise ConfigError(
                 f"a band cannot start at layer {start}: rows join at layer 0 or at the checkpoint "
                 f"(layer {self._model.checkpoint_layer} in this model's profile)."
             )
         checkpoint = pulled.rows("checkpoint", wanted) if wanted.numel() and start > 0 else None
-        return _Relayed(plan, selected, checkpoint, values, drift, mass)
+        return _Relayed(plan, selected, checkpoint, detection, drift=drift, mass=mass)
 
     def _select(self, plan: SpanPlan, scores: torch.Tensor) -> tuple[torch.Tensor, Drift | None]:
         """Offsets to recompute by `scores` [tokens], and what the other entries follow."""
@@ -391,7 +402,7 @@ class Prefill:
 
     # -- rows ----------------------------------------------------------------------------------------------
 
-    def _lay_out(self) -> _Rows:
+    def _lay_out(self) -> Rows:
         """Rows of all spans in the plan's order, which is that of their positions."""
         positions, counts, facts = list[torch.Tensor](), list[int](), list[tuple[int, int, bool, bool]]()
         states: list[tuple[int, torch.Tensor]] = []
@@ -403,7 +414,7 @@ class Prefill:
                 facts.append((0, self._model.num_layers, False, False))
             else:
                 rows = span.start + found.selected
-                facts.append((*plan.band, True, found.values is not None))
+                facts.append((*plan.band, True, found.detection is not None))
                 if found.checkpoint is not None and found.selected.numel():
                     states.append((total, found.checkpoint))
             positions.append(rows)
@@ -415,16 +426,16 @@ class Prefill:
             hidden = states[0][1].new_empty((total, states[0][1].shape[1]))
             for at, state in states:
                 hidden[at : at + state.shape[0]] = state
-        return _Rows(torch.cat(positions), table[0], table[1], table[2].bool(), table[3].bool(), hidden)
+        return Rows(torch.cat(positions), table[0], table[1], table[2].bool(), table[3].bool(), hidden)
 
-    def _first_stage(self, rows: _Rows) -> _Stage:
+    def _first_stage(self, rows: Rows) -> Stage:
         cut = self._cut
         if cut is None or cut >= self._model.num_layers or not self._relayed:
-            return _Stage(rows.positions, rows.enter, rows.end, rows.relayed, rows.hidden)
+            return Stage(rows.positions, rows.enter, rows.end, rows.relayed, rows.hidden)
         index = torch.nonzero(rows.enter < cut).flatten()
         assert self._choice is not None  # it makes the cut
         suffix = probed_tokens(self._choice)
-        return _Stage(
+        return Stage(
             rows.positions[index],
             rows.enter[index],
             rows.end[index].clamp_max(cut),
@@ -436,12 +447,12 @@ class Prefill:
             keep_hidden=True,
         )
 
-    def _looking_stage(self, rows: _Rows) -> _Stage:
+    def _looking_stage(self, rows: Rows) -> Stage:
         """The fresh rows, up to where attention was seen."""
         look = self.plan.look
         assert look is not None  # only then does anything wait for it
         exit_ = torch.full_like(rows.enter, look.layers[-1] + 1)
-        return _Stage(
+        return Stage(
             rows.positions,
             rows.enter,
             exit_,
@@ -452,7 +463,7 @@ class Prefill:
             looks=True,
         )
 
-    def _stage_after_look(self) -> _Stage:
+    def _stage_after_look(self) -> Stage:
         """The rows that a look selects, and the fresh ones again."""
         look = self.plan.look
         assert look is not None  # this is behind a look
@@ -475,16 +486,16 @@ class Prefill:
                 rows.hidden = states.new_empty((rows.positions.shape[0], states.shape[1]))
             rows.hidden[fresh.to(states.device)] = states
             rows.enter[fresh] = look.back
-        return _Stage(rows.positions, rows.enter, rows.end, rows.relayed, rows.hidden)
+        return Stage(rows.positions, rows.enter, rows.end, rows.relayed, rows.hidden)
 
-    def _second_stage(self, first: _Stage) -> _Stage:
+    def _second_stage(self, first: Stage) -> Stage:
         """Rows that go on behind the detection layer, or start there: all but the ones not chosen."""
         rows, cut = self._rows, self._cut
         assert rows is not None  # laid out by `load`
         assert cut is not None  # only then is there a second stage
         assert first.index is not None
-        states = torch.cat(first.kept)
-        first.kept.clear()
+        states = first.states
+        assert states is not None  # the stage kept them
         hidden = states.new_empty((rows.positions.shape[0], states.shape[1]))
         if rows.hidden is not None:
             hidden.copy_(rows.hidden)
@@ -492,7 +503,7 @@ class Prefill:
         goes_on = rows.end > cut
         goes_on[rows.pending] &= self._chosen()
         index = torch.nonzero(goes_on).flatten()
-        return _Stage(
+        return Stage(
             rows.positions[index],
             rows.enter[index].clamp_min(cut),
             rows.end[index],
@@ -505,7 +516,7 @@ class Prefill:
         """[pending rows] bool, over all spans that left the choice to the run."""
         choice = self._choice
         assert choice is not None  # only then is there a second stage
-        spans = [r for r in self._relayed.values() if r.values is not None]
+        spans = [r for r in self._relayed.values() if r.detection is not None]
         now = self.cache.values(choice.layer)
         found = Detected(
             torch.cat([r.values for r in spans if r.values is not None], dim=1),

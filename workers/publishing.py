@@ -34,6 +34,7 @@ class Publishing:
     Args:
         worker: who publishes.
         space: of the model's segments.
+        wire: format in which published KV travels, where that is lossy; else "".
         min_segment_tokens: shorter answers are not published.
         on_engine: runs tensor work on the engine's thread.
     """
@@ -46,6 +47,7 @@ class Publishing:
         prefixes: PrefixCache,
         anchors: Anchoring,
         *,
+        wire: str,
         min_segment_tokens: int,
         on_engine: OnEngine,
     ) -> None:
@@ -54,6 +56,7 @@ class Publishing:
         self._store = store
         self._prefixes = prefixes
         self._anchors = anchors
+        self._wire = wire
         self._min_segment_tokens = min_segment_tokens
         self._on_engine = on_engine
 
@@ -125,7 +128,7 @@ class Publishing:
                 start=start,
                 num_tokens=tokens,
                 producer=f"{turn.request.agent}@{self._worker}",
-                variant=_variant(turn, start, tokens),
+                variant=_variant(turn, start, tokens, self._wire),
             )
         except RelayError as error:
             # The answer is still right; downstream agents will compute this text themselves.
@@ -144,8 +147,8 @@ def input_masses(plan: RectifyPlan) -> tuple[MassSpan, ...]:
     )
 
 
-def _variant(turn: Turn, start: int, tokens: int) -> str:
+def _variant(turn: Turn, start: int, tokens: int, wire: str) -> str:
     """Names the context under which a segment was made; marked where that context was itself only
-    rectified, and has not been healed since."""
-    exact = turn.exact_up_to(start + tokens)
-    return digest_tokens(turn.prompt.token_ids[:start]).hex() + ("" if exact else f"~{turn.reuse.text}")
+    rectified, and has not been healed since, or where the format on the wire loses bits."""
+    marks = ([] if turn.exact_up_to(start + tokens) else [turn.reuse.text]) + ([wire] if wire else [])
+    return "~".join([digest_tokens(turn.prompt.token_ids[:start]).hex(), *marks])

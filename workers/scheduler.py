@@ -34,6 +34,7 @@ from workers.engine import Engine, Part, PartResult
 from workers.heal import Heal
 from workers.methods.base import HealMode
 from workers.prefill import Prefill
+from workers.pulled import SegmentLost
 from workers.sampling import Sampler
 from workers.shadow import Evidence
 
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_STALL_POLL_S = 0.05
 BACKGROUND_ROWS = 128
 """Cap on the rows of a step that is made of background sequences only."""
 
@@ -84,6 +86,8 @@ class Sequence:
         evidence: what is kept for a shadow check; None when this request is not sampled.
         background: gets rows only in steps in which nobody else wants any.
         ending: why the answer ended, while its last stale entries are still being healed; else "".
+        stalled_s: seconds for which its prefill could not go on because layers had yet to arrive;
+            stalled_since: time.perf_counter() instant since when that is so now.
     """
 
     prefill: Prefill
@@ -106,6 +110,8 @@ class Sequence:
     prefill_entries: tuple[int, int] = (0, 0)
     prefill_seconds: float = 0.0
     first_logits_at: float = 0.0
+    stalled_s: float = 0.0
+    stalled_since: float | None = None
     steps: int = 0
 
     @property
@@ -165,8 +171,8 @@ def choose(sequences: Seq[Sequence], max_rows: int) -> list[Share]:
     chosen = [Share(s, n, h) for s, n, h in zip(decoding, rows, healing, strict=True) if n or h]
     room = max(16, room - sum(healing))
     for sequence in prefilling:
-        if room > 0:
-            part_rows = min(room, sequence.prefill.rows_left)
+        part_rows = min(room, sequence.prefill.rows_left)
+        if part_rows > 0:
             chosen.append(Share(sequence, part_rows))
             room -= part_rows
     return chosen
@@ -201,6 +207,7 @@ class StepLoop:
         self._changed = threading.Condition()
         self._stopping = False
         self._holds = 0
+        self._woken = False
         self._thread = threading.Thread(target=self._run, name="step-loop", daemon=True)
         self._thread.start()
 
@@ -227,6 +234,12 @@ class StepLoop:
             with self._changed:
                 self._holds -= 1
                 self._changed.notify()
+
+    def wake(self) -> None:
+        """Tell the loop that layers have arrived for which a prefill may be waiting. From any thread."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
 
     def call(self, job: Callable[[], T], *, timeout_s: float = 60.0) -> T:
         """Run `job` on the engine's thread between two steps, and return what it returns or raise what it
@@ -266,16 +279,22 @@ class StepLoop:
                 while not (self._jobs or self._stopping or (self._sequences and not self._holds)):
                     self._changed.wait(1.0)
                 jobs, self._jobs = self._jobs, []
+                self._woken = False
                 if self._stopping:
                     leftovers, self._sequences = self._sequences, []
                     break
                 batch = [] if self._holds else [s for s in self._sequences if not self._gave_up(s)]
             for job, future in jobs:
                 _do(job, future)
-            if batch:
-                self._step(batch)
+            ready = [s for s in batch if _absorb(s)]
+            if ready:
+                self._step(ready)
             with self._changed:
                 self._sequences = [s for s in self._sequences if not s.finished]
+                if batch and not ready and self._sequences and not (self._jobs or self._woken):
+                    # All wait for layers to arrive. Whoever joins, cancels or brings them wakes the loop; the
+                    # limit is for deadlines.
+                    self._changed.wait(_STALL_POLL_S)
         for _, future in jobs:
             future.cancel()
         for sequence in leftovers:
@@ -425,6 +444,20 @@ class StepLoop:
             _finish(sequence, reason)
 
 
+def _absorb(sequence: Sequence) -> bool:
+    """Take in the layers that have arrived for a prefill; whether the sequence can go on now."""
+    if sequence.decoding:
+        return True
+    ready = False
+    with _failing(sequence):
+        ready = sequence.prefill.absorb()
+    now = time.perf_counter()
+    if sequence.stalled_since is not None:
+        sequence.stalled_s += now - sequence.stalled_since
+    sequence.stalled_since = None if ready or sequence.finished else now
+    return ready
+
+
 def decoded_mass(prefill: Prefill) -> MassSpan:
     """The mass span of whatever is decoded after a prompt."""
     return MassSpan(prefill.num_tokens, 1 << 60)
@@ -440,6 +473,8 @@ def _failing(sequence: Sequence) -> Iterator[None]:
     """Whatever goes wrong inside ends this sequence and no other."""
     try:
         yield
+    except SegmentLost as error:  # not a fault of ours: whoever waits starts again without the segment
+        _fail(sequence, error)
     except Exception as error:
         log.exception("a sequence failed")
         _fail(sequence, error)

@@ -13,6 +13,7 @@ from transport.types import NodeId, SegmentKey, WorkerId
 from workers.anchors import Match
 from workers.break_even import Estimate
 from workers.costs import span_flops
+from workers.fetching import Acquired
 from workers.heal import Heal
 from workers.kv_cache import SequenceCache
 from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, SpanCost, StageTimes
@@ -20,18 +21,19 @@ from workers.methods.base import Reuse, Span
 from workers.prefill import Prefill
 from workers.scheduler import Sequence
 from workers.segment import Prompt, SlotValue
-from workers.store import Acquired
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Clock:
-    """Instants (time.perf_counter) and durations of one request."""
+    """Instants (time.perf_counter) and durations of one request. scattered_s: of what the prefill spent on
+    scattering, the part that is in rotate_s already."""
 
     arrived: float = field(default_factory=time.perf_counter)
     queue_s: float = 0.0
     rotate_s: float = 0.0
+    scattered_s: float = 0.0
     submitted: float = 0.0
     first_token: float = 0.0
     last_token: float = 0.0
@@ -46,6 +48,7 @@ class Turn:
         deadline: time.monotonic() instant at which everything about it must be over.
         stale_from: position of the first cache entry that the plan leaves inexact; None when there is none.
         estimates: what relaying was predicted to take, for segments of which enough is known.
+        counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
     """
 
@@ -58,6 +61,7 @@ class Turn:
     cache: SequenceCache
     acquired: Acquired = field(default_factory=Acquired)
     prefill: Prefill | None = None
+    counted: set[Fallback] = field(default_factory=set[Fallback])
     matches: dict[Span, Match] = field(default_factory=dict[Span, Match])
     sequence: Sequence | None = None
     stale_from: int | None = None
@@ -129,6 +133,7 @@ def build_reply(
         span_costs=span_costs(turn, turn.prefill, stages),
         healed_entries=turn.heal.entries if turn.heal else 0,
         healed_at_token=turn.heal.finished_at if turn.heal else None,
+        pull_hidden_s=max(0.0, turn.acquired.moving_s - stages.pull_s),
     )
 
 
@@ -186,12 +191,15 @@ def stage_times(turn: Turn, sequence: Sequence) -> StageTimes:
     share = rectified / max(1, fresh + rectified)
     total = clock.first_token - clock.arrived
     known = clock.queue_s + acquired.lookup_s + acquired.lease_s + acquired.pull_s + clock.rotate_s + compute
+    # So was waiting for layers to arrive, and putting them into the cache.
+    stalled = min(waited, sequence.stalled_s)
+    scattered = min(waited - stalled, sequence.prefill.scatter_s - clock.scattered_s)
     return StageTimes(
-        queue_s=clock.queue_s + waited,
+        queue_s=clock.queue_s + waited - stalled - scattered,
         lookup_s=acquired.lookup_s,
         lease_s=acquired.lease_s,
-        pull_s=acquired.pull_s,
-        rotate_s=clock.rotate_s,
+        pull_s=acquired.pull_s + stalled,
+        rotate_s=clock.rotate_s + scattered,
         rectify_s=busy * share,
         prefill_s=busy * (1 - share),
         first_token_s=max(0.0, total - known),

@@ -29,6 +29,7 @@ from relay_cluster.bench.common import (
     split_method,
 )
 from relay_cluster.bench.texts import Task, Tasks, final_number
+from transport.settings import WireFormat
 from workers.agent import AgentWorker
 from workers.desk import Desk, load_for_desk, open_desk
 from workers.fidelity import again, distance, reference_logits
@@ -56,6 +57,7 @@ class FidelitySettings:
         answers: judge the final numbers of maths prompts as well; slow.
         batch: requests that are decoded together.
         cases_cache: folder for decoded answers; None: decode them anew.
+        wire: format in which segments travel.
     """
 
     methods: tuple[str, ...]
@@ -69,6 +71,7 @@ class FidelitySettings:
     seed: int = 0
     threads: int = 0
     cases_cache: Path | None = None
+    wire: WireFormat = "raw"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ def run_fidelity(settings: FidelitySettings, tasks: Tasks) -> Document:
         request_timeout_s=3600,
     )
     cases = make_cases(tasks, settings.samples, settings.seed)
-    loaded, profile = load_for_desk(settings.model, worker)
+    loaded, profile = load_for_desk(settings.model, worker, wire=settings.wire)
     methods = healed(settings.methods) if settings.heal else settings.methods
     # A group's segments are held together: at most nine for a prompt, each with its last block partly filled.
     per_span = loaded.layout.blocks_for(max(settings.span_tokens, 512))

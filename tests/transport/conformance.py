@@ -8,10 +8,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -36,8 +36,10 @@ BUDGET = 12 << 20
 class Reader:
     """A transport and its arena, on the pulling side."""
 
-    def __init__(self, backend: str, budget: int = BUDGET, block_nbytes: int = BLOCK) -> None:
-        self.arena = Arena(budget, block_nbytes, incarnation=99)
+    def __init__(
+        self, backend: str, budget: int = BUDGET, block_nbytes: int = BLOCK, parts: Sequence[int] = ()
+    ) -> None:
+        self.arena = Arena(budget, block_nbytes, incarnation=99, parts=parts)
         self.transport: AutoTransport = make_transport(
             TransportSettings(backend=backend),  # type: ignore[arg-type]
             worker="reader",
@@ -51,14 +53,19 @@ class Reader:
         *,
         timeout_s: float = 10.0,
         lease_deadline: float | None = None,
+        on_part: Callable[[int, list[BlockId]], None] | None = None,
     ) -> tuple[Transfer, list[BlockId]]:
         into = self.arena.allocate(len(refs))
         transfer = self.transport.pull(
-            make_lease(side.owner, refs), into, timeout_s=timeout_s, lease_deadline=lease_deadline
+            make_lease(side.owner, refs),
+            into,
+            timeout_s=timeout_s,
+            lease_deadline=lease_deadline,
+            on_part=None if on_part is None else lambda part: on_part(part, into),
         )
         return transfer, into
 
-    def outcome(self, side: OwnerSide, refs: list[BlockRef], **kwargs: float) -> Outcome:
+    def outcome(self, side: OwnerSide, refs: list[BlockRef], **kwargs: Any) -> Outcome:
         """Pull, give the blocks back as the contract says, and tell the outcome."""
         transfer, into = self.pull(side, refs, **kwargs)
         assert (transfer.detail == "") == (transfer.outcome is Outcome.PULLED)
@@ -75,10 +82,12 @@ class Conformance:
     remote: ClassVar[bool] = True
 
     @classmethod
-    def make_owner(cls, budget: int = BUDGET, block_nbytes: int = BLOCK) -> OwnerSide:
+    def make_owner(
+        cls, budget: int = BUDGET, block_nbytes: int = BLOCK, parts: Sequence[int] = ()
+    ) -> OwnerSide:
         if cls.remote:
-            return RemoteOwner(cls.backend, budget, block_nbytes, cls.env)
-        return LocalOwner(cls.backend, budget, block_nbytes)
+            return RemoteOwner(cls.backend, budget, block_nbytes, cls.env, parts)
+        return LocalOwner(cls.backend, budget, block_nbytes, parts)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -130,7 +139,7 @@ class Conformance:
         transfer, into = reader.pull(side, refs)
         assert transfer.outcome is Outcome.PULLED
         own = reader.arena.seal(into[0])
-        assert own.checksum == refs[0].checksum
+        assert own.checksums == refs[0].checksums
         assert reader.arena.verify(into[0], own, reader.arena.incarnation) is Outcome.PULLED
         side.free(refs)
 
@@ -217,6 +226,121 @@ class Conformance:
         reader.transport.close()
         names = [t.name for t in threading.enumerate() if t.name.startswith("relay-")]
         assert names == []
+
+
+class PartsConformance(Conformance):
+    """Pulls in parts: what is handed over, in which order, and what a failure between two parts leaves."""
+
+    PARTS: ClassVar[tuple[int, ...]] = (9_000, 3, 20_997, 10_000)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def side(cls) -> Iterator[OwnerSide]:
+        owner = cls.make_owner(parts=cls.PARTS)
+        yield owner
+        owner.close()
+
+    @pytest.fixture
+    def reader(self) -> Iterator[Reader]:
+        reader = Reader(self.backend, parts=self.PARTS)
+        yield reader
+        reader.transport.close()
+        assert reader.arena.stats().quarantined == 0
+
+    @pytest.mark.parametrize("n", [1, 150])
+    def test_parts_are_verified_bytes_when_they_are_handed_over(
+        self, side: OwnerSide, reader: Reader, n: int
+    ) -> None:
+        refs = side.publish(n, seed=n)
+        assert all(len(r.checksums) == len(self.PARTS) for r in refs)
+        handed: list[int] = []
+
+        def check(part: int, into: list[BlockId]) -> None:
+            handed.append(part)
+            first = sum(self.PARTS[:part])
+            for at in (0, n // 2, n - 1):
+                wanted = content(BLOCK, n + at)[first : first + self.PARTS[part]]
+                landed = reader.arena.payload(into[at]).numpy()[first : first + self.PARTS[part]]
+                assert np.array_equal(landed, wanted), f"part {part} of block {at}"
+
+        transfer, into = reader.pull(side, refs, on_part=check)
+        assert transfer.outcome is Outcome.PULLED, transfer.detail
+        assert handed == [0, 1, 2, 3]
+        self.expect(reader.arena, into, seed=n)
+        own = [reader.arena.seal(block) for block in into]
+        assert [r.checksums for r in own] == [r.checksums for r in refs]
+        side.free(refs)
+
+    @pytest.mark.parametrize("part", [0, 1, 2, 3])
+    def test_a_corrupt_part_is_never_handed_over(self, side: OwnerSide, reader: Reader, part: int) -> None:
+        refs = side.publish(3, seed=part)
+        side.corrupt(refs[2], sum(self.PARTS[: part + 1]) - 1)
+        handed: list[int] = []
+        outcome = reader.outcome(side, refs, on_part=lambda i, _: handed.append(i))
+        assert (outcome, handed) == (Outcome.CORRUPT, list(range(part)))
+        side.free(refs)
+
+    @pytest.mark.parametrize("reused", [False, True])
+    def test_blocks_freed_between_two_parts(self, side: OwnerSide, reader: Reader, reused: bool) -> None:
+        refs = side.publish(2, seed=1)
+        handed: list[int] = []
+        new: list[BlockRef] = []
+
+        def free_at_the_first(part: int, _: list[BlockId]) -> None:
+            handed.append(part)
+            if part == 0:
+                side.free(refs)
+                new.extend(side.publish(2, seed=77) if reused else [])
+
+        outcome = reader.outcome(side, refs, on_part=free_at_the_first)
+        if reused:
+            assert {r.block for r in new} == {r.block for r in refs}
+            # The bytes of the other segment may be noticed before the generation is.
+            assert outcome in (Outcome.STALE, Outcome.CORRUPT)
+        else:
+            assert outcome is Outcome.STALE
+        assert handed == list(range(len(handed)))
+        assert len(handed) < len(self.PARTS)
+        side.free(new)
+
+    def test_lease_that_ends_between_two_parts(self, side: OwnerSide, reader: Reader) -> None:
+        refs = side.publish(2, seed=3)
+        ends = time.monotonic() + 1.0
+        handed: list[int] = []
+
+        def dawdle(part: int, _: list[BlockId]) -> None:
+            handed.append(part)
+            while time.monotonic() <= ends:
+                time.sleep(0.01)
+
+        outcome = reader.outcome(side, refs, lease_deadline=ends, on_part=dawdle)
+        assert (outcome, handed) == (Outcome.LEASE_EXPIRED, [0])
+        side.free(refs)
+
+    def test_what_the_caller_raises_comes_out_and_ends_the_read(
+        self, side: OwnerSide, reader: Reader
+    ) -> None:
+        refs = side.publish(50, seed=4)
+        into = reader.arena.allocate(50)
+
+        def fail(part: int) -> None:
+            raise KeyError(part)
+
+        with pytest.raises(KeyError, match="0"):
+            reader.transport.pull(make_lease(side.owner, refs), into, timeout_s=5, on_part=fail)
+        reader.arena.free(into)
+        assert reader.outcome(side, refs) is Outcome.PULLED
+        side.free(refs)
+
+    @pytest.mark.parametrize("parts", [(), (20_000, 20_000), (9_001, 3, 20_996, 10_000)])
+    def test_other_parts_are_another_layout(self, side: OwnerSide, parts: tuple[int, ...]) -> None:
+        refs = side.publish(1, seed=5)
+        other = Reader(self.backend, parts=parts)
+        try:
+            assert other.outcome(side, refs) is Outcome.LAYOUT_MISMATCH
+        finally:
+            other.transport.close()
+            side.free(refs)
 
 
 class RemoteConformance(Conformance):

@@ -6,7 +6,7 @@ import multiprocessing as mp
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -69,15 +69,22 @@ class OwnerSide(Protocol):
 
     def publish(self, n: int, seed: int, valid: int | None = None) -> list[BlockRef]: ...
     def free(self, refs: list[BlockRef]) -> None: ...
-    def corrupt(self, ref: BlockRef) -> None: ...
+    def corrupt(self, ref: BlockRef, at: int = 17) -> None: ...
     def close(self) -> None: ...
 
 
 class LocalOwner:
     """The owner in this process."""
 
-    def __init__(self, backend: str, budget: int, block_nbytes: int, incarnation: int = 7) -> None:
-        self.arena = Arena(budget, block_nbytes, incarnation=incarnation)
+    def __init__(
+        self,
+        backend: str,
+        budget: int,
+        block_nbytes: int,
+        parts: Sequence[int] = (),
+        incarnation: int = 7,
+    ) -> None:
+        self.arena = Arena(budget, block_nbytes, incarnation=incarnation, parts=parts)
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
         self.transport = make_transport(settings, worker="owner")
         self.transport.register(self.arena)
@@ -94,8 +101,8 @@ class LocalOwner:
     def free(self, refs: list[BlockRef]) -> None:
         self.arena.free([r.block for r in refs])
 
-    def corrupt(self, ref: BlockRef) -> None:
-        self.arena.payload(ref.block)[17] ^= 1
+    def corrupt(self, ref: BlockRef, at: int = 17) -> None:
+        self.arena.payload(ref.block)[at] ^= 1
 
     def close(self) -> None:
         self.transport.close()
@@ -124,10 +131,12 @@ def _context() -> Any:
 class RemoteOwner:
     """The owner in another process, which tests may stop and kill."""
 
-    def __init__(self, backend: str, budget: int, block_nbytes: int, env: dict[str, str]) -> None:
+    def __init__(
+        self, backend: str, budget: int, block_nbytes: int, env: dict[str, str], parts: Sequence[int] = ()
+    ) -> None:
         self._conn, theirs = _context().Pipe()
         self.process = _context().Process(
-            target=_serve, args=(theirs, env, (backend, budget, block_nbytes)), daemon=True
+            target=_serve, args=(theirs, env, (backend, budget, block_nbytes, parts)), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -148,8 +157,8 @@ class RemoteOwner:
     def free(self, refs: list[BlockRef]) -> None:
         self._ask("free", refs)
 
-    def corrupt(self, ref: BlockRef) -> None:
-        self._ask("corrupt", ref)
+    def corrupt(self, ref: BlockRef, at: int = 17) -> None:
+        self._ask("corrupt", ref, at)
 
     def signal(self, number: int) -> None:
         os.kill(int(self.process.pid or 0), number)

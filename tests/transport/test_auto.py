@@ -115,7 +115,7 @@ class Broken(InProcessTransport):
 
     calls = 0
 
-    def _read(self, *args: Any) -> None:
+    def read(self, *args: Any) -> Any:
         self.calls += 1
         raise ReadFailed(Outcome.PEER_GONE, "wire cut")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.transport.conformance import Conformance, RemoteConformance
+from tests.transport.conformance import Conformance, PartsConformance, RemoteConformance
 from transport.nixl import probe
 
 HAS_NIXL, WHY = probe()
@@ -16,7 +16,16 @@ class TestInProcess(Conformance):
     remote = False
 
 
+class TestInProcessParts(PartsConformance):
+    backend = "inprocess"
+    remote = False
+
+
 class TestTcp(RemoteConformance):
+    backend = "tcp"
+
+
+class TestTcpParts(PartsConformance):
     backend = "tcp"
 
 
@@ -33,6 +42,23 @@ class TestNixlSharedMemory(Conformance):
 class TestNixlTcp(RemoteConformance):
     """UCX over sockets, where the owner must take part in each read: a stopped one stalls it."""
 
+    backend = "nixl"
+    env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
+
+    @pytest.fixture(autouse=True)
+    def _only_tcp(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("UCX_TLS", "tcp")
+
+
+@nixl
+@pytest.mark.nixl
+class TestNixlSharedMemoryParts(PartsConformance):
+    backend = "nixl"
+
+
+@nixl
+@pytest.mark.nixl
+class TestNixlTcpParts(PartsConformance):
     backend = "nixl"
     env = {"UCX_TLS": "tcp"}  # noqa: RUF012 - ClassVar in the base
 

@@ -58,7 +58,7 @@ class NamedShard(Shard):
 
 
 def segment(i: int, nbytes: int = 100) -> Segment:
-    return Segment(SegmentKey("s", bytes([i])), 1, 0, (BlockRef(BlockId(i), 1, nbytes, 0),))
+    return Segment(SegmentKey("s", bytes([i])), 1, 0, (BlockRef(BlockId(i), 1, nbytes, (0,)),))
 
 
 class Rig:

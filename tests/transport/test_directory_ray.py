@@ -27,7 +27,7 @@ from transport.types import (
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 SETTINGS = DirectorySettings(shards=2, heartbeat_s=0.2, call_timeout_s=5.0)
 ME = Owner(WorkerId("w0"), Incarnation(1), NodeId("n0"), {"tcp": b"x"})
-ALL = [Segment(SegmentKey("s", bytes([i])), 1, 0, (BlockRef(BlockId(i), 1, 100, 0),)) for i in range(20)]
+ALL = [Segment(SegmentKey("s", bytes([i])), 1, 0, (BlockRef(BlockId(i), 1, 100, (0,)),)) for i in range(20)]
 KEYS = [s.key for s in ALL]
 
 

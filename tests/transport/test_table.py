@@ -34,7 +34,7 @@ def key(i: int) -> SegmentKey:
 
 
 def segment(i: int, nbytes: int = 100, variant: str = "", block: int = 0, complete: bool = True) -> Segment:
-    refs = (BlockRef(BlockId(block), 1, nbytes, 0),)
+    refs = (BlockRef(BlockId(block), 1, nbytes, (0,)),)
     return Segment(key(i), 10, 0, refs, variant=variant, complete=complete)
 
 

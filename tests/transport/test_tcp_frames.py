@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transport.rigs import LocalOwner, make_lease, wait_for
-from transport import tcp
+from transport import frames, tcp, tcp_server
 from transport.arena import Arena
 from transport.types import Outcome
 
@@ -25,21 +25,21 @@ VALUES = st.recursive(
 )
 
 
-@given(st.binary(min_size=tcp.FRAME.size, max_size=tcp.FRAME.size))
+@given(st.binary(min_size=frames.FRAME.size, max_size=frames.FRAME.size))
 def test_any_header_is_refused_or_bounded(data: bytes) -> None:
     try:
-        kind, nbytes = tcp.decode_header(data)
-    except tcp.FrameError:
+        kind, nbytes = frames.decode_header(data)
+    except frames.FrameError:
         return
     assert kind in (1, 2, 3)
-    assert nbytes <= tcp.MAX_BODY
+    assert nbytes <= frames.MAX_BODY
 
 
 @given(st.binary(max_size=300) | VALUES.map(lambda v: msgpack.packb(v)))
 def test_any_body_is_a_map_or_refused(data: bytes) -> None:
     try:
-        body = tcp.decode_body(data)
-    except tcp.FrameError:
+        body = frames.decode_body(data)
+    except frames.FrameError:
         return
     assert all(isinstance(k, str) for k in body)
 
@@ -51,31 +51,34 @@ def test_any_body_is_a_map_or_refused(data: bytes) -> None:
             "token": SCALARS,
             "incarnation": SCALARS,
             "stride": SCALARS,
+            "start": SCALARS,
+            "stop": SCALARS,
             "blocks": VALUES | st.lists(st.lists(SCALARS, min_size=2, max_size=2), max_size=3),
         },
     )
 )
 def test_any_request_is_parsed_or_refused(body: dict[str, Any]) -> None:
     try:
-        request = tcp.parse_request(body)
-    except tcp.FrameError:
+        request = frames.parse_request(body)
+    except frames.FrameError:
         return
     assert request.blocks
+    assert 0 <= request.start <= request.stop <= request.stride
     assert all(0 <= x < 2**64 for pair in request.blocks for x in pair)
 
 
 @pytest.mark.parametrize(
     ("header", "why"),
     [
-        (struct.pack("<4sBBHI", b"HTTP", 1, 1, 0, 0), "not a relay_cluster peer"),
-        (struct.pack("<4sBBHI", tcp.MAGIC, 9, 1, 0, 0), "schema 9, ours is 1"),
-        (struct.pack("<4sBBHI", tcp.MAGIC, 1, 7, 0, 0), "unknown frame kind 7"),
-        (struct.pack("<4sBBHI", tcp.MAGIC, 1, 1, 0, 2**31), "exceeds the limit"),
+        (struct.pack("<4sBBHI", b"HTTP", 2, 1, 0, 0), "not a relay_cluster peer"),
+        (struct.pack("<4sBBHI", frames.MAGIC, 9, 1, 0, 0), "schema 9, ours is 2"),
+        (struct.pack("<4sBBHI", frames.MAGIC, 2, 7, 0, 0), "unknown frame kind 7"),
+        (struct.pack("<4sBBHI", frames.MAGIC, 2, 1, 0, 2**31), "exceeds the limit"),
     ],
 )
 def test_refusals_say_what_is_wrong(header: bytes, why: str) -> None:
-    with pytest.raises(tcp.FrameError, match=why):
-        tcp.decode_header(header)
+    with pytest.raises(frames.FrameError, match=why):
+        frames.decode_header(header)
 
 
 def test_msgpack_bombs_are_refused() -> None:
@@ -85,8 +88,8 @@ def test_msgpack_bombs_are_refused() -> None:
         b"\xc6\xff\xff\xff\xff",
         b"\x91" * 100_000,
     ):
-        with pytest.raises(tcp.FrameError, match="msgpack"):
-            tcp.decode_body(bomb)
+        with pytest.raises(frames.FrameError, match="msgpack"):
+            frames.decode_body(bomb)
 
 
 @pytest.fixture
@@ -97,7 +100,7 @@ def server() -> Iterator[LocalOwner]:
 
 
 def connect(server: LocalOwner) -> tuple[socket.socket, dict[str, Any]]:
-    address = tcp.decode_body(server.owner.addresses["tcp"])
+    address = frames.decode_body(server.owner.addresses["tcp"])
     return socket.create_connection((address["host"], address["port"]), timeout=5), address
 
 
@@ -121,10 +124,10 @@ def test_server_answers_garbage_with_a_refusal_and_lives(shared_server: LocalOwn
         with contextlib.suppress(OSError):  # refused and closed already
             sock.shutdown(socket.SHUT_WR)
         try:
-            kind, body = tcp.recv_frame(sock, time.monotonic() + 5)
+            kind, body = tcp_server.recv_frame(sock, time.monotonic() + 5)
         except ConnectionError:
             return  # less than a header, or a reset: closed without a word
-        assert (kind, body["code"]) == (tcp.KIND_REFUSED, "malformed")
+        assert (kind, body["code"]) == (frames.KIND_REFUSED, "malformed")
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +146,13 @@ def test_wrong_token_is_refused_and_disconnected(server: LocalOwner) -> None:
             "token": b"guess",
             "incarnation": 7,
             "stride": server.arena.stride,
+            "start": 0,
+            "stop": server.arena.stride,
             "blocks": [[refs[0].block, refs[0].generation]],
         }
-        sock.sendall(tcp.encode(tcp.KIND_READ, request))
-        kind, body = tcp.recv_frame(sock, time.monotonic() + 5)
-        assert (kind, body["code"]) == (tcp.KIND_REFUSED, "token")
+        sock.sendall(frames.encode(frames.KIND_READ, request))
+        kind, body = tcp_server.recv_frame(sock, time.monotonic() + 5)
+        assert (kind, body["code"]) == (frames.KIND_REFUSED, "token")
         assert sock.recv(1) == b""
     assert still_serves(server)
 
@@ -160,21 +165,23 @@ def test_owner_refuses_stale_generations_before_sending_a_byte(server: LocalOwne
             "token": address["token"],
             "incarnation": 7,
             "stride": server.arena.stride,
+            "start": 0,
+            "stop": server.arena.stride,
             "blocks": [[refs[0].block, refs[0].generation + 1]],
         }
         for _ in range(2):  # the connection stays good for the next request
-            sock.sendall(tcp.encode(tcp.KIND_READ, request))
-            kind, body = tcp.recv_frame(sock, time.monotonic() + 5)
-            assert (kind, body["code"]) == (tcp.KIND_REFUSED, "stale")
+            sock.sendall(frames.encode(frames.KIND_READ, request))
+            kind, body = tcp_server.recv_frame(sock, time.monotonic() + 5)
+            assert (kind, body["code"]) == (frames.KIND_REFUSED, "stale")
 
 
 def test_connections_are_bounded(server: LocalOwner) -> None:
-    socks = [connect(server)[0] for _ in range(tcp.MAX_CONNECTIONS)]
+    socks = [connect(server)[0] for _ in range(tcp_server.MAX_CONNECTIONS)]
     try:
         extra, _ = connect(server)
         with extra:
-            kind, body = tcp.recv_frame(extra, time.monotonic() + 5)
-            assert (kind, body["code"]) == (tcp.KIND_REFUSED, "busy")
+            kind, body = tcp_server.recv_frame(extra, time.monotonic() + 5)
+            assert (kind, body["code"]) == (frames.KIND_REFUSED, "busy")
     finally:
         for sock in socks:
             sock.close()
@@ -184,10 +191,10 @@ def test_connections_are_bounded(server: LocalOwner) -> None:
 def test_a_half_sent_request_is_dropped_after_its_deadline(
     server: LocalOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcp, "_FRAME_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(tcp_server, "_FRAME_TIMEOUT_S", 0.2)
     sock, _ = connect(server)
     with sock:
-        sock.sendall(tcp.MAGIC)
+        sock.sendall(frames.MAGIC)
         sock.settimeout(5)
         assert sock.recv(1) == b""
 
@@ -195,7 +202,7 @@ def test_a_half_sent_request_is_dropped_after_its_deadline(
 def test_kept_connections_survive_a_server_that_hung_up(
     server: LocalOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcp, "_IDLE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(tcp_server, "_IDLE_TIMEOUT_S", 0.05)
     arena = Arena(64 * 4096, 1000)
     reader = tcp.TcpTransport()
     reader.register(arena)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from transport.directory.local import LocalDirectory
+from transport.settings import TransportSettings
 from workers.desk import Desk, open_desk
 from workers.messages import Request
 from workers.model import LoadedModel, load_model
@@ -27,7 +28,12 @@ QUESTION = (
 def load() -> LoadedModel:
     """The embedded model with its own profile's checkpoint layer."""
     profile = load_profile(DEFAULT_MODEL, 30)
-    return load_model(DEFAULT_MODEL, checkpoint_layer=profile.checkpoint_layer, device="cpu")
+    return load_model(
+        DEFAULT_MODEL,
+        checkpoint_layer=profile.checkpoint_layer,
+        device="cpu",
+        layer_groups=TransportSettings().layer_groups,
+    )
 
 
 def desk(

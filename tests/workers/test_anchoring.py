@@ -35,7 +35,7 @@ from workers.anchors import Anchor, AnchorPool
 from workers.methods.base import RectifyPlan, Span, SpanPlan
 from workers.methods.kvcomm import KVComm
 from workers.segment import Piece, PromptTemplate
-from workers.store import Acquired, SegmentStore
+from workers.store import SegmentStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,9 +71,10 @@ class _Desk:
     def meet(self, seed: int, method: KVComm, tokens: int = 40) -> list[Anchor]:
         """Serve a prompt whose slot holds a known segment, computed in full; learn and share."""
         b = Bench(self.rig, self.anchoring.pool, tiny.tokens(17, 5), tiny.tokens(tokens, seed), [5, 6])
-        got = Acquired(hits={b.span.key: b.located}, pulled={b.span.key: b.pulled})  # type: ignore[dict-item]
         plan = RectifyPlan((SpanPlan(Span(0, 17)), SpanPlan(b.span), SpanPlan(Span(b.span.stop, len(b.ids)))))
-        matches = self.anchoring.match(method, TEMPLATE, [s.span for s in plan.spans], got)
+        assert b.span.key is not None  # it is relayed
+        hits, pulled = {b.span.key: b.located}, {b.span.key: b.pulled}
+        matches = self.anchoring.match(method, TEMPLATE, [s.span for s in plan.spans], hits, pulled)
         self.rig.model.set_attn_implementation("relay_cluster")
         new = self.anchoring.learn(method, plan, matches, self.rig.compute(b.ids))
         self.sync(method, new)
@@ -200,7 +201,7 @@ def test_a_packed_anchor_comes_back_and_leaves_nothing_old_behind(bits: int) -> 
     anchor = pool.learn(b.match(), b.dense(), 17, bits=bits, exact=False)
     packed = pack(anchor)
     assert packed.shape == (packed_nbytes(anchor),)
-    window = rig.layout.kv_numel * 4
+    window = rig.layout.window_nbytes
     raw = torch.full((-(-packed.shape[0] // window), rig.layout.block_nbytes), 255, dtype=torch.uint8)
     blocks = [rig.layout.views(r) for r in raw]
     write_packed(packed, blocks)

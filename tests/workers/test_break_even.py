@@ -43,7 +43,7 @@ def speeds(*, latency: float, bandwidth: float, per_flop: float, per_token: floa
 
 
 def located(tokens: int, node: str = "far", worker: str = "up") -> Located:
-    block = BlockRef(BlockId(0), 1, tokens * TOKEN_BYTES, 0)
+    block = BlockRef(BlockId(0), 1, tokens * TOKEN_BYTES, (0,))
     segment = Segment(SegmentKey("s", b"k"), tokens, 0, (block,))
     return Located(segment, Owner(WorkerId(worker), Incarnation(1), NodeId(node)))
 

@@ -71,7 +71,7 @@ def test_rows_that_join_from_a_checkpoint_repair_the_layers_of_the_band(family: 
     before, span, after = tiny.tokens(21, 1), tiny.tokens(40, 2), tiny.tokens(9, 3)
     located, pulled = rig.segment(before, span)
     for block in pulled.blocks:
-        block.kv[rig.checkpoint_layer :] = 3.0
+        block.kv.body[rig.checkpoint_layer :] = 3.0
     pieces = [(before, None), (span, (located, pulled)), (after, None)]
     spoilt, _ = rig.run(parse_method("naive"), pieces)
     repaired, prefill = rig.run(parse_method(f"context_mass:ratio=1+end={tiny.LAYERS}"), pieces)

@@ -239,7 +239,7 @@ def test_any_layer_serves_as_checkpoint(layer: int) -> None:
         span = Span(len(made["stage"]), len(ids) - 2, "a", next(iter(reference.upstream)))
         with torch.inference_mode():
             for block in (b for source in reference.upstream.values() for b in source.blocks):
-                block.kv[layer:] = 3.0
+                block.kv.body[layer:] = 3.0
         same = Prompt(ids, (Span(0, span.start), span, Span(span.stop, len(ids))))
         with lab.answers([same], 4) as answers:
             unchanged = lab.reference(answers[0], reference.upstream, 4)

@@ -65,7 +65,7 @@ def test_a_replayed_answer_has_the_kv_of_the_decoded_one(one: Desk) -> None:
         views = [agent.loaded.layout.views(one.arena.payload(b.block)) for b in segment.blocks]
         n = segment.num_tokens
         return (
-            torch.cat([v.kv for v in views], 3)[:, :, :, :n].clone(),
+            torch.cat([v.kv.body for v in views], 3)[:, :, :, :n].clone(),
             torch.cat([v.checkpoint for v in views])[:n].clone(),
             torch.cat([v.mass for v in views])[:n].clone(),
         )

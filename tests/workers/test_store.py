@@ -29,8 +29,9 @@ from transport.types import (
     Transfer,
     WorkerId,
 )
+from workers.fetching import Acquired, Fetching
 from workers.layout import BlockViews, KVLayout
-from workers.store import Acquired, SegmentStore
+from workers.store import SegmentStore
 
 LAYOUT = KVLayout(
     num_layers=1,
@@ -105,7 +106,7 @@ class Desk:
     def put(self, name: str, blocks: int = 1, value: float = 1.0, **options: Any) -> Segment:
         def fill(views: Sequence[BlockViews]) -> None:
             for v in views:
-                v.kv.fill_(value)
+                v.kv.body.fill_(value)
                 v.checkpoint.fill_(value)
                 v.mass.fill_(value)
 
@@ -143,8 +144,8 @@ class Cluster:
         assert self.directory.stats()["leases"] == 0
         for desk in self.desks:
             assert desk.used() == sum(len(s.blocks) for s in desk.store.segments())
-            assert not desk.store._pins
-            assert not desk.store._doomed
+            assert not desk.store.holding._pins
+            assert not desk.store.holding._doomed
 
 
 @pytest.fixture
@@ -254,12 +255,12 @@ def test_a_local_hit_with_other_blocks_is_stale(cluster: Cluster) -> None:
     a = cluster.desk("a")
     real = a.put("x")
     for held in (None, Segment(real.key, 4, 0, (), layout=LAYOUT.fingerprint)):
-        a.store._held = {} if held is None else {real.key: held}
+        a.store.holding._held = {} if held is None else {real.key: held}
         got = a.get("x")
         assert reasons(got) == {"x": "stale"}
         assert [t.outcome for _, t in got.transfers] == [Outcome.STALE]
         a.store.release(got)
-    a.store._held = {real.key: real}
+    a.store.holding._held = {real.key: real}
 
 
 def test_readers_and_writers_at_once(cluster: Cluster) -> None:
@@ -318,17 +319,23 @@ def test_nothing_leaks_when_acquire_breaks(cluster: Cluster, monkeypatch: pytest
     a.put("x", 2)
     a.put("y", 2)
     b.put("z")
-    pull, calls = b.transport.pull, []
+    pull, go_on = b.transport.pull, threading.Event()
+    seen: list[Acquired] = []
 
-    def interrupted(*args: Any, **options: Any) -> Transfer:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+    def slow(*args: Any, **options: Any) -> Transfer:
+        assert go_on.wait(10)
         return pull(*args, **options)
 
-    monkeypatch.setattr(b.transport, "pull", interrupted)
+    def interrupted(_: Any, got: Acquired, *, pipelined: bool) -> None:
+        seen.append(got)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(b.transport, "pull", slow)
+    monkeypatch.setattr(Fetching, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         b.get("z", "x", "y")
+    go_on.set()  # the pulls were in the middle of it
+    assert seen[0].settle(10)
     cluster.check()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from workers.kv_cache import CachePool, SequenceCache
 from workers.layout import KVLayout
 from workers.methods.base import ModelProfile, Span
 from workers.model import inverse_frequencies
-from workers.prefill import Prefill, PrefillModel, PulledSegment
+from workers.prefill import Prefill, PrefillModel
+from workers.pulled import PulledSegment
 from workers.segment import digest_tokens
+from workers.wire import WireFormat
 
 VOCAB = 99
 LAYERS = 6
@@ -75,6 +77,7 @@ class Rig:
     model: Any
     checkpoint_layer: int = 2
     block_tokens: int = 16
+    wire: WireFormat = "raw"
 
     def __post_init__(self) -> None:
         config = self.model.config
@@ -86,6 +89,7 @@ class Rig:
             dtype="float32",
             block_tokens=self.block_tokens,
             checkpoint_layer=self.checkpoint_layer,
+            wire=self.wire,
         )
         self.num_layers = config.num_hidden_layers
         self.engine = Engine(self.model)
@@ -131,7 +135,7 @@ class Rig:
         for i in range(self.layout.blocks_for(count)):
             views = self.layout.views(torch.zeros(self.layout.block_nbytes, dtype=torch.uint8))
             a, n = start + i * size, min(size, count - i * size)
-            views.kv[:, :, :, :n] = cache.kv[:, :, :, a : a + n]
+            views.kv.put(cache.kv[:, :, :, a : a + n])
             views.checkpoint[:n] = cache.checkpoint[a : a + n]
             views.mass[:n] = cache.mass[a : a + n]
             blocks.append(views)
@@ -161,9 +165,11 @@ class Rig:
         profile: ModelProfile | None = None,
         times: int = 1,
         masses: tuple[MassSpan, ...] = (),
+        more: Callable[[], None] | None = None,
     ) -> tuple[torch.Tensor, Prefill]:
         """Prefill a prompt of (ids, segment or None) pieces with `method`; returns (last logits, prefill).
-        Every part is computed `times` times; the mass of `masses` is recorded."""
+        Every part is computed `times` times; the mass of `masses` is recorded. `more` is called whenever
+        nothing can be computed before more layers arrive."""
         self.model.set_attn_implementation("relay_cluster")
         ids, spans, hits, pulled = [], [], {}, {}
         for piece_ids, source in pieces:
@@ -179,6 +185,10 @@ class Rig:
             {i: pulled[s.source.segment.key] for i, s in enumerate(plan.spans) if s.source is not None}
         )
         while not prefill.finished:
+            if not prefill.absorb():
+                assert more is not None  # or it would never end
+                more()
+                continue
             part = prefill.next_part(max_rows)
             results = [self.engine.step([part])[0] for _ in range(times)]
             prefill.done(part, results[-1])

@@ -32,7 +32,8 @@ from workers.kv_cache import CachePool, SequenceCache, copy_out
 from workers.layout import BlockViews, KVLayout
 from workers.methods import parse_reuse
 from workers.methods.base import ModelProfile, RectifyPlan, SpanPlan
-from workers.prefill import Prefill, PrefillModel, PulledSegment
+from workers.prefill import Prefill, PrefillModel
+from workers.pulled import PulledSegment
 from workers.sampling import Sampler
 from workers.scheduler import FailedEvent, FinishedEvent, StepLoop
 from workers.scheduler import Sequence as LoopSequence
@@ -297,7 +298,8 @@ class Lab:
         for span in relayed:
             assert span.key is not None  # only keyed spans are relayed
             source, count = upstream[span.key], len(span)
-            kv = torch.cat([b.kv for b in source.blocks], dim=3)[:, :, :, :count]
+            size = self.layout.block_tokens
+            kv = torch.cat([b.kv.take(size) for b in source.blocks], dim=3)[:, :, :, :count]
             inputs = self._layer_inputs(cache, span.start, prompt.tokens_of(span))
             deviations.append(
                 self._deviations(kv, source, cache.kv[:, :, :, span.start : span.stop], inputs, span.start)
