@@ -432,7 +432,9 @@ def judge(
     else:
         seen.hit = any(event.what == spec.kind for event in events)
     must_fail = seen.hit and trial.kind.pull_fails
-    seen.uncounted = bool(failed or must_fail) and not (fallbacks or seen.error or losses)
+    # What could not be published is told in the notes; a full arena may hit that instead of a pull.
+    told = fallbacks or seen.error or losses or any(reply.notes for reply in replies)
+    seen.uncounted = bool(failed or must_fail) and not told
     seen.detect_s = _detection(trial, hand, replies, events, losses)
     return seen
 
