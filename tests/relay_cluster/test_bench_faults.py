@@ -13,9 +13,10 @@ from typer.testing import CliRunner, Result
 
 from relay_cluster import cli
 from relay_cluster.bench.common import Document, check_document
+from relay_cluster.bench.fault_judge import Seen, judge
 from relay_cluster.bench.fault_kinds import HELD_MS, IN_PULL, KINDS, Stagehand, Trial
 from relay_cluster.bench.fault_rows import FaultRow, fault_table
-from relay_cluster.bench.faults import Campaign, FaultsSettings, Seen, draw_trials, judge, shares
+from relay_cluster.bench.faults import Campaign, FaultsSettings, draw_trials, shares
 from relay_cluster.bench.texts import load_tasks
 from transport.faults import ENDED, READ, FaultEvent
 from workers.messages import Fallback, Reply, StageTimes
@@ -81,12 +82,6 @@ def test_every_kind_is_armed_or_has_a_deed() -> None:
 # --- counting -----------------------------------------------------------------------------------------------
 
 
-def _hand(acted_at: float | None) -> Any:
-    hand = Stagehand.__new__(Stagehand)
-    hand.acted_at = acted_at
-    return hand
-
-
 def _trial(kind: str, stage: str = "before_lookup") -> Trial:
     first = draw_trials(replace(SETTINGS, trials=1), load_tasks([]), _words)[0]
     return replace(first, kind=KINDS[kind], stage=stage)
@@ -104,7 +99,7 @@ def _reply(*reasons: str, lookup_s: float = 0.0) -> Reply:
 
 
 def _seen(trial: Trial, acted_at: float | None, replies: Sequence[Reply], *events: FaultEvent) -> Seen:
-    return judge(Seen(), trial, _hand(acted_at), replies, events, losses=())
+    return judge(Seen(), trial, acted_at, replies, events, losses=())
 
 
 def test_a_failed_pull_with_its_fallback_is_in_order() -> None:
@@ -174,6 +169,14 @@ def test_rows_add_up_and_the_document_keeps_to_its_schema() -> None:
     assert document["schema"] == "relay.bench.faults/1"
     assert fault_table(rows).row_count == 3
     assert isinstance(rows[0], FaultRow)
+
+
+def test_what_could_not_be_published_is_told_in_the_notes() -> None:
+    """A full arena may meet a publication before it meets a pull."""
+    events = (FaultEvent(11.0, "arena_full"),)
+    assert _seen(_trial("arena_full"), 10.0, [_reply()], *events).uncounted
+    noted = replace(_reply(), notes=("the answer was not published (ArenaFull): no room",))
+    assert not _seen(_trial("arena_full"), 10.0, [noted], *events).uncounted
 
 
 # --- command line -------------------------------------------------------------------------------------------
