@@ -135,10 +135,33 @@ class WatchedCluster(Cluster):
         deadline = time.monotonic() + timeout_s
         while True:
             leases = int(self.directory_stats().get("leases", 0))
-            blocks = sum(_unaccounted(self.facts(name)) for name in self._members)
+            try:
+                blocks = sum(_unaccounted(self.facts(name)) for name in self._members)
+            except RayError:  # a late death; its blocks went with it
+                self.await_alive(timeout_s)
+                continue
             if (not leases and not blocks) or time.monotonic() > deadline:
                 return leases, blocks
             time.sleep(_POLL_S)
+
+    def reset(self, timeout_s: float) -> dict[WorkerId, int]:
+        """Let the next trial begin like the first: nothing armed and nothing published, so that it finds no
+        answers of which it could not be told who made them. Returns the workers' pids.
+
+        Raises:
+            DeadlineExceeded: a worker does not come back within `timeout_s` seconds.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            pids = self.await_alive(timeout_s)
+            try:
+                for worker in self._members:
+                    self.inject(worker, None)
+            except RayError as error:
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded(f"a worker keeps dying: {type(error).__name__}.") from error
+            else:
+                return pids
 
 
 def _unaccounted(facts: FaultFacts) -> int:

@@ -26,6 +26,7 @@ class Seen:
     hang: bool = False
     leases: int = 0
     blocks: int = 0
+    crashes: int = 0
     uncounted: bool = False
     fallbacks: Counter[str] = field(default_factory=Counter[str])
     error: str = ""
@@ -36,7 +37,7 @@ class Seen:
 
     @property
     def failed(self) -> bool:
-        return bool(self.wrong or self.hang or self.leases or self.blocks or self.uncounted)
+        return bool(self.wrong or self.hang or self.leases or self.blocks or self.crashes or self.uncounted)
 
 
 def fault_row(kind: str, found: Sequence[Seen]) -> FaultRow:
@@ -50,6 +51,7 @@ def fault_row(kind: str, found: Sequence[Seen]) -> FaultRow:
         hangs=sum(s.hang for s in found),
         leaked_leases=sum(s.leases for s in found),
         leaked_blocks=sum(s.blocks for s in found),
+        crashes=sum(s.crashes for s in found),
         uncounted=sum(s.uncounted for s in found),
         fallbacks=dict(sum((s.fallbacks for s in found), Counter[str]())),
         errors=dict(Counter(s.error for s in found if s.error)),

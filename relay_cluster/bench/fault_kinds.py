@@ -113,6 +113,7 @@ class Stagehand:
     Attributes:
         acted_at: time.monotonic() at which the fault was there; None until then.
         owner, target: workers of the upstream agent and of the reader, once they are known.
+        killed: pids of workers that it ended.
         trouble: why the fault could not be done.
     """
 
@@ -126,6 +127,7 @@ class Stagehand:
         self.acted_at: float | None = None
         self.owner: WorkerId | None = None
         self.target: WorkerId | None = None
+        self.killed: set[int] = set()
         self.trouble = ""
 
     def on_event(self, event: str, agent: str, *more: Any) -> None:
@@ -217,6 +219,10 @@ class Stagehand:
         self._stopped.append(pid)
         return send(pid, signals()["stop"])
 
+    def _kill(self, pid: int) -> float:
+        self.killed.add(pid)
+        return send(pid, signals()["kill"])
+
     def _owner_pid(self) -> int:
         """Of a process that may be stopped and then does not tell it itself."""
         assert self.owner is not None  # its agent has been started
@@ -226,7 +232,7 @@ class Stagehand:
         return self._cluster.worker_pid(self.owner)
 
     def _owner_kill(self) -> float:
-        return send(self._owner_pid(), signals()["kill"])
+        return self._kill(self._owner_pid())
 
     def _owner_stop(self) -> float:
         return self._stop(self._owner_pid())
@@ -234,16 +240,16 @@ class Stagehand:
     def _owner_restart(self) -> float:
         assert self.owner is not None  # its agent has answered
         pid = self._owner_pid()
-        at = send(pid, signals()["kill"])
+        at = self._kill(pid)
         self._cluster.await_life(self.owner, pid, _RESTART_TIMEOUT_S)
         return at
 
     def _upstream_kill(self) -> float:
-        return send(self._owner_pid(), signals()["kill"])
+        return self._kill(self._owner_pid())
 
     def _reader_kill(self) -> float:
         worker = self.target or self._cluster.worker_for(self._trial.reader)
-        return send(self._cluster.worker_pid(worker), signals()["kill"])
+        return self._kill(self._cluster.worker_pid(worker))
 
     def _shard_kill(self) -> float:
         pids = self._cluster.shard_pids()

@@ -22,6 +22,7 @@ class FaultRow:
         hangs: pipelines that neither ended nor failed within their deadline.
         leaked_leases: leases in the directory longer than their ttl after everything had ended.
         leaked_blocks: blocks of arenas, quarantined ones included, that no segment accounts for then.
+        crashes: workers that died although nobody killed them.
         uncounted: trials in which a pull failed, or was to fail, and neither a fallback, an error nor a retry
             says so.
         fallbacks: slots that were computed although their KV should have been there, by reason.
@@ -38,6 +39,7 @@ class FaultRow:
     hangs: int
     leaked_leases: int
     leaked_blocks: int
+    crashes: int
     uncounted: int
     fallbacks: dict[str, int]
     errors: dict[str, int]
@@ -50,8 +52,8 @@ def fault_table(rows: Sequence[FaultRow]) -> Table:
     """One line per kind."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("fault", style="bold", no_wrap=True)
-    names = ("trials", "hits", "wrong", "hangs", "leases", "blocks", "uncounted", "retries", "noticed", "max")
-    for name in names:
+    names = ("trials", "hits", "wrong", "hangs", "leases", "blocks", "crashes", "uncounted", "retries")
+    for name in (*names, "noticed", "max"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("fallbacks", overflow="fold")
     table.add_column("errors", overflow="fold")
@@ -61,7 +63,7 @@ def fault_table(rows: Sequence[FaultRow]) -> Table:
         counts = (row.trials, row.hits, row.wrong_outputs, row.hangs, row.leaked_leases, row.leaked_blocks)
         table.add_row(
             row.kind,
-            *(str(n) for n in (*counts, row.uncounted, row.retries)),
+            *(str(n) for n in (*counts, row.crashes, row.uncounted, row.retries)),
             _seconds(row.detect_s_p50),
             _seconds(row.detect_s_max),
             _counts(row.fallbacks),

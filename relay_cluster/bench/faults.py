@@ -279,6 +279,7 @@ class Campaign:
                 "hang": seen.hang,
                 "leases": seen.leases,
                 "blocks": seen.blocks,
+                "crashes": seen.crashes,
                 "uncounted": seen.uncounted,
                 "error": seen.error,
             }
@@ -306,6 +307,7 @@ def run_trial(cluster: WatchedCluster, room: CleanRoom, trial: Trial, settings: 
     seen = Seen()
     cluster.forget()
     hand = Stagehand(cluster, trial)
+    before = cluster.reset(_BACK_TIMEOUT_S)
     try:
         error = _run_pipeline(cluster, trial, hand, settings)
     except TimeoutError:
@@ -321,9 +323,8 @@ def run_trial(cluster: WatchedCluster, room: CleanRoom, trial: Trial, settings: 
         cluster.await_alive(_BACK_TIMEOUT_S)
         events = () if hand.target is None else cluster.facts(hand.target).events
         seen.leases, seen.blocks = cluster.rest(settings.lease_ttl_s + _REST_MARGIN_S)
-        # The next trial must not find this one's answers: it could not be told then who made them.
-        for worker in cluster.names:
-            cluster.inject(worker, None)
+        after = cluster.reset(_BACK_TIMEOUT_S)
+        seen.crashes = sum(after[w] != pid and pid not in hand.killed for w, pid in before.items())
     except (RelayError, RayError) as lost:
         log.error("trial %d: the cluster is not whole again: %s", trial.number, lost)  # noqa: TRY400
         seen.hang = True

@@ -105,8 +105,7 @@ def cluster(shared: WatchedCluster) -> Iterator[WatchedCluster]:
     yield shared
     shared.await_alive(120.0)
     assert shared.rest(15.0) == (0, 0), "leases or blocks were not given back"
-    for worker in shared.names:
-        shared.inject(worker, None)
+    shared.reset(120.0)
 
 
 # --- a short campaign ---------------------------------------------------------------------------------------
@@ -154,8 +153,7 @@ def _document(settings: FaultsSettings, campaign: Campaign) -> dict[str, Any]:
 def undisturbed(shared: WatchedCluster) -> Result:
     result = shared.run(PAIR, NOTES, method=EXHAUSTIVE, max_new_tokens=8)
     assert result["second"].relayed_tokens > 0, "without a relay there is nothing to lose"
-    for worker in shared.names:
-        shared.inject(worker, None)
+    shared.reset(120.0)
     return result
 
 
