@@ -52,7 +52,15 @@ from workers.settings import SamplingSettings
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 W0, W1 = WORKERS
-SETTINGS = FaultsSettings(seed=5, backends=("auto",), max_new_tokens=4)
+# Patient, or a busy machine would meet deadlines that no fault has made it meet.
+SETTINGS = FaultsSettings(
+    seed=5,
+    backends=("auto",),
+    max_new_tokens=4,
+    lease_ttl_s=4.0,
+    pull_timeout_s=3.0,
+    call_timeout_s=3.0,
+)
 NOTES = {"notes": QUESTION}
 PAIR = Pipeline(
     [
