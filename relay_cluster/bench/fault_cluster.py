@@ -22,6 +22,7 @@ from transport.directory.client import DirectoryClient
 from transport.errors import DeadlineExceeded, DirectoryUnavailable, WorkerLost
 from transport.faults import FaultSpec
 from transport.types import WorkerId
+from workers.actor import WorkerInfo
 from workers.faults import FaultFacts
 from workers.messages import Reply, Request
 
@@ -87,7 +88,8 @@ class WatchedCluster(Cluster):
 
     def worker_pid(self, worker: WorkerId) -> int:
         """Of its present life. Raises RayError where the worker does not answer."""
-        return ray.get(self._members[worker].handle.info.remote(), timeout=_CALL_TIMEOUT_S).pid
+        info: WorkerInfo = ray.get(self._members[worker].handle.info.remote(), timeout=_CALL_TIMEOUT_S)
+        return info.pid
 
     def shard_pids(self) -> list[int]:
         """Of all shards, in the order of their names. Raises RayError where one does not answer."""
