@@ -67,7 +67,7 @@ bench: model ## the quick form of every benchmark -> runs/bench-*.json, runs/ben
 lint: $(STAMP) ## style, types, import rules, shipped configs
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/relay check configs/
 

@@ -18,7 +18,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from relay_cluster import __version__, cli_bench_directory, cli_directory, cli_profile, cli_transfer, console
+from relay_cluster import (
+    __version__,
+    cli_bench_directory,
+    cli_directory,
+    cli_faults,
+    cli_profile,
+    cli_transfer,
+    console,
+)
 from relay_cluster.cli_common import (
     HELP,
     DebugOption,
@@ -54,6 +62,7 @@ app = typer.Typer(
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Models on this machine.")
 app.add_typer(model_app, name="model", context_settings=HELP)
 app.add_typer(cli_bench_directory.bench_app, name="bench", context_settings=HELP)
+cli_bench_directory.bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 cli_directory.add_to(app)
 cli_bench_directory.bench_app.command("transfer", epilog=cli_transfer.EPILOG)(cli_transfer.transfer)

@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ import xxhash
 
 from transport.errors import ArenaFull, ConfigError
 from transport.types import BlockId, BlockRef, Incarnation, Outcome
+
+if TYPE_CHECKING:
+    from transport.faults import Faults
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,7 @@ class Arena:
         self._is_cpu = self.device.type == "cpu"
         # A flat byte view of CPU memory: sockets read and write it without a copy.
         self._view = _bytes_of(self._buffer) if self._is_cpu else None
+        self.faults: Faults | None = None  # only ever set in test mode
         self._lock = threading.Lock()
         self._state = bytearray(self.num_blocks)
         self._generation = [1] * self.num_blocks
@@ -140,6 +144,8 @@ class Arena:
         """
         if n < 0:
             raise ValueError(f"allocate({n}): the number of blocks cannot be negative")
+        if self.faults is not None:
+            self.faults.before_allocate(n)
         with self._lock:
             if n > len(self._free):
                 raise ArenaFull(self._full_message(n))

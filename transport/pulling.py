@@ -78,7 +78,10 @@ def run_pull(
     ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
     try:
         _check_before(arena, lease, start, ends)
-        with closing(read(lease, into, start + timeout_s)) as reading:
+        reading = read(lease, into, start + timeout_s)
+        if arena.faults is not None:
+            reading = arena.faults.disturb(arena, lease, into, reading, deadline=start + timeout_s, ends=ends)
+        with closing(reading):
             for part in _verified(arena, lease, into, reading):
                 _check_lease(lease, ends)
                 if on_part is not None:
@@ -87,7 +90,7 @@ def run_pull(
     except ReadFailed as failed:
         outcome, detail = failed.outcome, failed.detail
         logger.warning("pull of %s over %s: %s: %s", segment.key, backend, outcome.value, detail)
-    return Transfer(
+    transfer = Transfer(
         source=lease.located.owner.worker,
         destination=lease.holder,
         backend=backend,
@@ -97,6 +100,9 @@ def run_pull(
         outcome=outcome,
         detail=detail,
     )
+    if arena.faults is not None:
+        arena.faults.ended(lease, transfer)
+    return transfer
 
 
 def time_out(arena: Arena, into: Sequence[BlockId], detail: str) -> ReadFailed:

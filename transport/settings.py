@@ -35,6 +35,46 @@ class SpillSettings:
     promote_timeout_s: Annotated[float, Gt(0)] = 2.0
 
 
+Probability = Annotated[float, Ge(0), Le(1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultSettings:
+    """Faults on purpose, refused unless the environment has RELAY_TEST_MODE=1; see `transport/faults.py`.
+
+    Attributes:
+        drop, hang, delay, corrupt, truncate, stale, lease_expiry: probability that a pull meets it.
+        arena_full: that an allocation of blocks fails.
+        disk_full: that a write to disk fails.
+        directory_drop, directory_delay: that a directory call is lost or late.
+        delay_ms: how late, in milliseconds.
+        seed: of the dice.
+    """
+
+    drop: Probability = 0.0
+    hang: Probability = 0.0
+    delay: Probability = 0.0
+    corrupt: Probability = 0.0
+    truncate: Probability = 0.0
+    stale: Probability = 0.0
+    lease_expiry: Probability = 0.0
+    arena_full: Probability = 0.0
+    disk_full: Probability = 0.0
+    directory_drop: Probability = 0.0
+    directory_delay: Probability = 0.0
+    delay_ms: Annotated[float, Ge(0)] = 200.0
+    seed: Annotated[int, Ge(0)] = 0
+
+    def probability(self, kind: str) -> float:
+        """Of the fault of that name; 0 for one that is only ever armed."""
+        return 0.0 if kind in ("delay_ms", "seed") else float(getattr(self, kind, 0.0))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything can happen."""
+        return any(self.probability(name) > 0 for name in self.__slots__)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportSettings:
     """How blocks are held and moved.
@@ -52,6 +92,7 @@ class TransportSettings:
         bind_host: address on which the tcp backend listens. "auto": loopback for a one-node cluster,
             otherwise the node's own address.
         spill: where evicted segments go.
+        faults: for tests only.
     """
 
     backend: Backend = "auto"
@@ -63,6 +104,7 @@ class TransportSettings:
     connect_timeout_s: Annotated[float, Gt(0)] = 3.0
     bind_host: str = "auto"
     spill: SpillSettings = field(default_factory=SpillSettings)
+    faults: FaultSettings = field(default_factory=FaultSettings)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -22,6 +22,10 @@ from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, SegmentKey, WorkerId
 from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck
 from workers.settings import DEFAULT_MODEL, WorkerSettings
+
+if TYPE_CHECKING:  # the driver handles these classes without loading torch
+    from transport.faults import FaultSpec
+    from workers.faults import FaultFacts
 
 log = logging.getLogger(__name__)
 
@@ -95,20 +99,26 @@ class Worker:
 
         from transport.auto import available_backends, make_transport
         from transport.directory.client import DirectoryClient
+        from transport.directory.faulty import worker_calls
+        from transport.faults import make_faults
         from workers.agent import AgentWorker
         from workers.promoting import OwnerCalls
         from workers.store import SegmentStore
 
         torch.set_num_threads(spec.settings.threads or os.cpu_count() or 1)
         self._spec = spec
+        self._faults = make_faults(spec.transport.faults)
         loaded, profile = _load(spec)
         node = NodeId(ray.util.get_node_ip_address())
         incarnation = Incarnation(time.time_ns())
         self._arena = _arena(spec, loaded.layout, incarnation, loaded.device)
+        self._arena.faults = self._faults
         self._transport = make_transport(spec.transport, worker=spec.worker, host=spec.host or node)
         self._transport.register(self._arena)
         owner = Owner(spec.worker, incarnation, node, self._transport.addresses())
-        self._directory = DirectoryClient(list(spec.directory_shards), spec.directory)
+        self._directory = DirectoryClient(
+            list(spec.directory_shards), spec.directory, calls=worker_calls(self._faults)
+        )
         spill = spec.transport.spill
         self._store = store = SegmentStore(
             owner,
@@ -215,6 +225,20 @@ class Worker:
             "arena": self._arena.stats(),
             "transport": self._transport.stats(),
         }
+
+    @ray.method(concurrency_group=CONTROL)
+    def inject(self, spec: FaultSpec | None) -> None:
+        """See workers.faults.inject; test mode only."""
+        from workers.faults import inject
+
+        inject(self._faults, spec, self._agent.store, self._arena, self._directory)
+
+    @ray.method(concurrency_group=CONTROL)
+    def fault_facts(self) -> FaultFacts:
+        """See workers.faults.fault_facts; test mode only."""
+        from workers.faults import fault_facts
+
+        return fault_facts(self._faults, self._agent.store, self._arena)
 
     @ray.method(concurrency_group=CONTROL)
     def close(self) -> None:

@@ -66,12 +66,13 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True)
 class SlotTransfer:
-    """A pull, and the slot that it was for."""
+    """A pull, and the slot that it was for. variant: names the context under which the segment was made."""
 
     slot: str
     key: SegmentKey
     source_node: NodeId
     transfer: Transfer
+    variant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,6 +282,12 @@ def fallbacks(turn: Turn) -> tuple[Fallback, ...]:
 def _transfers(turn: Turn) -> tuple[SlotTransfer, ...]:
     slots = {s.key: s.slot or "" for s in turn.prompt.spans if s.key is not None}
     return tuple(
-        SlotTransfer(slots[located.segment.key], located.segment.key, located.owner.node, transfer)
+        SlotTransfer(
+            slots[located.segment.key],
+            located.segment.key,
+            located.owner.node,
+            transfer,
+            located.segment.variant,
+        )
         for located, transfer in turn.acquired.transfers
     )

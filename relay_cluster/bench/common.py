@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from relay_cluster import __version__, console
 from relay_cluster.bench.directory_rows import DirectoryRow
+from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
 from transport.errors import ConfigError
@@ -176,9 +177,10 @@ ROWS: Mapping[str, type] = {
     "decay": DecayRow,
     "directory": DirectoryRow,
     "transfer": TransferRow,
+    "faults": FaultRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow
+Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow
 
 
 # --- document -----------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from rich.text import Text
 from relay_cluster import console
 from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, Row, TimingRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
+from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.transfer_rows import TransferRow
 
 Column = tuple[str, Callable[[Any], str]]
 
@@ -30,9 +32,17 @@ def _seconds(value: float | None) -> str:
 def _names(rows: Sequence[Row]) -> list[str]:
     """Methods by name; with their parameters where one name stands for several settings."""
     settings: dict[str, set[str]] = {}
-    for row in rows:
-        settings.setdefault(row.method, set()).add(row.params)
-    return [f"{r.method}:{r.params}" if len(settings[r.method]) > 1 else r.method for r in rows]
+    named = [_method(row) for row in rows]
+    for method, params in named:
+        settings.setdefault(method, set()).add(params)
+    return [f"{m}:{p}" if len(settings[m]) > 1 else m for m, p in named]
+
+
+def _method(row: Row) -> tuple[str, str]:
+    """(what the row is about, its parameters)"""
+    if isinstance(row, TransferRow):
+        return row.backend, row.path
+    return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
 
 
 _FIDELITY: tuple[Column, ...] = (
@@ -108,7 +118,7 @@ def _shape(row: Row) -> object:
     """Rows of one shape stand together."""
     if isinstance(row, TimingRow):
         return row.agent, row.span_tokens, row.spans
-    return row.spans if isinstance(row, FidelityRow) else row.method
+    return row.spans if isinstance(row, FidelityRow) else _method(row)[0]
 
 
 def show_document(document: Document, out: Console | None = None) -> None:
