@@ -11,9 +11,9 @@ own deadline; a timed-out read may still land later, so its destination is quara
 is destroyed; a failed peer stays failed until its metadata is removed and added again; a read of reused
 memory succeeds, so generation and checksum are verified after every read (in `pulling`).
 
-One trap is left: over tcp, an owner that was stopped (SIGSTOP, a paused VM) while a reader gave up may be
-aborted by UCX when it wakes ("Fatal: unexpected error: Endpoint timeout"). Readers that are merely killed do
-it no harm.
+One trap is left: over tcp, UCX ends the owner's process ("Fatal: unexpected error: Endpoint timeout") when it
+has something to send on a connection that has failed: sometimes when a reader gave up while the owner was
+stopped or its cable was out, and the owner then goes on. Readers that are merely killed do it no harm.
 
 This module does not know what a lease is worth, nor what the payload means.
 """
@@ -53,13 +53,16 @@ lock; steps let the deadline and other pulls have their turn, and are verified w
 STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
 
-# Keepalives notice a dead link in 4 s, below UCX_KEEPALIVE_INTERVAL (20 s); the sizes double tcp bandwidth.
+# UCX ends the *owner's* process ("Fatal: unexpected error: Endpoint timeout") when the kernel gives up one of
+# its connections: 4 s after a cable was pulled with keepalives of a second. Pulls have deadlines of their own,
+# so the kernel is told to be patient. CONN_NB: else the first word to a host that cannot be reached blocks
+# for 72 s, whatever the deadline. The sizes double tcp bandwidth.
 _UCX_DEFAULTS: Final = {
     "UCX_TCP_TX_SEG_SIZE": "64K",
     "UCX_TCP_RX_SEG_SIZE": "256K",
-    "UCX_TCP_KEEPIDLE": "1s",
-    "UCX_TCP_KEEPINTVL": "1s",
-    "UCX_TCP_KEEPCNT": "3",
+    "UCX_TCP_KEEPIDLE": "32000s",
+    "UCX_TCP_USER_TIMEOUT": "86400s",
+    "UCX_TCP_CONN_NB": "y",
 }
 _MODULES: Final = ("nixl_cu12", "nixl_cu13", "nixl")
 _SPINS: Final = 64  # polls without sleep: a small read is over by then

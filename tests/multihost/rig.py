@@ -127,10 +127,7 @@ class Host:
         """End every process of the host at once, and with them its network. Idempotent."""
         if self._first is None:
             raise ValueError("this process is on host 1 itself")
-        self._first.kill()  # takes the first process along, which takes all others along
-        self._first.wait(COMMAND_S)
-        if self._first.stdin is not None:
-            self._first.stdin.close()
+        _end(self._first)
 
 
 def _first_process(name: str) -> subprocess.Popen[str]:
@@ -149,6 +146,14 @@ def _first_process(name: str) -> subprocess.Popen[str]:
     return first
 
 
+def _end(first: subprocess.Popen[str]) -> None:
+    first.kill()  # takes its child along, the first process there, which takes all others along
+    first.wait(COMMAND_S)
+    for pipe in (first.stdin, first.stdout):
+        if pipe is not None:
+            pipe.close()
+
+
 def _child_of(process: subprocess.Popen[str]) -> int:
     (child,) = psutil.Process(process.pid).children()
     return child.pid
@@ -165,7 +170,7 @@ class Lan:
         self._stack = ExitStack()
         self.hosts: dict[int, Host] = {}
         self._switch = _first_process("switch")
-        self._stack.callback(self._switch.kill)
+        self._stack.callback(_end, self._switch)
         self._switch_pid = _child_of(self._switch)
         self._on_switch("ip", "link", "add", "br0", "type", "bridge", "forward_delay", "0")
         self._on_switch("ip", "link", "set", "br0", "up")
