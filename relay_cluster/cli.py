@@ -18,7 +18,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from relay_cluster import __version__, cli_profile, console
+from relay_cluster import __version__, cli_link, cli_profile, console
 from relay_cluster.cli_bench import bench_app
 from relay_cluster.cli_common import (
     HELP,
@@ -55,6 +55,7 @@ app = typer.Typer(
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Models on this machine.")
 app.add_typer(model_app, name="model", context_settings=HELP)
 app.add_typer(bench_app, name="bench", context_settings=HELP)
+bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 
 

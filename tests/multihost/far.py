@@ -15,7 +15,6 @@ from transport.auto import make_transport
 from transport.settings import TransportSettings
 from transport.types import Incarnation, NodeId, Owner, WorkerId
 
-
 _CLONE_NEWNS = 0x20000
 _MS_REC_PRIVATE = 0x4000 | 0x40000
 

@@ -47,7 +47,17 @@ ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
 }
 
-_UNSHARE = ("unshare", "--net", "--ipc", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc")
+_UNSHARE = (
+    "unshare",
+    "--net",
+    "--ipc",
+    "--uts",
+    "--pid",
+    "--mount",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+)
 _SETTLE = (
     # /sys shows the network of whoever mounted it, and UCX looks for its devices there.
     "mount -t sysfs sysfs /sys && mount -t tmpfs -o size=4g tmpfs /dev/shm && ip link set lo up"
@@ -295,12 +305,14 @@ class RayOnHosts:
 
     def nodes(self) -> set[str]:
         """Addresses of the nodes that Ray holds for alive."""
-        from ray._raylet import GcsClientOptions
         from ray._private.state import GlobalState
+        from ray._raylet import GcsClientOptions
 
         state = GlobalState()
         state._initialize_global_state(
-            GcsClientOptions.create(self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False)
+            GcsClientOptions.create(
+                self.address, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=False
+            )
         )
         try:
             return {n["NodeManagerAddress"] for n in state.node_table() if n["Alive"]}

@@ -157,9 +157,7 @@ class TestFaults:
         outcomes: list[Outcome] = []
 
         def pull() -> None:
-            outcomes.append(
-                reader.outcome(side, refs, timeout_s=TIMEOUT_S, on_part=lambda *_: begun.set())
-            )
+            outcomes.append(reader.outcome(side, refs, timeout_s=TIMEOUT_S, on_part=lambda *_: begun.set()))
 
         puller = threading.Thread(target=pull)
         puller.start()

@@ -42,7 +42,9 @@ def nodes(lan: Lan) -> Iterator[RayOnHosts]:
         yield nodes
 
 
-def _config(nodes: RayOnHosts, places: tuple[int, ...], backend: str = "auto", **changes: Any) -> ClusterConfig:
+def _config(
+    nodes: RayOnHosts, places: tuple[int, ...], backend: str = "auto", **changes: Any
+) -> ClusterConfig:
     """The shipped two-node file, for hosts by number and with less patience."""
     shipped = ClusterConfig.load(TWO_NODES).model_dump()
     shipped["nodes"] = [f"10.77.0.{number}" for number in places]
@@ -223,5 +225,3 @@ def test_the_host_of_the_directory_is_gone(lan: Lan, nodes: RayOnHosts) -> None:
     finally:
         ray.shutdown()
         lan.add(3)
-
-
