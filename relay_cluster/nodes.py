@@ -33,6 +33,6 @@ def _find(wanted: str, live: Sequence[dict[str, Any]]) -> dict[str, Any]:
             return node
     known = ", ".join(f"{n['NodeManagerAddress']} ({n['NodeManagerHostname']})" for n in live) or "none"
     raise ConfigError(
-        f'nodes: "{wanted}" is no live node of this Ray cluster (live: {known}), and no resource that one of '
-        "them offers. Start it with `ray start --address=HEAD:6379 --node-ip-address=...`, or correct `nodes`."
+        f'nodes: "{wanted}" is no live node of this Ray cluster (live: {known}), and no resource of one. '
+        "Start it with `ray start --address=HEAD:6379 --node-ip-address=...`, or correct `nodes`."
     )

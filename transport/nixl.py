@@ -54,7 +54,7 @@ STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
 
 # UCX ends the *owner's* process ("Fatal: unexpected error: Endpoint timeout") when the kernel gives up one of
-# its connections: 4 s after a cable was pulled with keepalives of a second. Pulls have deadlines of their own,
+# its connections: 4 s after a cable was pulled with keepalives of a second. Pulls have their own deadlines,
 # so the kernel is told to be patient. CONN_NB: else the first word to a host that cannot be reached blocks
 # for 72 s, whatever the deadline. The sizes double tcp bandwidth.
 _UCX_DEFAULTS: Final = {

@@ -15,7 +15,8 @@ import sys
 
 from tests.multihost.rig import TOOLS, WORLD_ENV, world_command
 
-COMMANDS = {"pytest": ["pytest", "-m", "multihost", "tests/multihost"], "bench": ["tests.multihost.shaped"]}
+FOLDER = "tests/multihost"
+COMMANDS = {"pytest": ["pytest", "-m", "multihost"], "bench": ["tests.multihost.shaped"]}
 
 
 def refusal() -> str:
@@ -33,6 +34,8 @@ def main() -> None:
         sys.exit(__doc__)
     if why := refusal():
         sys.exit(f"several hosts cannot be laid out here: {why}")
+    if name == "pytest" and not any(FOLDER in argument for argument in rest):
+        rest.append(FOLDER)
     os.environ[WORLD_ENV] = "1"
     command = world_command([sys.executable, "-m", *COMMANDS[name], *rest])
     os.execvp(command[0], command)

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -61,8 +61,8 @@ _UNSHARE = (
 _SETTLE = (
     # /sys shows the network of whoever mounted it, and UCX looks for its devices there.
     "mount -t sysfs sysfs /sys && mount -t tmpfs -o size=4g tmpfs /dev/shm && ip link set lo up"
-    # Names are looked up here or not at all: no name server can be reached, and every question would time out.
-    " && {{ echo 127.0.0.1 localhost; for i in 1 2 3 4; do echo {subnet}.$i host$i; done; }} > /dev/shm/.hosts"
+    # Names are looked up here or not at all: no name server can be reached, and questions would time out.
+    " && {{ echo 127.0.0.1 localhost; for i in 1 2 3; do echo {subnet}.$i host$i; done; }} > /dev/shm/.hosts"
     " && mount --bind /dev/shm/.hosts /etc/hosts && mount --bind /dev/null /etc/resolv.conf"
     " && hostname {name}"
 )
@@ -327,15 +327,11 @@ class RayOnHosts:
         """End the nodes. Those on other hosts may be gone already."""
         for process in reversed(self._started):
             family = [process]
-            try:
+            with suppress(psutil.NoSuchProcess):
                 family = [*psutil.Process(process.pid).children(recursive=True), process]
-            except psutil.NoSuchProcess:
-                pass
             for member in family:
-                try:
+                with suppress(psutil.NoSuchProcess):
                     member.kill()
-                except psutil.NoSuchProcess:
-                    pass
             process.wait(COMMAND_S)
         self._started.clear()
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The product on several hosts: agents that relay over a network, and hosts and cables that fail under them."""
+"""The product on several hosts: relays over a network, and hosts and cables that fail under them."""
 
 from __future__ import annotations
 
