@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Without it shared memory or process-to-process copies might cross what is meant to be a network.
     "UCX_TLS": "tcp",
+    # A node may take its time on a busy machine.
+    "RAY_raylet_start_wait_time_s": "120",
     # A dead host is noticed after about 5 s instead of 15 s.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -278,25 +280,28 @@ class RayOnHosts:
         try:
             for number in self._lan.hosts:
                 self.join(number)
-            self.wait_for_nodes(len(self._lan.hosts))
         except BaseException:
             self.close()
             raise
         return self
 
     def join(self, number: int) -> None:
-        """Start the node of a host."""
+        """Start the node of a host, and wait for it."""
         host = self._lan.hosts[number]
         head = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false", f"--temp-dir={self.folder}/ray"]
         how = head if number == 1 else [f"--address={self.address}"]
         command = [*_RAY, "start", *how, f"--node-ip-address={host.address}", f"--num-cpus={self._cpus}"]
         command += ["--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
         with (self.folder / f"host{number}.log").open("w") as log:
-            self._started.append(
-                host.start(*command, env=self._environment, stdout=log, stderr=log, cwd=self.folder)
-            )
-        if number == 1:
-            self.wait_for_nodes(1)
+            node = host.start(*command, env=self._environment, stdout=log, stderr=log, cwd=self.folder)
+        self._started.append(node)
+
+        def joined() -> bool:
+            if node.poll() is not None:
+                raise AssertionError(f"the node of host {number} did not come up:\n{self.log(number)}")
+            return host.address in self.nodes()
+
+        wait_until(joined, f"host {number} has joined", JOIN_S)
 
     def log(self, number: int) -> str:
         """What `ray start` said on a host."""
