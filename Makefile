@@ -22,7 +22,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv model demo bench test test-bench test-grid test-fast lint format clean
+.PHONY: help venv model demo bench test test-bench test-grid test-multihost test-fast lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -71,8 +71,8 @@ lint: $(STAMP) ## style, types, import rules, shipped configs
 	$(BIN)/lint-imports
 	$(BIN)/relay check configs/
 
-test: lint model ## lint and every test but the long ones of the two targets below
-	$(BIN)/python -m pytest -m "not grid and not bench" --durations=15
+test: lint model ## lint and every test but those of the three targets below
+	$(BIN)/python -m pytest -m "not grid and not bench and not multihost" --durations=15
 
 test-bench: model ## whole benchmark runs on small settings; minutes
 	$(BIN)/python -m pytest -m bench
@@ -80,8 +80,11 @@ test-bench: model ## whole benchmark runs on small settings; minutes
 test-grid: $(STAMP) ## the kernels' long grid under Triton's interpreter; minutes
 	$(BIN)/python -m pytest -m grid tests/workers
 
+test-multihost: model ## several hosts as network namespaces, with Ray over them (root, iproute2); minutes
+	$(BIN)/python -m tests.multihost pytest --durations=15
+
 test-fast: $(STAMP) ## tests without Ray, without the real model
-	$(BIN)/python -m pytest -m "not ray and not slow and not grid"
+	$(BIN)/python -m pytest -m "not ray and not slow and not grid and not multihost"
 
 format: $(STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(CODE)

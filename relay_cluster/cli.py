@@ -23,10 +23,12 @@ from relay_cluster import (
     cli_bench_directory,
     cli_directory,
     cli_faults,
+    cli_link,
     cli_profile,
     cli_transfer,
     console,
 )
+from relay_cluster.cli_bench import bench_app
 from relay_cluster.cli_common import (
     HELP,
     DebugOption,
@@ -61,11 +63,13 @@ app = typer.Typer(
 )
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Models on this machine.")
 app.add_typer(model_app, name="model", context_settings=HELP)
-app.add_typer(cli_bench_directory.bench_app, name="bench", context_settings=HELP)
-cli_bench_directory.bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
+app.add_typer(bench_app, name="bench", context_settings=HELP)
+bench_app.command("transfer", epilog=cli_transfer.EPILOG)(cli_transfer.transfer)
+bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_directory.directory)
+bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
+bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 cli_directory.add_to(app)
-cli_bench_directory.bench_app.command("transfer", epilog=cli_transfer.EPILOG)(cli_transfer.transfer)
 
 
 def main() -> None:
@@ -165,7 +169,7 @@ def run(
         max_new_tokens=max_new_tokens or config.sampling.max_new_tokens,
         seed=config.sampling.seed if seed is None else seed,
     )
-    _deliver(report, json_file, plot)
+    deliver(report, json_file, plot)
 
 
 def _run_rows(
@@ -186,7 +190,7 @@ def _run_rows(
     return RunReport.merge(reports)
 
 
-def _deliver(report: RunReport, json_file: Path | None, plot: Path | None) -> None:
+def deliver(report: RunReport, json_file: Path | None, plot: Path | None) -> None:
     """Tables on standard output, unless the JSON goes there; files where they were asked for."""
     if json_file and str(json_file) == "-":
         write_json(report.to_json(), json_file)

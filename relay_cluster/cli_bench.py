@@ -109,7 +109,7 @@ def ttft(
     sizes = int_list(span_tokens or ("256" if quick else "512,1024,2048"), "--span-tokens", at_least=16)
     counts = int_list(spans, "--spans", at_least=0)
     chosen = method_list(methods or (QUICK_METHODS if quick else None))
-    tasks = _prepare(data, json_file, plot, model)
+    tasks = prepare_tasks(data, json_file, plot, model)
     from relay_cluster.bench.ttft import TtftSettings, run_ttft
 
     settings = TtftSettings(
@@ -124,7 +124,7 @@ def ttft(
         threads=threads,
         transformers=not no_transformers,
     )
-    _deliver(run_ttft(settings, tasks), json_file, plot)
+    deliver(run_ttft(settings, tasks), json_file, plot)
 
 
 @bench_app.command(
@@ -172,7 +172,7 @@ def chain(
 
     chosen = method_list(methods or (QUICK_FEW_METHODS if quick else None))
     config = _cluster_config(ClusterConfig.load(cluster) if cluster else None, model, threads)
-    tasks = _prepare(data, json_file, plot, config.model)
+    tasks = prepare_tasks(data, json_file, plot, config.model)
     from relay_cluster.bench.chain import ChainSettings, run_chain
 
     settings = ChainSettings(
@@ -185,7 +185,7 @@ def chain(
         seed=seed,
         fidelity=not no_fidelity,
     )
-    _deliver(run_chain(settings, tasks, config), json_file, plot)
+    deliver(run_chain(settings, tasks, config), json_file, plot)
 
 
 def _cluster_config(given: ClusterConfig | None, model: str, threads: int) -> ClusterConfig:
@@ -248,7 +248,7 @@ def fidelity(
     if answers and no_greedy:
         raise ConfigError("--answers judges free-running answers, which --no-greedy leaves out")
     chosen = method_list(methods or (QUICK_FEW_METHODS if quick else None))
-    tasks = _prepare(data, json_file, plot, model)
+    tasks = prepare_tasks(data, json_file, plot, model)
     from relay_cluster.bench.fidelity import FidelitySettings, run_fidelity
 
     settings = FidelitySettings(
@@ -265,7 +265,7 @@ def fidelity(
         cases_cache=cases_cache,
         wire=wire,
     )
-    _deliver(run_fidelity(settings, tasks), json_file, plot)
+    deliver(run_fidelity(settings, tasks), json_file, plot)
 
 
 @bench_app.command(
@@ -308,7 +308,7 @@ def decay(
     from workers.methods import parse_reuse
 
     parse_reuse(method)
-    tasks = _prepare(data, json_file, plot, model)
+    tasks = prepare_tasks(data, json_file, plot, model)
     from relay_cluster.bench.decay import DecaySettings, run_decay
 
     settings = DecaySettings(
@@ -322,13 +322,13 @@ def decay(
         seed=seed,
         threads=threads,
     )
-    _deliver(run_decay(settings, tasks), json_file, plot)
+    deliver(run_decay(settings, tasks), json_file, plot)
 
 
 # --- what they share ----------------------------------------------------------------------------------------
 
 
-def _prepare(data: list[Path] | None, json_file: Path | None, plot: Path | None, model: str) -> Tasks:
+def prepare_tasks(data: list[Path] | None, json_file: Path | None, plot: Path | None, model: str) -> Tasks:
     """Everything that can go wrong before the first second is spent on measuring."""
     from relay_cluster.bench.texts import load_tasks
 
@@ -344,7 +344,7 @@ def _prepare(data: list[Path] | None, json_file: Path | None, plot: Path | None,
     return tasks
 
 
-def _deliver(document: Document, json_file: Path | None, plot: Path | None) -> None:
+def deliver(document: Document, json_file: Path | None, plot: Path | None) -> None:
     """Tables on standard output, unless the JSON goes there; files where they were asked for."""
     from relay_cluster.bench.common import write_document
     from relay_cluster.bench.show import show_document

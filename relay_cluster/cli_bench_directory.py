@@ -7,20 +7,18 @@ from typing import Annotated
 
 import typer
 
-from relay_cluster.cli_bench import _deliver, bench_app
+from relay_cluster.cli_bench import deliver
 from relay_cluster.cli_common import DebugOption, JsonOption, check_writable, command, examples
 
-
-@bench_app.command(
-    "directory",
-    epilog=examples(
-        "relay bench directory --quick",
-        "relay bench directory --segments 100000 --clients 4 --json runs/directory.json",
-        "relay bench directory --shards 2 --replicas 2 --plot runs/directory.png",
-    ),
+EPILOG = examples(
+    "relay bench directory --quick",
+    "relay bench directory --segments 100000 --clients 4 --json runs/directory.json",
+    "relay bench directory --shards 2 --replicas 2 --plot runs/directory.png",
 )
+
+
 @command
-def bench_directory(
+def directory(
     segments: Annotated[
         int | None, typer.Option("--segments", min=100, metavar="N", help="Copies in the directory [100000].")
     ] = None,
@@ -62,4 +60,4 @@ def bench_directory(
         seconds=seconds or (0.5 if quick else 3.0),
         seed=seed,
     )
-    _deliver(run_directory(settings), json_file, plot)
+    deliver(run_directory(settings), json_file, plot)

@@ -129,7 +129,7 @@ def profile(
         from workers.profiler import profile_model
 
         result = profile_model(loaded, tasks, settings, _spoken(progress))
-    _deliver(result, settings, loaded, tasks, (seed, quick), target, picture, json_file)
+    deliver(result, settings, loaded, tasks, (seed, quick), target, picture, json_file)
 
 
 def _settings(
@@ -183,7 +183,7 @@ def _spoken(bar: Progress) -> Progress:
     return say
 
 
-def _deliver(
+def deliver(
     result: ProfileResult,
     settings: ProfileSettings,
     loaded: LoadedModel,

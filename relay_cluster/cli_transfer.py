@@ -68,10 +68,10 @@ def transfer(
         settings = TransferSettings(
             backends=settings.backends, sizes=chosen, parts=parts, bytes_per_size=QUICK_BYTES
         )
-    _deliver(run_transfer(settings), json_file, plot)
+    deliver(run_transfer(settings), json_file, plot)
 
 
-def _deliver(document: Document, json_file: Path | None, plot: Path | None) -> None:
+def deliver(document: Document, json_file: Path | None, plot: Path | None) -> None:
     from relay_cluster.bench.common import write_document
     from relay_cluster.bench.transfer_plot import plot_transfer
 

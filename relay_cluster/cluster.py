@@ -37,6 +37,7 @@ from relay_cluster.doctor import this_machine
 from relay_cluster.executor import Executor, RunOptions, agent_report
 from relay_cluster.gate import Gate, QualitySettings
 from relay_cluster.links import choose_wire
+from relay_cluster.nodes import affinities
 from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
@@ -214,10 +215,11 @@ class Cluster:
             count = self.config.worker_count(len(agents))
             models = worker_models(agents, count, self.config.model)
             self._check_devices(count)
+            places = affinities(self.config.nodes) or [None]
             self._on_event("cluster", f"starting {count} workers ({', '.join(dict.fromkeys(models))})")
             self._choose_wire()
             for i, model in enumerate(models):
-                self._spawn(WorkerId(f"w{i}"), model, count)
+                self._spawn(WorkerId(f"w{i}"), model, count, places[i % len(places)])
             self._await_ready()
         views = [WorkerView(w, m.spec.model, alive=not m.lost) for w, m in self._members.items()]
         self._placed.update(place(agents, views))
@@ -235,7 +237,7 @@ class Cluster:
         if self.config.transport.wire == "auto" and chosen != "raw":
             self._wire_note = f"transport: keys and values travel as {chosen}, because {why}"
 
-    def _spawn(self, worker: WorkerId, model: str, count: int) -> None:
+    def _spawn(self, worker: WorkerId, model: str, count: int, place: Any) -> None:
         settings = self.config.worker
         spec = WorkerSpec(
             worker=worker,
@@ -258,6 +260,7 @@ class Cluster:
             num_cpus=min(1.0, cpus / (count + 1)),
             num_gpus=gpus,
             max_restarts=self.config.runtime.max_restarts,
+            scheduling_strategy=place,
         )
         self._members[worker] = _Member(spec, handle)
 

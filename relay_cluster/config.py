@@ -112,6 +112,8 @@ class ClusterConfig(BaseModel):
         name: for reports.
         workers: number of worker processes, or "auto": one per agent, up to 8.
         model: of agents and pipelines that name none.
+        nodes: Ray nodes that the workers are put on in turn, the first agent's worker on the first one:
+            addresses, host names, or custom resources that a node offers. Empty leaves it to Ray.
     """
 
     model_config = _STRICT
@@ -120,6 +122,7 @@ class ClusterConfig(BaseModel):
     description: str = ""
     workers: Annotated[int | Literal["auto"], BeforeValidator(_worker_count)] = "auto"
     model: str = DEFAULT_MODEL
+    nodes: list[str] = Field(default_factory=list)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)
     directory: DirectorySettings = Field(default_factory=DirectorySettings)
@@ -224,7 +227,7 @@ _FOLDERS: dict[str, Kind] = {"clusters": "cluster", "pipelines": "pipeline", "pr
 _TYPICAL: dict[Kind, frozenset[str]] = {
     "pipeline": frozenset({"agents", "inputs", "examples", "sampling"}),
     "profile": frozenset({"checkpoint_layer", "detection_layer", "end_layer", "num_layers", "first_tokens"}),
-    "cluster": frozenset({"workers", "worker", "transport", "directory", "ray", "runtime"}),
+    "cluster": frozenset({"workers", "nodes", "worker", "transport", "directory", "ray", "runtime"}),
 }
 
 

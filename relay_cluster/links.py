@@ -29,6 +29,7 @@ RAW_GBIT_S: Final = 8.0
 BF16_GBIT_S: Final = 4.0
 """From this one on half of float32's bytes are enough; below it, 8 bits."""
 _CHUNK: Final = 1 << 20
+_START_S: Final = 30.0  # what starting an actor may take on a busy node
 
 
 class Listener:
@@ -85,6 +86,31 @@ class Listener:
             self._done.set()
 
 
+def probe(sends: Any, receives: Any, *, timeout_s: float) -> float:
+    """Gbit/s from one node to another.
+
+    Args:
+        sends, receives: Ray scheduling strategies that name the nodes.
+        timeout_s: deadline of every step.
+
+    Raises:
+        TimeoutError: too slow for its deadline, or it does not work.
+    """
+    actor: Any = ray.remote(Listener)
+    sender, receiver = (actor.options(num_cpus=0, scheduling_strategy=s).remote() for s in (sends, receives))
+    try:
+        host, port = ray.get(receiver.open.remote(timeout_s), timeout=timeout_s + _START_S)
+        sending = sender.send.remote(host, port, timeout_s)
+        rate: float = ray.get(receiver.result.remote(timeout_s), timeout=timeout_s + _START_S)
+        ray.get(sending, timeout=timeout_s)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as fault:
+        raise TimeoutError(str(fault)) from fault
+    finally:
+        for handle in (sender, receiver):
+            ray.kill(handle)
+    return rate
+
+
 def measure_links(nodes: Sequence[str], *, timeout_s: float) -> dict[tuple[str, str], float]:
     """Gbit/s from every node to the next one around the ring.
 
@@ -95,25 +121,14 @@ def measure_links(nodes: Sequence[str], *, timeout_s: float) -> dict[tuple[str, 
     Raises:
         TimeoutError: a link was too slow for its deadline, or does not work.
     """
-    actor: Any = ray.remote(Listener)
-
-    def end(node: str) -> Any:
-        where = NodeAffinitySchedulingStrategy(node, soft=False)
-        return actor.options(num_cpus=0, scheduling_strategy=where).remote()
-
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     out: dict[tuple[str, str], float] = {}
-    for here, there in zip(nodes, [*nodes[1:], nodes[0]], strict=True):
-        sender, receiver = end(here), end(there)
+    for i, here in enumerate(nodes):
+        j = (i + 1) % len(nodes)
         try:
-            host, port = ray.get(receiver.open.remote(timeout_s), timeout=timeout_s + 30)
-            sending = sender.send.remote(host, port, timeout_s)
-            out[here, there] = ray.get(receiver.result.remote(timeout_s), timeout=timeout_s + 30)
-            ray.get(sending, timeout=timeout_s)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as fault:
-            raise TimeoutError(f"the link from node {here[:8]} to {there[:8]}: {fault}") from fault
-        finally:
-            for handle in (sender, receiver):
-                ray.kill(handle)
+            out[here, nodes[j]] = probe(places[i], places[j], timeout_s=timeout_s)
+        except TimeoutError as fault:
+            raise TimeoutError(f"the link from node {here[:8]} to {nodes[j][:8]}: {fault}") from fault
     return out
 
 

@@ -40,7 +40,6 @@ _NEEDS = {
         "NIXL is not installed",
     ),
     "ucx": (lambda: util.find_spec("ucxx") is not None, "ucxx is not installed"),
-    "multinode": (lambda: hasattr(os, "geteuid") and os.geteuid() == 0, "needs root for network namespaces"),
 }
 
 

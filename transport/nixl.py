@@ -11,9 +11,9 @@ own deadline; a timed-out read may still land later, so its destination is quara
 is destroyed; a failed peer stays failed until its metadata is removed and added again; a read of reused
 memory succeeds, so generation and checksum are verified after every read (in `pulling`).
 
-One trap is left: over tcp, an owner that was stopped (SIGSTOP, a paused VM) while a reader gave up may be
-aborted by UCX when it wakes ("Fatal: unexpected error: Endpoint timeout"). Readers that are merely killed do
-it no harm.
+One trap is left: over tcp, UCX ends the owner's process ("Fatal: unexpected error: Endpoint timeout") when it
+has something to send on a connection that has failed: sometimes when a reader gave up while the owner was
+stopped or its cable was out, and the owner then goes on. Readers that are merely killed do it no harm.
 
 This module does not know what a lease is worth, nor what the payload means.
 """

@@ -22,13 +22,16 @@ OWNER_POLL_US: Final = 10_000
 """Longest sleep of the owner agent's progress thread; traffic wakes it at once (4 KiB over tcp: 60-260 us at
 any value). Idle CPU of the owner's process, 2 cores, nixl-cu12 1.5.1: 0 us -> a full core, 100 and 1,000 us
 -> 1.7-2.3 % of a core, 10,000 us -> 0.7 %, 100,000 us -> 0.1 %."""
-# Keepalives notice a dead link in 4 s, below UCX_KEEPALIVE_INTERVAL (20 s); the sizes double tcp bandwidth.
+# UCX ends the *owner's* process ("Fatal: unexpected error: Endpoint timeout") when the kernel gives up one of
+# its connections: 4 s after a cable was pulled with keepalives of a second. Pulls have their own deadlines,
+# so the kernel is told to be patient. CONN_NB: else the first word to a host that cannot be reached blocks
+# for 72 s, whatever the deadline. The sizes double tcp bandwidth.
 _UCX_DEFAULTS: Final = {
     "UCX_TCP_TX_SEG_SIZE": "64K",
     "UCX_TCP_RX_SEG_SIZE": "256K",
-    "UCX_TCP_KEEPIDLE": "1s",
-    "UCX_TCP_KEEPINTVL": "1s",
-    "UCX_TCP_KEEPCNT": "3",
+    "UCX_TCP_KEEPIDLE": "32000s",
+    "UCX_TCP_USER_TIMEOUT": "86400s",
+    "UCX_TCP_CONN_NB": "y",
 }
 _MODULES: Final = ("nixl_cu12", "nixl_cu13", "nixl")
 INSTALL_HINT: Final = "install it with `pip install nixl-cu12` (or nixl-cu13 for CUDA 13)"

@@ -281,8 +281,17 @@ def _arena(spec: WorkerSpec, layout: Any, incarnation: Incarnation, device: Any)
     )
 
 
-def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: float, max_restarts: int) -> Any:
-    """Start the worker as a named Ray actor and return its handle (`info` answers when it is ready)."""
+def remote_worker(
+    spec: WorkerSpec,
+    *,
+    name: str,
+    num_cpus: float,
+    num_gpus: float,
+    max_restarts: int,
+    scheduling_strategy: Any = None,
+) -> Any:
+    """Start the worker as a named Ray actor and return its handle (`info` answers when it is ready).
+    scheduling_strategy: Ray's, for a certain node; None leaves it to Ray."""
     options: dict[str, Any] = {
         "name": name,
         "namespace": spec.namespace,
@@ -290,6 +299,7 @@ def remote_worker(spec: WorkerSpec, *, name: str, num_cpus: float, num_gpus: flo
         "num_gpus": num_gpus,
         "max_restarts": max_restarts,
         "max_concurrency": 2 * spec.settings.max_sequences + 4,
+        "scheduling_strategy": scheduling_strategy,
     }
     remote: Any = ray.remote  # its stubs do not know concurrency groups
     return remote(concurrency_groups={CONTROL: 4, PROMOTE: 2})(Worker).options(**options).remote(spec)

@@ -170,6 +170,44 @@ class DecayRow:
     segments: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRow:
+    """One method with a segment that comes over a network.
+
+    Attributes:
+        layer_groups: parts in which it comes.
+        bytes: of the segment; link_gb_s: rate of a plain connection, in 1e9 bytes per second.
+        samples: timed rounds.
+        ttft_s_median, ttft_s_min, ttft_s_max: with the segment at the other node.
+        near_ttft_s_median: with a segment of that length which the reader holds itself.
+        wire_s: bytes at the rate of the link.
+        over_bound: ttft_s_median / max(near_ttft_s_median, wire_s).
+        exposed_s, hidden_s: median time that the request waited for bytes, and in which they travelled
+            behind computing.
+        base_ttft_s_median: full prefill's; speedup: that / ttft_s_median.
+    """
+
+    method: str
+    params: str
+    layer_groups: int
+    backend: str
+    span_tokens: int
+    prompt_tokens: int
+    bytes: int
+    link_gb_s: float
+    samples: int
+    ttft_s_median: float
+    ttft_s_min: float
+    ttft_s_max: float
+    near_ttft_s_median: float
+    wire_s: float
+    over_bound: float
+    exposed_s: float
+    hidden_s: float
+    base_ttft_s_median: float
+    speedup: float
+
+
 ROWS: Mapping[str, type] = {
     "ttft": TimingRow,
     "chain": TimingRow,
@@ -178,9 +216,10 @@ ROWS: Mapping[str, type] = {
     "directory": DirectoryRow,
     "transfer": TransferRow,
     "faults": FaultRow,
+    "link": LinkRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow
+Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow | LinkRow
 
 
 # --- document -----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay_cluster import console
-from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, Row, TimingRow
+from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, LinkRow, Row, TimingRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.transfer_rows import TransferRow
@@ -87,11 +87,25 @@ _DECAY: tuple[Column, ...] = (
     ("evicted", lambda r: str(r.evicted)),
     ("held", lambda r: str(r.segments)),
 )
+_LINK: tuple[Column, ...] = (
+    ("groups", lambda r: str(r.layer_groups)),
+    ("over", lambda r: r.backend),
+    ("MB", lambda r: f"{r.bytes / 1e6:.1f}"),
+    ("GB/s", lambda r: f"{r.link_gb_s:.3f}"),
+    ("TTFT", lambda r: _seconds(r.ttft_s_median)),
+    ("near", lambda r: _seconds(r.near_ttft_s_median)),
+    ("wire", lambda r: _seconds(r.wire_s)),
+    ("of bound", lambda r: f"{r.over_bound:.2f}"),
+    ("waited", lambda r: _seconds(r.exposed_s)),
+    ("full prefill", lambda r: _seconds(r.base_ttft_s_median)),
+    ("speed-up", lambda r: f"{r.speedup:.2f}x"),
+)
 _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     TimingRow: _TIMING,
     FidelityRow: _FIDELITY,
     DecayRow: _DECAY,
     DirectoryRow: DIRECTORY_COLUMNS,
+    LinkRow: _LINK,
 }
 
 

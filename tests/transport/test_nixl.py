@@ -81,6 +81,6 @@ def test_address_survives_packing() -> None:
 
 def test_loading_sets_ucx_defaults_and_leaves_logging_alone() -> None:
     nixl.load_bindings()
-    assert os.environ["UCX_TCP_KEEPCNT"]
+    assert os.environ["UCX_TCP_USER_TIMEOUT"]
     assert logging.raiseExceptions
     assert logging.getLogger("nixl").handlers == []

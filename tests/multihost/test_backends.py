@@ -1,0 +1,179 @@
+"""The transport's conformance suite between two hosts, and what a cut cable and a dead host do to a pull."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
+
+import pytest
+
+from tests.multihost.far import FarOwner
+from tests.multihost.rig import Lan
+from tests.transport.conformance import BLOCK, BUDGET, PartsConformance, Reader, RemoteConformance
+from tests.transport.rigs import OwnerSide, wait_for
+from transport.auto import available_backends
+from transport.types import BlockId, Outcome
+
+BIG = 1 << 20
+PARTS = (BIG // 4, BIG // 4, BIG // 2)
+ENDED = (Outcome.TIMED_OUT, Outcome.PEER_GONE)
+TIMEOUT_S = 3.0
+SLACK_S = 4.0  # of a busy machine
+TRIES = 5
+
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(not works, reason=why))
+    for name, (works, why) in available_backends().items()
+    if name != "inprocess"
+]
+
+
+class _BetweenHosts:
+    """Owners live on host 2."""
+
+    backend: ClassVar[str]
+    lan: ClassVar[Lan]
+
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def _on_the_lan(cls, lan: Lan) -> None:
+        cls.lan = lan
+
+    @classmethod
+    def make_owner(
+        cls, budget: int = BUDGET, block_nbytes: int = BLOCK, parts: Sequence[int] = ()
+    ) -> OwnerSide:
+        return FarOwner(cls.lan.hosts[2], cls.backend, budget, block_nbytes, {}, parts)
+
+
+def _suites(name: str) -> dict[str, type]:
+    """Both suites for one backend."""
+    marks = [pytest.mark.skipif(not works, reason=why) for works, why in [available_backends()[name]]]
+    made: dict[str, type] = {}
+    for kind, suite in (("", RemoteConformance), ("Parts", PartsConformance)):
+        title = f"Test{name.title()}{kind}"
+        made[title] = type(
+            title, (_BetweenHosts, suite), {"backend": name, "pytestmark": marks, "__module__": __name__}
+        )
+    return made
+
+
+for _name in available_backends():
+    if _name != "inprocess":
+        globals().update(_suites(_name))
+
+
+@pytest.fixture
+def reader(backend: str) -> Iterator[Reader]:
+    reader = Reader(backend, 40 << 20, BIG, PARTS)
+    yield reader
+    reader.transport.close()
+    assert reader.arena.stats().quarantined == 0, "quarantined blocks were never released"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestFaults:
+    def _owner(self, lan: Lan, backend: str) -> FarOwner:
+        return FarOwner(lan.hosts[2], backend, 36 << 20, BIG, {}, PARTS)
+
+    def test_bytes_really_cross_the_network(self, lan: Lan, backend: str, reader: Reader) -> None:
+        side = self._owner(lan, backend)
+        try:
+            refs = side.publish(8, seed=1)
+            before = lan.received_bytes(1)
+            assert reader.outcome(side, refs) is Outcome.PULLED
+            assert lan.received_bytes(1) - before >= 8 * BIG
+        finally:
+            side.close()
+
+    def test_cable_cut_during_a_pull(self, lan: Lan, backend: str, reader: Reader) -> None:
+        """It ends by its deadline, nothing lands late in reused memory, and once the cable is in again pulls
+        work. From the same owner, unless UCX has ended its process (see `transport/nixl.py`)."""
+        side = self._owner(lan, backend)
+        try:
+            refs = side.publish(16, seed=1)
+            assert reader.outcome(side, refs) is Outcome.PULLED, "the peer is known, and the link works"
+            lan.shape("40mbit")  # 16 MiB take 3.4 s
+            handed: list[int] = []
+
+            def cut_after_the_first(part: int, _: list[BlockId]) -> None:
+                handed.append(part)
+                lan.cut(2)
+
+            start = time.monotonic()
+            outcome = reader.outcome(side, refs, timeout_s=TIMEOUT_S, on_part=cut_after_the_first)
+            assert outcome in ENDED
+            assert time.monotonic() - start < TIMEOUT_S + SLACK_S
+            assert handed == [0]
+            wait_for(lambda: reader.arena.stats().quarantined == 0, "the quarantine is released")
+            reuse = reader.arena.allocate(reader.arena.num_blocks)
+            for block in reuse:
+                reader.arena.payload(block).numpy()[:] = 7
+            lan.restore()
+            time.sleep(1.0)  # give a late write its chance
+            assert all((reader.arena.payload(b).numpy() == 7).all() for b in reuse)
+            reader.arena.free(reuse)
+            outcomes = self._until_pulled(reader, side, refs)
+            if backend != "tcp" and not side.process.is_alive():
+                assert set(outcomes) == {Outcome.PEER_GONE}
+                side.close()
+                side = self._owner(lan, backend)
+                outcomes = self._until_pulled(reader, side, side.publish(2, seed=2))
+            assert outcomes[-1] is Outcome.PULLED, outcomes
+        finally:
+            side.close()
+
+    def _until_pulled(self, reader: Reader, side: OwnerSide, refs: list) -> list[Outcome]:
+        """TCP waits longer and longer before it sends again: the first pull after a cut may be too early."""
+        outcomes: list[Outcome] = []
+        while len(outcomes) < TRIES and Outcome.PULLED not in outcomes:
+            outcomes.append(reader.outcome(side, refs, timeout_s=TIMEOUT_S))
+        return outcomes
+
+    def test_a_host_without_a_cable_costs_the_deadline_and_no_more(
+        self, lan: Lan, backend: str, reader: Reader
+    ) -> None:
+        side = self._owner(lan, backend)
+        try:
+            refs = side.publish(2, seed=1)
+            lan.cut(2)
+            start = time.monotonic()
+            assert reader.outcome(side, refs, timeout_s=TIMEOUT_S) in ENDED
+            assert time.monotonic() - start < TIMEOUT_S + SLACK_S
+            lan.restore()
+            assert self._until_pulled(reader, side, refs)[-1] is Outcome.PULLED
+        finally:
+            side.close()
+
+    def test_power_failure_during_a_pull(self, lan: Lan, backend: str, reader: Reader) -> None:
+        """Cable and process go together: nobody is left to say goodbye. Another owner on that host, later,
+        is a new peer."""
+        side = self._owner(lan, backend)
+        refs = side.publish(16, seed=1)
+        lan.shape("40mbit")
+        begun = threading.Event()
+        outcomes: list[Outcome] = []
+
+        def pull() -> None:
+            outcomes.append(reader.outcome(side, refs, timeout_s=TIMEOUT_S, on_part=lambda *_: begun.set()))
+
+        puller = threading.Thread(target=pull)
+        puller.start()
+        try:
+            assert begun.wait(TIMEOUT_S)
+            lan.cut(2)
+            side.kill()
+            puller.join(TIMEOUT_S + SLACK_S)
+            assert not puller.is_alive()
+            assert outcomes[0] in ENDED
+        finally:
+            puller.join(20)
+            lan.restore()
+            side.close()
+        other = self._owner(lan, backend)
+        try:
+            assert reader.outcome(other, other.publish(2, seed=2)) is Outcome.PULLED
+        finally:
+            other.close()
