@@ -34,8 +34,6 @@ from workers.messages import Reply, Request
 from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
-_PROBE_BYTES = 64 << 20
-_PROBES = 3
 _PROBE_TIMEOUT_S = 60.0
 _FAR, _NEAR = "far", "near"
 
