@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Without it shared memory or process-to-process copies might cross what is meant to be a network.
     "UCX_TLS": "tcp",
+    # Else Ray lets everything else on the machine go before its workers.
+    "RAY_worker_niceness": "0",
     # A node may take its time on a busy machine.
     "RAY_raylet_start_wait_time_s": "120",
     # A dead host is noticed after about 5 s instead of 15 s.
