@@ -11,7 +11,8 @@ import pytest
 
 from tests.multihost.far import FarOwner
 from tests.multihost.rig import Lan
-from tests.transport.conformance import BLOCK, BUDGET, PartsConformance, Reader, RemoteConformance
+from tests.transport.conformance import BLOCK, BUDGET, Reader, RemoteConformance
+from tests.transport.conformance_parts import PartsConformance
 from tests.transport.rigs import OwnerSide, wait_for
 from transport.auto import available_backends
 from transport.types import BlockId, Outcome
