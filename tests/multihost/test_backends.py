@@ -44,8 +44,9 @@ class _BetweenHosts:
 
     @classmethod
     def make_owner(
-        cls, budget: int = BUDGET, block_nbytes: int = BLOCK, parts: Sequence[int] = ()
+        cls, budget: int = BUDGET, block_nbytes: int = BLOCK, parts: Sequence[int] | None = None
     ) -> OwnerSide:
+        parts = cls.PARTS if parts is None else parts
         return FarOwner(cls.lan.hosts[2], cls.backend, budget, block_nbytes, {}, parts)
 
 
