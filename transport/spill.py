@@ -68,6 +68,7 @@ class Spill:
         settings: budgets and folder.
         worker, incarnation: whose.
         on_lost: told of segments that the spill gave up by itself; called from any thread, without a lock.
+        before_write: called with the bytes that are about to be written; may raise OSError (for tests).
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class Spill:
         worker: WorkerId,
         incarnation: Incarnation,
         on_lost: Callable[[Sequence[Segment]], None],
+        before_write: Callable[[int], None] = lambda _: None,
     ) -> None:
+        self._before_write = before_write
         self._settings = settings
         self._on_lost = on_lost
         self._entries: dict[SegmentKey, _Entry] = {}
@@ -295,6 +298,7 @@ class Spill:
                 lost.append(oldest.segment)
         self._tell(lost)
         try:
+            self._before_write(nbytes)
             path = self._folder.write(entry.segment, entry.payloads)
         except OSError as error:
             self._report(error)

@@ -55,7 +55,7 @@ class Spilling:
         self._arena = arena
         self._directory = directory
         self._on_lost = on_lost
-        self._spill = Spill(settings, owner.worker, owner.incarnation, self._lost)
+        self._spill = Spill(settings, owner.worker, owner.incarnation, self._lost, self._before_write)
         self._off = not settings.host_bytes and not settings.disk_bytes
 
     def get(self, key: SegmentKey) -> Segment | None:
@@ -160,6 +160,10 @@ class Spilling:
         if ref != replace(old, block=ref.block, generation=ref.generation):
             raise NotSpilled("damaged", f"what was block {old.block} has changed")
         return ref
+
+    def _before_write(self, nbytes: int) -> None:
+        if self._arena.faults is not None:
+            self._arena.faults.before_write(nbytes)
 
     def _lost(self, segments: Sequence[Segment]) -> None:
         for segment in segments:

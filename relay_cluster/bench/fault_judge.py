@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from relay_cluster.bench.common import median
 from relay_cluster.bench.fault_kinds import HELD_MS, IN_PULL, Trial
 from relay_cluster.bench.fault_rows import FaultRow
-from transport.faults import ENDED, READ, FaultEvent
+from transport.faults import ENDED, READ, FaultEvent, FaultKind
 from transport.types import Outcome
 from workers.messages import Fallback, Reply
 
@@ -91,8 +91,11 @@ def judge(
     else:
         seen.hit = any(event.what == spec.kind for event in events)
     must_fail = seen.hit and trial.kind.pull_fails
-    # What could not be published is told in the notes; a full arena may hit that instead of a pull.
-    told = fallbacks or seen.error or losses or any(reply.notes for reply in replies)
+    # A full arena may hit a publication instead of a pull, which is told in the notes.
+    noted = trial.kind.name == FaultKind.ARENA_FULL and any(
+        "ArenaFull" in n for r in replies for n in r.notes
+    )
+    told = fallbacks or seen.error or losses or noted
     seen.uncounted = bool(failed or must_fail) and not told
     seen.detect_s = _detection(trial, acted_at, replies, events, losses)
     return seen

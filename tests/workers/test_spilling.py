@@ -12,6 +12,7 @@ import pytest
 from tests.workers.stores import LAYOUT, Cluster, Desk, key, names, numbers, reasons
 from transport.directory.local import LocalDirectory
 from transport.errors import ArenaFull, DeadlineExceeded, DirectoryUnavailable, TransportError
+from transport.faults import TEST_MODE_ENV, FaultKind, Faults, FaultSpec
 from transport.types import Owner, Segment, SegmentKey
 
 
@@ -359,3 +360,19 @@ def test_many_readers_and_writers_over_all_tiers(cluster: Cluster) -> None:
         desk.flush()
         for tier in desk.stats()["tiers"].values():
             assert tier["bytes"] <= tier["budget_bytes"]
+
+
+def test_an_injected_full_disk_loses_segments_and_says_so(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`transport.faults` reaches the spill: what cannot be written is given up, counted, and never read."""
+    monkeypatch.setenv(TEST_MODE_ENV, "1")
+    a, b = cluster.desk("a", blocks=2, disk_blocks=8), cluster.desk("b")
+    a.arena.faults = Faults()
+    a.arena.faults.arm(FaultSpec(kind=FaultKind.DISK_FULL))
+    for name in ("1", "2", "3", "4"):
+        a.put(name)
+        a.flush()
+    assert a.stats()["lost"] == {"disk_error": 1}
+    assert b.misses("1") == {"1": "not_found"}
+    assert "2" in b.read("2")
