@@ -326,6 +326,10 @@ class Fetching:
         if pull.on_landed is not None:
             pull.on_landed()
 
+    def close(self) -> None:
+        """Begin no more pulls; those that run end by themselves. Idempotent."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     # -- giving back ---------------------------------------------------------------------------------------
 
     def release_bytes(self, got: Acquired) -> None:

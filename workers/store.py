@@ -250,5 +250,6 @@ class SegmentStore:
         return {**self.holding.stats(), "leases": self._fetching.leased}
 
     def close(self) -> None:
-        """See `Holding.close`."""
+        """Begin no more pulls, and forget what was spilled. Idempotent."""
+        self._fetching.close()
         self.holding.close()
