@@ -21,6 +21,7 @@ from rich.text import Text
 from relay_cluster import (
     __version__,
     cli_bench_directory,
+    cli_decode,
     cli_directory,
     cli_faults,
     cli_link,
@@ -65,6 +66,7 @@ model_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Mod
 app.add_typer(model_app, name="model", context_settings=HELP)
 app.add_typer(bench_app, name="bench", context_settings=HELP)
 bench_app.command("transfer", epilog=cli_transfer.EPILOG)(cli_transfer.transfer)
+bench_app.command("decode", epilog=cli_decode.EPILOG)(cli_decode.decode)
 bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_directory.directory)
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)

@@ -43,6 +43,27 @@ class PlainModel:
         return time.perf_counter() - begin, logits[0, -1].float()
 
     @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+        """Seconds that `model.generate` takes for `new_tokens` greedy tokens of each prompt, with prefill.
+
+        prompts: token ids, all of one length, so that nothing is padded.
+        """
+        device = self._model.device
+        ids = torch.tensor([list(prompt) for prompt in prompts], device=device)
+        _synchronise(device)
+        begin = time.perf_counter()
+        self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        _synchronise(device)
+        return time.perf_counter() - begin
+
+    @torch.inference_mode()
     def logits(self, token_ids: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
         """Logits before every token of `continuation` and after: [1 + continuation, vocab] float32."""
         ids = torch.tensor([[*token_ids, *continuation]], device=self._model.device)

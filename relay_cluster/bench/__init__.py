@@ -7,6 +7,7 @@
     cases.py      chains of agents whose answers are really decoded, for fidelity.py
     fidelity.py   distance from full prefill's answers
     decay.py      speed-up while novel queries keep arriving and the arena evicts
+    decode.py     tokens per second beside transformers
     directory.py  calls per second of the directory's shards, with many segments in them
     transfer.py   blocks between two processes, beside memcpy and a raw socket; transfer_*.py: its processes
     plots.py      pictures; show.py tables

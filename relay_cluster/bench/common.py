@@ -24,6 +24,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relay_cluster import __version__, console
+from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.transfer_rows import TransferRow
@@ -217,9 +218,10 @@ ROWS: Mapping[str, type] = {
     "transfer": TransferRow,
     "faults": FaultRow,
     "link": LinkRow,
+    "decode": DecodeRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow | LinkRow
+Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow | LinkRow | DecodeRow
 
 
 # --- document -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from relay_cluster import console
 from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, LinkRow, Row, TimingRow
+from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.transfer_rows import TransferRow
@@ -42,6 +43,8 @@ def _method(row: Row) -> tuple[str, str]:
     """(what the row is about, its parameters)"""
     if isinstance(row, TransferRow):
         return row.backend, row.path
+    if isinstance(row, DecodeRow):
+        return f"batch {row.batch}", ""
     return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
 
 
@@ -106,6 +109,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     DecayRow: _DECAY,
     DirectoryRow: DIRECTORY_COLUMNS,
     LinkRow: _LINK,
+    DecodeRow: DECODE_COLUMNS,
 }
 
 

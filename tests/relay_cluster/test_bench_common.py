@@ -279,8 +279,7 @@ def rows_of(name: str) -> list[Any]:
     ]
 
 
-# `transfer` shows its rows itself: see test_bench_transfer.py.
-@pytest.mark.parametrize("name", [name for name in common.ROWS if name != "transfer"])
+@pytest.mark.parametrize("name", ["ttft", "chain", "fidelity", "decay"])
 def test_every_document_has_a_table_and_a_picture(name: str, tmp_path: Path) -> None:
     from rich.console import Console
 
