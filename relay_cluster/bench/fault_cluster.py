@@ -26,6 +26,7 @@ from workers.actor import WorkerInfo
 from workers.faults import FaultFacts
 from workers.messages import Reply, Request
 
+_RESTART_TIMEOUT_S = 120.0  # of a worker: Ray, torch, the model, on a busy machine
 _CALL_TIMEOUT_S = 20.0
 _POLL_S = 0.05
 
@@ -140,7 +141,8 @@ class WatchedCluster(Cluster):
             try:
                 blocks = sum(_unaccounted(self.facts(name)) for name in self._members)
             except RayError:  # a late death; its blocks went with it
-                self.await_alive(timeout_s)
+                self.await_alive(_RESTART_TIMEOUT_S)
+                deadline = time.monotonic() + timeout_s
                 continue
             if (not leases and not blocks) or time.monotonic() > deadline:
                 return leases, blocks
