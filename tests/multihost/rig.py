@@ -197,6 +197,8 @@ class Lan:
         if host.init is not None:
             self._stack.callback(host.kill)
         port, inside = f"port{number}", str(host.init or os.getpid())
+        if f"{port}@" in self._on_switch("ip", "-br", "link"):
+            self._on_switch("ip", "link", "del", port)  # of the dead host, whose end goes a little later
         self._on_switch("ip", "link", "add", port, "type", "veth", "peer", "name", f"eth{number}")
         # Its end of the cable is made on the switch, and handed over by the number of a process there.
         self._on_switch("ip", "link", "set", f"eth{number}", "netns", inside)
@@ -216,16 +218,19 @@ class Lan:
         """Plug it in again."""
         self._on_switch("ip", "link", "set", f"port{number}", "up")
 
+    def _alive(self) -> list[int]:
+        return [number for number, host in self.hosts.items() if host.alive]
+
     def restore(self) -> None:
         """All cables in, all of them fast."""
-        for number in self.hosts:
+        for number in self._alive():
             self.mend(number)
             if "tbf" in self._on_switch("tc", "qdisc", "show", "dev", f"port{number}"):
                 self._on_switch("tc", "qdisc", "del", "dev", f"port{number}", "root")
 
     def shape(self, rate: str, *, burst: str = "256kb", queue: str = "20ms") -> None:
         """Limit what every host receives to `rate` ("1gbit"), with `burst` bytes and `queue` of waiting."""
-        for number in self.hosts:
+        for number in self._alive():
             self._on_switch(
                 *("tc", "qdisc", "replace", "dev", f"port{number}", "root", "tbf"),
                 *("rate", rate, "burst", burst, "latency", queue),
