@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from relay_cluster.bench.common import (
     BASE,
@@ -161,15 +162,17 @@ def link_rates(nodes: list[str]) -> list[float]:
         RelayError: no answer in time.
     """
     rates: list[float] = []
-    actor = ray.remote(_Probe)
-    ends = [actor.options(num_cpus=0, scheduling_strategy=place).remote() for place in affinities(nodes)]
+    actor: Any = ray.remote(_Probe)
+    ends: list[Any] = [
+        actor.options(num_cpus=0, scheduling_strategy=place).remote() for place in affinities(nodes)
+    ]
     try:
         host, port = ray.get(ends[1].where.remote(), timeout=_PROBE_TIMEOUT_S)
         for _ in range(_PROBES):
             received = ends[1].receive.remote()
             ray.get(ends[0].send.remote(host, port), timeout=2 * _PROBE_TIMEOUT_S)
             rates.append(_PROBE_BYTES / ray.get(received, timeout=_PROBE_TIMEOUT_S) / 1e9)
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise RelayError(
             f"the link between {nodes[0]} and {nodes[1]} could not be measured: {error}"
         ) from error
