@@ -171,7 +171,8 @@ def link_rates(nodes: list[str]) -> list[float]:
         for _ in range(_PROBES):
             received = ends[1].receive.remote()
             ray.get(ends[0].send.remote(host, port), timeout=2 * _PROBE_TIMEOUT_S)
-            rates.append(_PROBE_BYTES / ray.get(received, timeout=_PROBE_TIMEOUT_S) / 1e9)
+            took_s: float = ray.get([received], timeout=_PROBE_TIMEOUT_S)[0]
+            rates.append(_PROBE_BYTES / took_s / 1e9)
     except RayError as error:
         raise RelayError(
             f"the link between {nodes[0]} and {nodes[1]} could not be measured: {error}"
