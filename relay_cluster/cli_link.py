@@ -38,6 +38,7 @@ def link(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Choice of texts.")] = 0,
     json_file: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """Time to first token over the network between two nodes, against its bound and full prefill."""
@@ -47,10 +48,10 @@ def link(
     config = ClusterConfig.load(cluster)
     groups = int_list(layer_groups, "--layer-groups", at_least=1)
     chosen = method_list(methods)
-    tasks = _prepare(data, json_file, None, config.model)
+    tasks = _prepare(data, json_file, plot, config.model)
     from relay_cluster.bench.link import LinkSettings, run_link
 
     settings = LinkSettings(
         methods=chosen, span_tokens=span_tokens, layer_groups=groups, repeats=repeats, seed=seed
     )
-    _deliver(run_link(settings, tasks, config), json_file, None)
+    _deliver(run_link(settings, tasks, config), json_file, plot)
