@@ -38,6 +38,7 @@ def link(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Choice of texts.")] = 0,
     json_file: JsonOption = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """Time to first token over the network between two nodes, against its bound and full prefill."""

@@ -181,6 +181,24 @@ def _draw_decay(figure: Figure, rows: Rows) -> None:
     _tidy(axes)
 
 
+def _draw_link(figure: Figure, rows: Rows) -> None:
+    axes = figure.subplots()
+    names = [f"{row['method']}\n{row['layer_groups']} groups" for row in rows]
+    parts = (
+        ("ttft_s_median", "over the link"),
+        ("near_ttft_s_median", "segment held by the reader"),
+        ("wire_s", "bytes at the rate of a plain socket"),
+        ("base_ttft_s_median", "full_prefill"),
+    )
+    for n, (key, label) in enumerate(parts):
+        x = [at + 0.2 * n - 0.3 for at in range(len(rows))]
+        axes.bar(x, [row[key] for row in rows], width=0.18, color=_COLORS[n], label=label)
+    axes.set_xticks(range(len(rows)), names)
+    axes.set_ylabel("seconds to the first token", fontsize=9, color=_FAINT)
+    axes.legend(fontsize=8, frameon=False)
+    _tidy(axes)
+
+
 def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     for side in ("left", "bottom"):
@@ -194,6 +212,7 @@ _DRAW: Mapping[str, Callable[[Figure, Rows], None]] = {
     "fidelity": _draw_fidelity,
     "decay": _draw_decay,
     "directory": draw_directory,
+    "link": _draw_link,
 }
 _TITLES = {
     "ttft": "Time to first token at one worker",
@@ -201,4 +220,5 @@ _TITLES = {
     "fidelity": "Distance from full prefill's answers",
     "decay": "Speed-up while novel queries keep arriving",
     "directory": "Keys per second of the directory's shards, and the time of a call",
+    "link": "Time to first token where the segment comes over a network",
 }

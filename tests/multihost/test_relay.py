@@ -13,17 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from relay_cluster import Cluster, ClusterConfig
 from relay_cluster.cluster import Result
 from relay_cluster.report import AgentReport, RunReport
 from tests.e2e.conftest import PIPELINE, QUESTION
 from tests.multihost.rig import ROOT, Lan, RayOnHosts, wait_until
-from transport.directory.shard import create_shards
 from transport.errors import ConfigError
-from transport.types import WorkerId
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -33,7 +29,6 @@ PULL_TIMEOUT_S = 4.0
 SLACK_S = 60.0  # what a request may take beside its pulls on a busy machine
 SLOW = "24mbit"  # a segment of 6 MiB takes 2 s
 FAULTS = {"timed_out", "peer_gone", "lease_expired", "no_route"}
-MISSES = {"directory_down", "not_found"}
 
 
 @pytest.fixture(scope="module")
@@ -168,64 +163,3 @@ def test_cable_cut_during_a_pull(lan: Lan, nodes: RayOnHosts, backend: str) -> N
         assert _answers(result) == _answers(_exact(cluster, question))
         again = _until_pulled(cluster, question, backend)
         assert again["critic"].relayed_tokens > 0
-
-
-def test_the_owner_s_host_loses_power_during_a_pull(lan: Lan, nodes: RayOnHosts) -> None:
-    """Host 3 holds what host 1 pulls. Afterwards Ray starts its worker on another host, and all goes on."""
-    config = _config(nodes, (3, 1))
-    with Cluster(config, agents_hint=PIPELINE) as cluster:
-        question = f"{QUESTION} (power)"
-
-        def power_off() -> None:
-            lan.cut(3)
-            lan.hosts[3].kill()
-
-        sabotage = _Sabotage(lan, power_off)
-        began = time.monotonic()
-        result = _run(cluster, question, on_event=sabotage.on_event)
-        assert time.monotonic() - began < 2 * PULL_TIMEOUT_S + SLACK_S
-        assert sabotage.done.result(10) > 1 << 20
-        _assert_recomputed(result["critic"], FAULTS)
-        nodes.wait_for_nodes(2, 60)
-        lan.restore()
-        assert _answers(result) == _answers(_exact(cluster, question))
-        again = _run(cluster, f"{question} Again.")
-        assert cluster.workers[WorkerId("w0")].node != lan.hosts[3].address
-        assert again["critic"].relayed_tokens > 0
-        lan.add(3)
-        nodes.join(3)
-        nodes.wait_for_nodes(3)
-
-
-def test_the_host_of_the_directory_is_gone(lan: Lan, nodes: RayOnHosts) -> None:
-    """Its shards are misses until Ray has started them elsewhere and the owners have told them again."""
-    config = _config(nodes, (2, 1), directory={"shards": 2, "call_timeout_s": 1.0})
-    cluster = Cluster(config, agents_hint=PIPELINE)
-    ray.init(address=nodes.address, namespace=config.ray.namespace, log_to_driver=False)
-    try:
-        (third,) = [n["NodeID"] for n in ray.nodes() if n["NodeManagerAddress"] == lan.hosts[3].address]
-        where = NodeAffinitySchedulingStrategy(third, soft=True)
-        # The cluster takes shards of its names where they are there already.
-        create_shards(
-            config.directory,
-            prefix=f"relay-directory-{cluster._id}",
-            options={"scheduling_strategy": where},
-        )
-        with cluster:
-            question = f"{QUESTION} (directory)"
-            assert cluster.directory_stats()["shards_up"] == 2
-            lan.cut(3)
-            lan.hosts[3].kill()
-            began = time.monotonic()
-            result = _run(cluster, question)
-            assert time.monotonic() - began < SLACK_S
-            _assert_recomputed(result["critic"], MISSES)
-            assert _answers(result) == _answers(_exact(cluster, question))
-            wait_until(lambda: cluster.directory_stats().get("shards_up") == 2, "the shards are back", 90)
-            wait_until(lambda: cluster.directory_stats().get("owners") == 2, "owners are known", 30)
-            again = _run(cluster, f"{question} Again.")
-            assert again["critic"].relayed_tokens > 0
-            assert again["critic"].fallbacks == ()
-    finally:
-        ray.shutdown()
-        lan.add(3)

@@ -20,6 +20,7 @@ from relay_cluster.bench.common import (
     DecayRow,
     Document,
     FidelityRow,
+    LinkRow,
     TimingRow,
     check_document,
     common_prefix,
@@ -272,6 +273,10 @@ def rows_of(name: str) -> list[Any]:
             for s in ("single", "composite", "all")
             for m in ("full_prefill", "naive")
         ]
+    if name == "link":
+        numbers = {f.name: 1 if f.type == "int" else 0.5 for f in dataclasses.fields(LinkRow)}
+        said = {"method": "auto:fast", "params": "", "backend": "nixl"}
+        return [LinkRow(**{**numbers, **said, "layer_groups": groups}) for groups in (6, 1)]
     numbers = {f.name: 0.5 for f in dataclasses.fields(DecayRow)}
     return [
         DecayRow(**{**numbers, "method": "auto", "params": "", "queries": q, "evicted": 0, "segments": 3})
