@@ -123,6 +123,9 @@ class Loading:
             raise DeadlineExceeded(
                 f"request {turn.request.id}: a pull broke off, and the others did not end by its deadline."
             )
+        if turn.clock.submitted:  # what was computed meanwhile is as lost as if the bytes had been waited for
+            turn.acquired.pull_s += time.perf_counter() - turn.clock.submitted
+            turn.clock.submitted = 0.0
         log.warning(
             "a pull broke off while its first layers were in use: starting again without it",
             extra={"request": turn.request.id, "worker": self._worker},

@@ -137,6 +137,10 @@ def test_an_owner_lost_half_way_ends_in_the_answer_of_full_prefill(
     assert sorted(t.transfer.outcome for t in reply.transfers) == ["corrupt", "pulled"]
     assert [f.reason for f in reply.fallbacks] == ["corrupt"]
     assert two.agent.stats()["fallbacks"] == {"corrupt": 1}
+    # What was computed in vain is told as waiting for bytes.
+    total = sum(getattr(reply.stages, name) for name in reply.stages.__slots__)
+    assert total == pytest.approx(reply.ttft_s, rel=0.05, abs=0.01)
+    assert reply.stages.first_token_s < reply.stages.pull_s
     # The other segment was relayed all the same; beside it everything is as if the lost one had never been.
     assert len(reply.relayed_keys) == 1
     clean = two.agent.generate(replace(ask, id=f"{ask.id}-again", only_keys=reply.relayed_keys))
