@@ -1,6 +1,6 @@
 """What happens when a process dies: the answer of full prefill, in time, with the reason in the report.
 
-Most of it takes minutes, and the campaign (`test_fault_campaign.py`) has the same faults on one cluster.
+It takes minutes, and the campaign (`test_fault_campaign.py`) has the same faults on one cluster.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from workers.messages import Request
 from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 W0, W1 = WorkerId("w0"), WorkerId("w1")
 BACKENDS = [
@@ -50,7 +50,6 @@ def _nothing(_: int) -> None:
     """Tokens are not watched here."""
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(("backend", "variables"), BACKENDS)
 def test_the_owner_is_killed_in_the_middle_of_a_pull(backend: str, variables: dict[str, str]) -> None:
     with environment(**variables), Cluster(small_cluster(), agents_hint=PIPELINE) as cluster:
@@ -106,7 +105,6 @@ def test_without_nixl_the_same_pipeline_runs_over_tcp_with_the_same_tokens() -> 
     assert answers[0] == answers[1]
 
 
-@pytest.mark.long
 def test_a_worker_that_dies_under_its_request_is_replaced() -> None:
     with Cluster(small_cluster(), agents_hint=PIPELINE) as cluster:
         whole = cluster.run(PIPELINE, question=QUESTION, method="full_prefill", max_new_tokens=60)

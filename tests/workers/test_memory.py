@@ -92,6 +92,7 @@ def test_back_pressure_costs_no_answer(loaded: LoadedModel, in_full: tuple[int, 
     assert reply.token_ids == in_full
 
 
+@pytest.mark.long
 def test_without_room_to_land_the_answer_is_that_of_full_prefill(
     loaded: LoadedModel, in_full: tuple[int, ...]
 ) -> None:
@@ -120,6 +121,7 @@ def test_spilled_drafts_are_relayed_with_the_same_tokens(loaded: LoadedModel, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_disk_that_refuses_costs_hits_and_no_answer(
     loaded: LoadedModel, in_full: tuple[int, ...], tmp_path: Path
 ) -> None:
@@ -142,6 +144,7 @@ def test_a_disk_that_refuses_costs_hits_and_no_answer(
     assert reply.token_ids == in_full
 
 
+@pytest.mark.long
 def test_what_the_reader_has_relayed_is_evicted_first(loaded: LoadedModel) -> None:
     with workers(loaded, 6, 8) as (one, two):
         replies = []

@@ -100,6 +100,8 @@ def test_supported_families_load(family: str, tmp_path: Path) -> None:
         "dtype": "float32",
         "block_tokens": 16,
         "checkpoint_layer": 1,
+        "layer_groups": 1,
+        "wire": "raw",
     }
     assert (loaded.num_layers, loaded.max_context, loaded.dtype) == (2, 256, torch.float32)
     assert loaded.rotary_dim == (4 if family == "phi3 partial" else 8)

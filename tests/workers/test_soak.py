@@ -4,6 +4,7 @@ descriptor, no block, no lease, no file."""
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import threading
 from collections.abc import Callable
@@ -115,7 +116,9 @@ def soak(
 
 def compare(begin: Footprint, end: Footprint) -> None:
     assert end.rss - begin.rss < RSS_TOLERANCE, f"{(end.rss - begin.rss) >> 20} MiB more"
-    assert (end.descriptors, end.threads) == (begin.descriptors, begin.threads)
+    # UCX opens a descriptor or two when it likes; a leak would be one per cycle.
+    assert abs(end.descriptors - begin.descriptors) <= 4
+    assert end.threads == begin.threads
     assert (end.leases, end.quarantined) == (0, (0, 0))
     assert end.registered == begin.registered
     # What is held differs with where in its round a cycle ends, within what the budgets allow.
@@ -139,6 +142,13 @@ def test_two_thousand_cycles_leave_nothing_behind(backend: str, tmp_path: Path) 
     soak(backend, tmp_path, warm=200, cycles=2000)
 
 
+def _touched_pages(nbytes: int) -> mmap.mmap:
+    """Memory that the process has not had before, whatever its heap has free."""
+    pages = mmap.mmap(-1, nbytes)
+    pages.write(b"x" * nbytes)
+    return pages
+
+
 def test_the_soak_would_show_a_leak(tmp_path: Path) -> None:
     kept: list[object] = []
     with pytest.raises(AssertionError, match="MiB more"):
@@ -147,7 +157,5 @@ def test_the_soak_would_show_a_leak(tmp_path: Path) -> None:
             tmp_path,
             warm=50,
             cycles=150,
-            also=lambda desk: kept.append(
-                [desk.arena.payload(s.blocks[0].block).clone() for s in desk.store.segments()]
-            ),
+            also=lambda _: kept.append(_touched_pages(1 << 20)),
         )
