@@ -51,6 +51,7 @@ from workers.settings import SamplingSettings
 # Twice as many seconds as a busy machine of two cores was seen to need for the cluster and the campaign.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
+_LONG = pytest.mark.long
 W0, W1 = WORKERS
 # Patient, or a busy machine would meet deadlines that no fault has made it meet.
 SETTINGS = FaultsSettings(
@@ -120,7 +121,7 @@ def cluster(shared: WatchedCluster) -> Iterator[WatchedCluster]:
 
 
 def test_no_fault_makes_an_answer_wrong(shared: WatchedCluster, room: CleanRoom, tasks: Tasks) -> None:
-    """A trial of every fault that needs no new process; those follow below, and five more of vLLM's."""
+    """A trial of every fault that needs no new process; of those, some follow, the rest in `make test-long`."""
     kinds = tuple(name for name in KINDS if not name.endswith(("_kill", "_restart")))
     settings = replace(SETTINGS, trials=len(kinds), kinds=kinds)
     campaign = Campaign(settings)
@@ -173,10 +174,10 @@ def undisturbed(shared: WatchedCluster) -> Result:
     ("kind", "stage", "seed"),
     [
         pytest.param("upstream_kill", UPSTREAM_DECODE, 0, id="upstream worker while it decodes"),
-        pytest.param("owner_kill", IN_PULL, 0, id="upstream worker while it is read"),
-        pytest.param("reader_kill", READER_DECODE, 0, id="downstream worker while it decodes"),
+        pytest.param("owner_kill", IN_PULL, 0, id="upstream worker while it is read", marks=_LONG),
+        pytest.param("reader_kill", READER_DECODE, 0, id="downstream worker while it decodes", marks=_LONG),
         pytest.param("shard_kill", BEFORE_LOOKUP, 0, id="shard 0 before the lookup"),
-        pytest.param("shard_kill", PUBLISHING, 1, id="shard 1 while the upstream publishes"),
+        pytest.param("shard_kill", PUBLISHING, 1, id="shard 1 while the upstream publishes", marks=_LONG),
     ],
 )
 def test_after_sigkill_of_any_one_process_the_answer_is_the_one_without_the_fault(
@@ -301,14 +302,14 @@ def _owner_gone(relay: Relay) -> None:
 @pytest.mark.parametrize(
     ("case", "reasons"),
     [
-        (_unknown_reference, {"not_found"}),
-        (_out_of_range_blocks, {"stale"}),
-        (_consumed_reference_used_again, {"stale"}),
+        pytest.param(_unknown_reference, {"not_found"}, marks=_LONG),
+        pytest.param(_out_of_range_blocks, {"stale"}, marks=_LONG),
+        pytest.param(_consumed_reference_used_again, {"stale"}, marks=_LONG),
         (_stale_reference_to_the_blocks_of_another_prompt, {"stale"}),
-        (_lease_expiry, {"lease_expired"}),
-        (_receive_fails, {"peer_gone"}),
-        (_corrupt_payload, {"corrupt"}),
-        (_owner_gone, {"peer_gone"}),
+        pytest.param(_lease_expiry, {"lease_expired"}, marks=_LONG),
+        pytest.param(_receive_fails, {"peer_gone"}, marks=_LONG),
+        pytest.param(_corrupt_payload, {"corrupt"}, marks=_LONG),
+        pytest.param(_owner_gone, {"peer_gone"}, marks=_LONG),
     ],
 )
 def test_vllm_52234(cluster: WatchedCluster, case: Callable[[Relay], None], reasons: set[str]) -> None:
