@@ -121,7 +121,7 @@ def cluster(shared: WatchedCluster) -> Iterator[WatchedCluster]:
 
 
 def test_no_fault_makes_an_answer_wrong(shared: WatchedCluster, room: CleanRoom, tasks: Tasks) -> None:
-    """A trial of every fault that needs no new process; of those, some follow, the rest in `make test-long`."""
+    """A trial of every fault that needs no new process; some of those follow, others in `make test-long`."""
     kinds = tuple(name for name in KINDS if not name.endswith(("_kill", "_restart")))
     settings = replace(SETTINGS, trials=len(kinds), kinds=kinds)
     campaign = Campaign(settings)
