@@ -52,6 +52,7 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
     log = tmp_path / "stderr"
     command = [*RELAY, "--input", f"question={QUESTION}", "--max-new-tokens", "500"]

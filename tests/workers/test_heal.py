@@ -408,6 +408,7 @@ SOLVE = "Solve this problem.\n{question}"
 CHECK = "Solution:\n{solver}\nProblem:\n{question}\nIs the solution right?"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_real_model_answers_and_publishes_as_if_nothing_had_been_relayed(pair: tuple[Desk, Desk]) -> None:
     one, two = pair

@@ -251,6 +251,7 @@ def test_anchors_of_other_conversations_come_nearer_to_full_prefill_than_no_repa
     assert ours[:, 0].sum() < naive[:, 0].sum(), (ours[:, 0], naive[:, 0])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_prompt_that_was_seen_is_as_good_as_full_prefill(pair: tuple[Desk, Desk]) -> None:
     one, _ = pair
