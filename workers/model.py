@@ -144,13 +144,8 @@ def load_model(
         model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=number, use_safetensors=True)
     model = model.to(where).eval().requires_grad_(False)
     check_structure(model, layout)
-    space = space_of(
-        config,
-        weights=weights_digest(folder),
-        revision=revision,
-        layout=layout,
-        tenant=tenant,
-    )
+    weights = weights_digest(folder)
+    space = space_of(config, weights=weights, revision=revision, layout=layout, tenant=tenant)
     return LoadedModel(
         name=str(name_or_path),
         model=model,

@@ -292,7 +292,7 @@ class Conformance:
         verify = reader.arena.verify_part
 
         def late(*args: Any) -> Outcome:
-            while time.monotonic() <= ends:
+            while time.monotonic() <= ends:  # the reader sleeps, as the name says: by the lease's own clock
                 time.sleep(0.01)
             return verify(*args)
 
