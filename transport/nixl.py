@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -36,11 +37,6 @@ __all__ = ["INSTALL_HINT", "Address", "NixlTransport", "load_bindings", "probe"]
 
 logger = logging.getLogger(__name__)
 
-STEP_BYTES: Final = 4 << 20
-"""Bytes of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
-lock; steps let the deadline and other pulls have their turn."""
-DEPTH: Final = 8
-"""Transfers in flight: over tcp 2 MiB in all reach half the rate of a raw socket, 32 MiB nearly all of it."""
 STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
 
@@ -164,13 +160,14 @@ class NixlTransport:
 
     def _read_steps(self, posts: Posts, arena: Arena, lease: Lease, into: Sequence[BlockId]) -> Reading:
         """Several transfers at a time: while one is verified, the next ones travel."""
-        refs = lease.located.segment.blocks
-        steps = plan_steps(arena, len(into), STEP_BYTES, STEP_BLOCKS)
+        refs, pace = lease.located.segment.blocks, posts.peer.pace
+        steps = plan_steps(arena, len(into), pace.step_bytes, STEP_BLOCKS)
+        begin = time.monotonic()
         try:
             for step in steps:
                 part = slice(step.first, step.stop)
                 posts.start(step, refs[part], into[part], arena.part_range(step.part))
-                while posts.waiting and (len(posts.waiting) == DEPTH or posts.first_is_done()):
+                while posts.waiting and (posts.full or posts.first_is_done()):
                     if step is steps[-1] and len(posts.waiting) == 1:
                         break  # the very last one
                     yield posts.finish()
@@ -178,9 +175,12 @@ class NixlTransport:
                 yield posts.finish()
             if posts.waiting:
                 last = posts.finish()
+                landed = time.monotonic()
+                pace.learn(len(into) * arena.stride, landed - begin)
                 if last.part:  # the header came with part 0: is the block still the leased one?
                     posts.start(last, refs, into, (0, HEADER_NBYTES))
                     posts.finish()
+                    pace.round_trip_s = time.monotonic() - landed
                     check_headers(arena, lease, into)
                 yield last
         except posts.puller.faults as fault:
