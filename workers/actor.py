@@ -26,6 +26,7 @@ from workers.settings import DEFAULT_MODEL, WorkerSettings
 if TYPE_CHECKING:  # the driver handles these classes without loading torch
     from transport.faults import FaultSpec
     from workers.faults import FaultFacts
+    from workers.store import SegmentStore
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,11 @@ class Worker:
             block_nbytes=loaded.layout.block_nbytes,
             load_s=time.perf_counter() - begin,
         )
+
+    @property
+    def store(self) -> SegmentStore:
+        """For what runs in this process beside requests, such as a benchmark."""
+        return self._store
 
     @ray.method(concurrency_group=CONTROL)
     def info(self) -> WorkerInfo:
