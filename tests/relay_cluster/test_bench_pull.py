@@ -24,6 +24,6 @@ def test_pulls_are_timed_beside_calls() -> None:
     assert rows[1].bytes == 2 * rows[0].bytes > 0
     for row in rows:
         parts = row.lookup_s_p50 + row.lease_s_p50 + row.read_s_p50
-        assert 0 < parts
+        assert parts > 0
         assert max(row.lookup_s_p50, row.lease_s_p50, row.read_s_p50) < row.seconds_p90
         assert row.ratio == pytest.approx(row.seconds_p50 / row.call_s_p50)
