@@ -27,11 +27,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from transport.arena import HEADER_NBYTES, Arena
+from transport.backend import Backend
 from transport.errors import TransportError
 from transport.nixl_binding import INSTALL_HINT, load_bindings, make_agent, probe, register_arena
 from transport.nixl_puller import Address, Late, Posts, Puller
-from transport.pulling import OnPart, ReadFailed, Reading, check_headers, plan_steps, run_pull
-from transport.types import BlockId, Lease, Outcome, Transfer
+from transport.pulling import ReadFailed, Reading, check_headers, plan_steps
+from transport.types import BlockId, Lease, Outcome
 
 __all__ = ["INSTALL_HINT", "Address", "NixlTransport", "load_bindings", "probe"]
 
@@ -41,7 +42,7 @@ STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
 
 
-class NixlTransport:
+class NixlTransport(Backend):
     """One-sided reads through NIXL.
 
     Args:
@@ -54,26 +55,19 @@ class NixlTransport:
         self._worker = worker
         self._bind = load_bindings()
         self._lock = threading.Lock()
-        self._arena: Arena | None = None
         self._owner: Any = None
-        self._address = b""
+        self._packed = b""
         self._puller: Puller | None = None
         self._retiring: list[Puller] = []
         self._renewals = 0
         self._closed = False
 
-    def register(self, arena: Arena) -> None:
-        """Create both agents and register the arena with them.
-
-        Raises:
-            TransportError: UCX does not come up, or an arena is registered already.
-        """
-        if self._arena is not None:
-            raise TransportError("nixl: register() was called twice; use one transport per arena.")
+    def _start(self, arena: Arena) -> None:
+        """Create both agents and register the arena. Raises TransportError: UCX does not come up."""
         name = f"{self._worker}.{arena.incarnation}.owner"
         owner = make_agent(self._bind, name, progress=True)
         register_arena(self._bind, owner, arena)
-        self._address = Address(
+        self._packed = Address(
             agent=name,
             metadata=owner.getLocalMD(),
             base=arena.base_address(),
@@ -82,41 +76,12 @@ class NixlTransport:
             kind=arena.device.type,
             device=arena.device.index or 0,
         ).pack()
-        self._owner, self._arena = owner, arena
+        self._owner = owner
         self._puller = self._new_puller(arena)
 
-    def address(self) -> bytes:
-        """See `Address`.
-
-        Raises:
-            TransportError: no arena is registered.
-        """
-        if self._arena is None:
-            raise TransportError("nixl: address() before register(). Register the worker's arena first.")
-        return self._address
-
-    def pull(
-        self,
-        lease: Lease,
-        into: Sequence[BlockId],
-        *,
-        timeout_s: float,
-        lease_deadline: float | None = None,
-        on_part: OnPart | None = None,
-    ) -> Transfer:
-        """See `transport.base.Transport.pull`."""
-        if self._arena is None or self._closed:
-            raise TransportError("nixl: pull() before register() or after close().")
-        return run_pull(
-            self.name,
-            self._arena,
-            lease,
-            into,
-            self.read,
-            timeout_s=timeout_s,
-            lease_deadline=lease_deadline,
-            on_part=on_part,
-        )
+    def _address(self) -> bytes:
+        """See `Address`."""
+        return self._packed
 
     def stats(self) -> dict[str, int]:
         """renewals: puller agents replaced after a timeout; retiring: those not yet destroyed."""
@@ -136,10 +101,8 @@ class NixlTransport:
 
     def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
         """Read without verifying: see `transport.pulling.Read`."""
-        owner, arena = lease.located.owner, self._arena
-        raw = owner.addresses.get(self.name)
-        if raw is None or arena is None:
-            raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker} has no nixl address.")
+        owner = lease.located.owner
+        arena, raw = self._ends(lease)
         address = Address.unpack(raw)
         if address.stride != arena.stride:
             raise ReadFailed(Outcome.LAYOUT_MISMATCH, f"strides {address.stride} and {arena.stride} differ.")
