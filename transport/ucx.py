@@ -23,7 +23,7 @@ import numpy as np
 
 from transport.arena import Arena
 from transport.errors import TransportError
-from transport.frames import MAX_BLOCKS, FrameError, decode_body, encode_request, expect_data
+from transport.frames import MAX_BLOCKS, Asking, FrameError, decode_body, expect_data
 from transport.pulling import Landed, OnPart, ReadFailed, Reading, plan_steps, run_pull, time_out
 from transport.types import BlockId, Lease, Outcome, Transfer
 from transport.ucx_binding import Binding, close_endpoint, load_binding
@@ -150,7 +150,6 @@ class _Connection:
 class _Address:
     host: str
     port: int
-    token: bytes
 
 
 def _parse_address(data: bytes) -> _Address:
@@ -158,10 +157,10 @@ def _parse_address(data: bytes) -> _Address:
         body = decode_body(data)
     except FrameError as fault:
         raise ReadFailed(Outcome.NO_ROUTE, f"unreadable ucx address: {fault}") from fault
-    host, port, token = body.get("host"), body.get("port"), body.get("token")
-    if not isinstance(host, str) or not isinstance(port, int) or not isinstance(token, bytes):
-        raise ReadFailed(Outcome.NO_ROUTE, "a ucx address needs host, port and token.")
-    return _Address(host, port, token)
+    host, port = body.get("host"), body.get("port")
+    if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 1 << 16:
+        raise ReadFailed(Outcome.NO_ROUTE, "a ucx address needs host and port.")
+    return _Address(host, port)
 
 
 class UcxTransport:
@@ -198,14 +197,14 @@ class UcxTransport:
         self._arena = arena
 
     def address(self) -> bytes:
-        """Host, port and token as msgpack.
+        """Host and port as msgpack.
 
         Raises:
             TransportError: no arena is registered.
         """
         if self._server is None:
             raise TransportError("ucx: address() before register(). Register the worker's arena first.")
-        fields = {"host": self._advertise_host, "port": self._server.port, "token": self._server.token}
+        fields = {"host": self._advertise_host, "port": self._server.port}
         return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
 
     def pull(
@@ -266,25 +265,23 @@ class UcxTransport:
         self, arena: Arena, peer: _Address, lease: Lease, into: Sequence[BlockId], deadline: float
     ) -> Reading:
         """Two requests at a time: while one is copied and verified, the next one is answered."""
-        refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
         steps: list[Landed | None] = [*plan_steps(arena, len(into), _STEP_BYTES, MAX_BLOCKS)]
         if not steps:
             return
-        checks = [slice(at, at + MAX_BLOCKS) for at in range(0, len(refs), MAX_BLOCKS)]
+        checks = [(at, min(at + MAX_BLOCKS, len(into))) for at in range(0, len(into), MAX_BLOCKS)]
         if len(arena.parts) > 1:  # do the generations still hold after the last part?
             steps.extend(None for _ in checks)
+        asking = Asking(lease, arena)
         connection = self._take(peer)
         held_back: Landed | None = None
         whole = False
         try:
             for number, step in enumerate(steps):
-                blocks = slice(step.first, step.stop) if step else checks[number - len(steps)]
+                blocks = (step.first, step.stop) if step else checks[number - len(steps)]
                 start, stop = arena.part_range(step.part) if step else (0, 0)
                 ticket = connection.ticket()
-                frame = encode_request(
-                    peer.token, incarnation, arena, refs[blocks], start, stop, ticket=ticket
-                )
-                connection.ask(frame, ticket, step, len(refs[blocks]), stop - start)
+                frame = asking.encode(blocks, start, stop, ticket=ticket)
+                connection.ask(frame, ticket, step, blocks[1] - blocks[0], stop - start)
                 while len(connection.asked) > 1 or (connection.asked and number + 1 == len(steps)):
                     landed = _copy(arena, connection.finish(deadline), into)
                     if landed is None:

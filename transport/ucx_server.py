@@ -5,13 +5,12 @@ frame of `frames`), the answer goes back as one, and the bytes follow as tagged 
 arena. The thread polls while there is work and sleeps in epoll otherwise.
 
 UCX chooses the devices that it listens on by itself (UCX_NET_DEVICES), not by an address; what a stranger may
-read is bounded by the token.
+read is bounded by the token of a lease.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import select
 import threading
 import time
@@ -87,12 +86,10 @@ class UcxServer:
 
     Attributes:
         port: where readers connect.
-        token: what a reader must present.
     """
 
     def __init__(self, binding: Binding, arena: Arena) -> None:
         self._binding, self._arena = binding, arena
-        self.token = secrets.token_bytes(16)
         self._worker = binding.make_worker()
         self._connections: list[_Connection] = []
         self._closing = False
@@ -182,7 +179,7 @@ class UcxServer:
             raise FrameError("malformed", f"not a read request with a ticket (frame of kind {kind})")
         request = parse_request(body)
         try:
-            admit(request, self._arena, self.token)
+            admit(request, self._arena, int(time.monotonic() * 1e3))
         except FrameError as fault:
             if fault.code == "token":
                 raise
