@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from transport.arena import HEADER_NBYTES, Arena
 from transport.errors import TransportError
+from transport.hosts import is_loopback
 from transport.nixl_binding import INSTALL_HINT, load_bindings, make_agent, probe, register_arena
 from transport.nixl_puller import Address, Late, Posts, Puller
 from transport.pulling import OnPart, ReadFailed, Reading, check_headers, plan_steps, run_pull
@@ -50,12 +51,14 @@ class NixlTransport:
 
     Args:
         worker: name of this worker; part of the agents' names, with the arena's incarnation.
+        host: this node's address as peers see it. Loopback: nobody else can connect.
     """
 
     name = "nixl"
 
-    def __init__(self, worker: str = "worker") -> None:
+    def __init__(self, worker: str = "worker", host: str = "127.0.0.1") -> None:
         self._worker = worker
+        self._loopback = is_loopback(host)
         self._bind = load_bindings()
         self._lock = threading.Lock()
         self._arena: Arena | None = None
@@ -75,7 +78,7 @@ class NixlTransport:
         if self._arena is not None:
             raise TransportError("nixl: register() was called twice; use one transport per arena.")
         name = f"{self._worker}.{arena.incarnation}.owner"
-        owner = make_agent(self._bind, name, progress=True)
+        owner = make_agent(self._bind, name, progress=True, loopback=self._loopback)
         register_arena(self._bind, owner, arena)
         self._address = Address(
             agent=name,
@@ -212,7 +215,8 @@ class NixlTransport:
     # -- life of the puller ----------------------------------------------------------------------------
 
     def _new_puller(self, arena: Arena) -> Puller:
-        return Puller(self._bind, f"{self._worker}.{arena.incarnation}.pull{self._renewals}", arena)
+        name = f"{self._worker}.{arena.incarnation}.pull{self._renewals}"
+        return Puller(self._bind, name, arena, loopback=self._loopback)
 
     def _enter(self, arena: Arena) -> Puller:
         with self._lock:

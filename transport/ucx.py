@@ -24,6 +24,7 @@ import numpy as np
 from transport.arena import Arena
 from transport.errors import TransportError
 from transport.frames import MAX_BLOCKS, Asking, FrameError, decode_body, expect_data
+from transport.hosts import is_loopback
 from transport.pulling import Landed, OnPart, ReadFailed, Reading, plan_steps, run_pull, time_out
 from transport.types import BlockId, Lease, Outcome, Transfer
 from transport.ucx_binding import Binding, close_endpoint, load_binding
@@ -67,9 +68,9 @@ class _Connection:
         UCXError: the address cannot be used.
     """
 
-    def __init__(self, binding: Binding, host: str, port: int) -> None:
+    def __init__(self, binding: Binding, host: str, port: int, *, loopback: bool) -> None:
         self._binding = binding
-        self._worker = binding.make_worker()
+        self._worker = binding.make_worker(loopback=loopback)
         self._endpoint: Any = binding.api.UCXEndpoint.create(self._worker, host, port, True)
         # Apart from those of any other connection: see `UcxServer`.
         self._tickets = secrets.randbits(30) << 20
@@ -178,6 +179,7 @@ class UcxTransport:
     def __init__(self, advertise_host: str = "127.0.0.1") -> None:
         self._binding = load_binding()
         self._advertise_host = advertise_host
+        self._loopback = is_loopback(advertise_host)
         self._arena: Arena | None = None
         self._server: UcxServer | None = None
         self._lock = threading.Lock()
@@ -193,7 +195,7 @@ class UcxTransport:
         """
         if self._server is not None:
             raise TransportError("ucx: register() was called twice; use one transport per arena.")
-        self._server = UcxServer(self._binding, arena)
+        self._server = UcxServer(self._binding, arena, loopback=self._loopback)
         self._arena = arena
 
     def address(self) -> bytes:
@@ -302,7 +304,7 @@ class UcxTransport:
             kept = self._idle.get((peer.host, peer.port))
             if kept:
                 return kept.pop()
-        return _Connection(self._binding, peer.host, peer.port)
+        return _Connection(self._binding, peer.host, peer.port, loopback=self._loopback)
 
     def _put_back(self, connection: _Connection, peer: _Address, whole: bool) -> None:
         with self._lock:

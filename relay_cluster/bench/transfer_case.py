@@ -121,7 +121,7 @@ def _target(case: Case, size: int, ask: Callable[..., dict[str, Any]]) -> Iterat
     owner = Owner(WorkerId("owner"), Incarnation(answer["incarnation"]), NodeId("node"), addresses)
     refs = tuple(BlockRef(BlockId(b), g, n, tuple(c)) for b, g, n, c in answer["refs"])
     located = Located(Segment(KEY, 1, 0, refs), owner)
-    lease = Lease(LeaseId("bench"), located, READER, LEASE_S, base64.b64decode(answer["token"]))
+    lease = Lease(LeaseId("bench"), located, READER, LEASE_S, token=base64.b64decode(answer["token"]))
     try:
         yield _Target(transport, lease, arena.allocate(blocks))
     finally:

@@ -92,7 +92,7 @@ def test_answers_survive() -> None:
     found = {KEYS[n]: Located(segment(n), other if n == 3 else ME) for n in (0, 3, 4)}
     assert wire.unpack_located(through(wire.pack_located(found, KEYS)), KEYS) == found
     leases = {
-        k: Lease(LeaseId(f"a:1:{n}"), x, WorkerId("r"), 2.5, bytes([n]))
+        k: Lease(LeaseId(f"a:1:{n}"), x, WorkerId("r"), 2.5, token=bytes([n]))
         for n, (k, x) in enumerate(found.items())
     }
     packed = through(wire.pack_leases(leases, KEYS))

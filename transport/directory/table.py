@@ -197,8 +197,8 @@ class Table:
             if lease_id is None:
                 continue
             self._touch(copy, now)
-            located = Located(copy.segment, self._owners[copy.worker].owner)
-            out[key] = Lease(lease_id, located, holder, ttl_s, self._token(copy, holder, now, ttl_s))
+            token = self._token(copy, holder, now, ttl_s)
+            out[key] = Lease(lease_id, self._located(copy), holder, ttl_s, token=token)
         return out
 
     def renew(self, leases: Iterable[LeaseId], now: float, *, ttl_s: float) -> dict[LeaseId, bool]:
@@ -443,6 +443,9 @@ class Table:
             segment.variant,
             copy.worker,
         )
+
+    def _located(self, copy: _Copy) -> Located:
+        return Located(copy.segment, self._owners[copy.worker].owner)
 
     def _shown(self, copy: _Copy) -> Located:
         return Located(copy.segment, self._owners[copy.worker].shown)

@@ -336,7 +336,7 @@ def unpack_leases(value: Any, keys: Sequence[SegmentKey], holder: Any) -> dict[S
     found = unpack_located(located, keys)
     named = zip(*(array(fact, len(found)) for fact in facts), strict=True)
     return {
-        key: Lease(LeaseId(expect(i, str)), at, holder, expect(ttl_s, float), expect(token, bytes))
+        key: Lease(LeaseId(expect(i, str)), at, holder, expect(ttl_s, float), token=expect(token, bytes))
         for (key, at), (i, ttl_s, token) in zip(found.items(), named, strict=True)
     }
 
