@@ -242,6 +242,7 @@ class Cluster:
         spec = WorkerSpec(
             worker=worker,
             model=model,
+            tenant=self.config.tenant,
             settings=settings,
             transport=self._transport,
             directory=self.config.directory,

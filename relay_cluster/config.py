@@ -112,6 +112,8 @@ class ClusterConfig(BaseModel):
         name: for reports.
         workers: number of worker processes, or "auto": one per agent, up to 8.
         model: of agents and pipelines that name none.
+        tenant: whose data this cluster serves. Part of every key, so that clusters of two tenants never share
+            KV, even where they share models and directory.
         nodes: Ray nodes that the workers are put on in turn, the first agent's worker on the first one:
             addresses, host names, or custom resources that a node offers. Empty leaves it to Ray.
     """
@@ -122,6 +124,7 @@ class ClusterConfig(BaseModel):
     description: str = ""
     workers: Annotated[int | Literal["auto"], BeforeValidator(_worker_count)] = "auto"
     model: str = DEFAULT_MODEL
+    tenant: str = Field(default="default", min_length=1)
     nodes: list[str] = Field(default_factory=list)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)

@@ -32,6 +32,7 @@ import torch
 import xxhash
 
 from transport.errors import ArenaFull, ConfigError
+from transport.tokens import PullKey
 from transport.types import BlockId, BlockRef, Incarnation, Outcome
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ class Arena:
         incarnation: which life of the worker this is; written into every header. Default: now, in ns.
         parts: bytes of every part of the payload, in order; their sum is block_nbytes. Default: one part.
 
+    Attributes:
+        pull_key: secret of this life of the worker, with which tokens for its blocks are made.
+
     Raises:
         ConfigError: not even one block fits into the budget, or the parts do not make up a block.
     """
@@ -117,6 +121,7 @@ class Arena:
                 f"{block_nbytes}). Raise transport.arena_bytes or lower transport.block_tokens."
             )
         self.incarnation = Incarnation(time.time_ns() if incarnation is None else incarnation)
+        self.pull_key = PullKey.random()
         self.device = torch.device(device)
         self.nbytes = self.num_blocks * self.stride
         # Filled, so that the first transfers do not pay for page faults on both ends.

@@ -18,6 +18,7 @@ from typing import Final
 from transport.arena import Arena
 from transport.base import Transport
 from transport.errors import TransportError
+from transport.hosts import is_loopback
 from transport.inprocess import InProcessTransport
 from transport.nixl import INSTALL_HINT, NixlTransport
 from transport.nixl import probe as probe_nixl
@@ -56,7 +57,7 @@ def available_backends() -> dict[str, tuple[bool, str]]:
 
 
 def _make_nixl(s: TransportSettings, worker: str, host: str) -> Transport:
-    return NixlTransport(worker)
+    return NixlTransport(worker, host)
 
 
 def _make_ucx(s: TransportSettings, worker: str, host: str) -> Transport:
@@ -114,6 +115,9 @@ def make_transport(s: TransportSettings, *, worker: str = "worker", host: str = 
     backends: list[Transport] = []
     missing: dict[str, str] = {}
     for name in ("nixl", "ucx", "tcp"):
+        if name == "ucx" and is_loopback(host):
+            missing[name] = "its port would be open beyond this machine; only taken when it is asked for"
+            continue
         try:
             backends.append(make_backend(name, s, worker=worker, host=host))
         except TransportError as fault:

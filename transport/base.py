@@ -95,7 +95,8 @@ class KVDirectory(Protocol):
     DirectoryUnavailable."""
 
     def announce(self, owner: Owner) -> None:
-        """Heartbeat of an owner; a newer incarnation fences the older one and drops its segments."""
+        """Heartbeat of an owner; a newer incarnation fences the older one and drops its segments. It tells
+        the directory the owner's pull key and clock, with which tokens are made for its blocks."""
         ...
 
     def publish(self, owner: Owner, segments: Sequence[Segment]) -> None:
@@ -110,7 +111,7 @@ class KVDirectory(Protocol):
 
     def lookup(self, keys: Sequence[SegmentKey], *, near: WorkerId | None = None) -> Answers[Located]:
         """Find segments; prefers a copy held by `near`, then its node, then any. Never extends a lease,
-        and does not count as a use for LRU."""
+        and does not count as a use for LRU. Where their owners can be reached is told with leases only."""
         ...
 
     def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:

@@ -4,28 +4,41 @@ A frame is a fixed binary header, then a msgpack body of bounded size; there is 
 follow a DATA frame as they are. Everything here is pure: no sockets, no clock.
 
     reader                                    owner
-      READ token, blocks, byte range  ---->     may it be read? (`admit`)
+      READ token, what is leased, range ---->   may it be read? (`admit`)
                                       <----   DATA, then the range of every block; or REFUSED and why
 
-An empty byte range only asks whether the blocks still are the leased ones.
+Every request carries the whole lease, so that the owner need not remember who has shown which token: a kept
+connection has no rights of its own. An empty byte range only asks whether the blocks still are the leased
+ones.
 """
 
 from __future__ import annotations
 
-import hmac
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgpack
 
 from transport.arena import Arena
 from transport.pulling import ReadFailed
-from transport.types import BlockId, BlockRef, Outcome
+from transport.tokens import (
+    BLOCK_BYTES,
+    Claim,
+    TokenRefused,
+    check_token,
+    digest_of,
+    pack_blocks,
+    unpack_blocks,
+)
+from transport.types import BlockId, Lease, Outcome
 
-SCHEMA: Final = 2
-MAX_BODY: Final = 128 * 1024
+T = TypeVar("T")
+
+SCHEMA: Final = 3
+MAX_LEASED: Final = 32_768
+"""Blocks of one lease."""
+MAX_BODY: Final = MAX_LEASED * BLOCK_BYTES + 8 * 1024
 """Bytes of a msgpack body; both sides refuse a frame that announces more, before reading it."""
 MAX_BLOCKS: Final = 1024
 """Blocks of one request; a larger pull is several requests on one connection."""
@@ -38,7 +51,8 @@ _REFUSALS: Final = {
     "stale": Outcome.STALE,
     "incarnation": Outcome.STALE,
     "layout": Outcome.LAYOUT_MISMATCH,
-    "token": Outcome.PEER_GONE,
+    "token": Outcome.REFUSED,
+    "expired": Outcome.LEASE_EXPIRED,
     "busy": Outcome.PEER_GONE,
     "malformed": Outcome.PEER_GONE,
 }
@@ -54,11 +68,17 @@ class FrameError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """What a reader asks for: blocks as (index, generation), of one life of the owner, and of each the bytes
-    [start, stop) counted from its header on."""
+    """What a reader asks for.
+
+    Attributes:
+        token: of its lease; claim: what it says that the lease is of.
+        stride: bytes of a block with its header, as the reader expects them.
+        start, stop: bytes [start, stop) of each block, counted from its header on.
+        blocks: those that are asked for, as (index, generation); some of the leased ones, in their order.
+    """
 
     token: bytes
-    incarnation: int
+    claim: Claim
     stride: int
     start: int
     stop: int
@@ -100,10 +120,10 @@ def decode_body(data: bytes) -> dict[str, Any]:
             data,
             raw=False,
             strict_map_key=True,
-            max_array_len=MAX_BLOCKS,
+            max_array_len=16,
             max_map_len=16,
             max_str_len=1024,
-            max_bin_len=1024,
+            max_bin_len=MAX_LEASED * BLOCK_BYTES,
             max_ext_len=0,
         )
     except (ValueError, RecursionError, msgpack.UnpackException) as fault:
@@ -113,64 +133,99 @@ def decode_body(data: bytes) -> dict[str, Any]:
     return body
 
 
-def encode_request(
-    token: bytes,
-    incarnation: int,
-    arena: Arena,
-    refs: Sequence[BlockRef],
-    start: int,
-    stop: int,
-    **more: int,
-) -> bytes:
-    """A READ frame for bytes [start, stop) of blocks, into an arena of the same layout.
+class Asking:
+    """READ frames for one lease, into an arena of the same layout.
 
-    `more`: fields that a backend needs besides.
+    Raises:
+        ReadFailed: NO_ROUTE: a lease of more blocks than a frame can name.
     """
-    body = {
-        "token": token,
-        "incarnation": incarnation,
-        "stride": arena.stride,
-        "start": start,
-        "stop": stop,
-        "blocks": [[r.block, r.generation] for r in refs],
-        **more,
-    }
-    return encode(KIND_READ, body)
+
+    def __init__(self, lease: Lease, arena: Arena) -> None:
+        segment, owner = lease.located.segment, lease.located.owner
+        if len(segment.blocks) > MAX_LEASED:
+            raise ReadFailed(
+                Outcome.NO_ROUTE,
+                f"{len(segment.blocks)} blocks are too many for one request, which names {MAX_LEASED} at "
+                "most. Raise transport.block_tokens.",
+            )
+        try:
+            leased = pack_blocks(segment.blocks)
+        except ValueError as fault:
+            raise ReadFailed(Outcome.STALE, f"{owner.worker} has no such block: {fault}.") from fault
+        self._of_lease: dict[str, Any] = {
+            "token": lease.token,
+            "space": segment.key.space,
+            "digest": segment.key.digest,
+            "holder": lease.holder,
+            "incarnation": owner.incarnation,
+            "stride": arena.stride,
+            "leased": leased,
+        }
+
+    def encode(self, blocks: tuple[int, int], start: int, stop: int, **more: int) -> bytes:
+        """A READ frame for bytes [start, stop) of the leased blocks [blocks[0], blocks[1]).
+
+        `more`: fields that a backend needs besides.
+        """
+        body = {**self._of_lease, "first": blocks[0], "last": blocks[1], "start": start, "stop": stop, **more}
+        return encode(KIND_READ, body)
 
 
 def parse_request(body: dict[str, Any]) -> ReadRequest:
     """Check every field of a read request.
 
     Raises:
-        FrameError: a field is missing or of another type.
+        FrameError: a field is missing or of another type, or the range is not of what is leased.
     """
-    token, blocks = body.get("token"), body.get("blocks")
-    numbers = [body.get(name) for name in ("incarnation", "stride", "start", "stop")]
-    if not isinstance(token, bytes) or not all(is_count(n) for n in numbers):
-        raise FrameError("malformed", "a read request needs token, incarnation, stride, start and stop")
-    incarnation, stride, start, stop = (int(n or 0) for n in numbers)
+    token, digest, leased = (_field(body, name, bytes) for name in ("token", "digest", "leased"))
+    space, holder = (_field(body, name, str) for name in ("space", "holder"))
+    incarnation, stride, start, stop, first, last = (
+        _count(body, name) for name in ("incarnation", "stride", "start", "stop", "first", "last")
+    )
     if not start <= stop <= stride:
         raise FrameError("malformed", f"bytes {start} to {stop} are no range within {stride}")
-    if not isinstance(blocks, list) or not blocks:
-        raise FrameError("malformed", "a read request needs a list of blocks")
-    pairs: list[tuple[int, int]] = []
-    for pair in blocks:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(is_count(x) for x in pair)):
-            raise FrameError("malformed", "a block is a pair [index, generation]")
-        pairs.append((pair[0], pair[1]))
-    return ReadRequest(token, incarnation, stride, start, stop, tuple(pairs))
+    if len(leased) % BLOCK_BYTES or not first < last <= len(leased) // BLOCK_BYTES:
+        raise FrameError(
+            "malformed", f"blocks {first} to {last} are no range of a lease of {len(leased)} bytes"
+        )
+    if last - first > MAX_BLOCKS:
+        raise FrameError("malformed", f"{last - first} blocks of one request; the limit is {MAX_BLOCKS}")
+    blocks = tuple(unpack_blocks(leased[first * BLOCK_BYTES : last * BLOCK_BYTES]))
+    claim = Claim(incarnation, space, digest, holder, digest_of(leased))
+    return ReadRequest(token, claim, stride, start, stop, blocks)
 
 
-def admit(request: ReadRequest, arena: Arena, token: bytes) -> None:
+def _field(body: dict[str, Any], name: str, kind: type[T]) -> T:
+    value = body.get(name)
+    if not isinstance(value, kind):
+        raise FrameError("malformed", f"a read request needs {name}, as {kind.__name__}")
+    return value
+
+
+def _count(body: dict[str, Any], name: str) -> int:
+    value = body.get(name)
+    if not is_count(value):
+        raise FrameError("malformed", f"a read request needs {name}, a number of 0 or more")
+    return int(value or 0)
+
+
+def admit(request: ReadRequest, arena: Arena, now_ms: int) -> None:
     """Decide whether a request may be served.
 
+    Args:
+        now_ms: this process's monotonic clock.
+
     Raises:
-        FrameError: wrong token, incarnation, stride or generation.
+        FrameError: another incarnation, a token that is not good for this, another stride or generation.
     """
-    if not hmac.compare_digest(request.token, token):
-        raise FrameError("token", "wrong token: the reader's directory entry is not of this worker")
-    if request.incarnation != arena.incarnation:
-        raise FrameError("incarnation", f"this is incarnation {arena.incarnation}, not {request.incarnation}")
+    if request.claim.incarnation != arena.incarnation:
+        raise FrameError(
+            "incarnation", f"this is incarnation {arena.incarnation}, not {request.claim.incarnation}"
+        )
+    try:
+        check_token(arena.pull_key, request.claim, request.token, now_ms)
+    except TokenRefused as fault:
+        raise FrameError("expired" if fault.expired else "token", str(fault)) from fault
     if request.stride != arena.stride:
         raise FrameError("layout", f"blocks here are {arena.stride} bytes with header, not {request.stride}")
     for index, generation in request.blocks:

@@ -29,6 +29,7 @@ from typing import Any, Final
 from transport.arena import HEADER_NBYTES, Arena
 from transport.backend import Backend
 from transport.errors import TransportError
+from transport.hosts import is_loopback
 from transport.nixl_binding import INSTALL_HINT, load_bindings, make_agent, probe, register_arena
 from transport.nixl_puller import Address, Late, Posts, Puller
 from transport.pulling import ReadFailed, Reading, check_headers, plan_steps
@@ -47,12 +48,14 @@ class NixlTransport(Backend):
 
     Args:
         worker: name of this worker; part of the agents' names, with the arena's incarnation.
+        host: this node's address as peers see it. Loopback: nobody else can connect.
     """
 
     name = "nixl"
 
-    def __init__(self, worker: str = "worker") -> None:
+    def __init__(self, worker: str = "worker", host: str = "127.0.0.1") -> None:
         self._worker = worker
+        self._loopback = is_loopback(host)
         self._bind = load_bindings()
         self._lock = threading.Lock()
         self._owner: Any = None
@@ -65,7 +68,7 @@ class NixlTransport(Backend):
     def _start(self, arena: Arena) -> None:
         """Create both agents and register the arena. Raises TransportError: UCX does not come up."""
         name = f"{self._worker}.{arena.incarnation}.owner"
-        owner = make_agent(self._bind, name, progress=True)
+        owner = make_agent(self._bind, name, progress=True, loopback=self._loopback)
         register_arena(self._bind, owner, arena)
         self._packed = Address(
             agent=name,
@@ -175,7 +178,8 @@ class NixlTransport(Backend):
     # -- life of the puller ----------------------------------------------------------------------------
 
     def _new_puller(self, arena: Arena) -> Puller:
-        return Puller(self._bind, f"{self._worker}.{arena.incarnation}.pull{self._renewals}", arena)
+        name = f"{self._worker}.{arena.incarnation}.pull{self._renewals}"
+        return Puller(self._bind, name, arena, loopback=self._loopback)
 
     def _enter(self, arena: Arena) -> Puller:
         with self._lock:

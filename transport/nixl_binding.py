@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from transport.arena import Arena
 from transport.errors import TransportError
+from transport.hosts import LOOPBACK_DEVICE
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,17 @@ def binding_faults(bind: Any) -> tuple[type[BaseException], ...]:
     return (*own, RuntimeError, ValueError)
 
 
-def make_agent(bind: Any, name: str, *, progress: bool) -> Any:
+def make_agent(bind: Any, name: str, *, progress: bool, loopback: bool = True) -> Any:
+    """An agent with its UCX backend.
+
+    Args:
+        progress: it serves reads.
+        loopback: listen where only this machine can connect; else UCX listens on every device that it finds.
+            What UCX_NET_DEVICES says goes before.
+
+    Raises:
+        TransportError: UCX does not come up.
+    """
     config = bind.nixlAgentConfig()
     config.useProgThread = progress
     config.useListenThread = False
@@ -100,13 +111,19 @@ def make_agent(bind: Any, name: str, *, progress: bool) -> Any:
     config.syncMode = bind.NIXL_THREAD_SYNC_NONE
     try:
         agent = bind.nixlAgent(name, config)
-        agent.createBackend("UCX", {})
+        agent.createBackend("UCX", _ucx_config(loopback))
     except binding_faults(bind) as fault:
         raise TransportError(
             f"nixl: the UCX backend does not come up ({fault}). Check UCX_TLS and UCX_NET_DEVICES, or set "
             "transport.backend: tcp."
         ) from fault
     return agent
+
+
+def _ucx_config(loopback: bool) -> dict[str, str]:
+    if not loopback or "UCX_NET_DEVICES" in os.environ:
+        return {}
+    return {"engine_config": f"NET_DEVICES={LOOPBACK_DEVICE}"}
 
 
 def segment_kind(bind: Any, kind: str) -> Any:

@@ -144,7 +144,7 @@ class Puller:
     `lock` guards the agent and every field: the agent itself does no locking.
     """
 
-    def __init__(self, bind: Any, name: str, arena: Arena) -> None:
+    def __init__(self, bind: Any, name: str, arena: Arena, *, loopback: bool = True) -> None:
         self.bind = bind
         self.faults = binding_faults(bind)
         self.lock = threading.Lock()
@@ -153,7 +153,7 @@ class Puller:
         self.quarantined: list[BlockId] = []
         self._arena = arena
         self._peers: dict[str, Peer] = {}
-        self._agent: Any = make_agent(bind, name, progress=False)
+        self._agent: Any = make_agent(bind, name, progress=False, loopback=loopback)
         register_arena(bind, self._agent, arena)
 
     def connect(self, address: Address) -> Peer:

@@ -2,9 +2,9 @@
 
 The owner runs a small server (`tcp_server`); the reader asks for byte ranges of (block, generation) pairs
 and receives them straight into its arena memory. The next request is on its way before the bytes of the one
-before have been received, so that the owner never waits for the reader. The reader presents the owner's
-random token, which it can only know from the directory. This module does not know what a lease is worth, nor
-what the payload means.
+before have been received, so that the owner never waits for the reader. Each request presents the lease's
+token, which only the directory can make. This module does not know what a lease is worth, nor what the
+payload means.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgpack
 
 from transport.arena import Arena
 from transport.backend import Backend
-from transport.frames import MAX_BLOCKS, FrameError, decode_body, encode_request, expect_data
+from transport.frames import MAX_BLOCKS, Asking, FrameError, decode_body, expect_data
 from transport.pulling import Landed, ReadFailed, Reading, time_out
 from transport.tcp_server import TcpServer, recv_exact, recv_frame, shut, tune
 from transport.types import BlockId, Lease, Outcome
@@ -36,7 +36,6 @@ _STEP_BYTES: Final = 256 << 10  # verified while still in the processor's cache
 class _Address:
     host: str
     port: int
-    token: bytes
 
 
 def _parse_address(data: bytes) -> _Address:
@@ -44,10 +43,10 @@ def _parse_address(data: bytes) -> _Address:
         body = decode_body(data)
     except FrameError as fault:
         raise ReadFailed(Outcome.NO_ROUTE, f"unreadable tcp address: {fault}") from fault
-    host, port, token = body.get("host"), body.get("port"), body.get("token")
-    if not isinstance(host, str) or not isinstance(port, int) or not isinstance(token, bytes):
-        raise ReadFailed(Outcome.NO_ROUTE, "a tcp address needs host, port and token.")
-    return _Address(host, port, token)
+    host, port = body.get("host"), body.get("port")
+    if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 1 << 16:
+        raise ReadFailed(Outcome.NO_ROUTE, "a tcp address needs host and port.")
+    return _Address(host, port)
 
 
 class TcpTransport(Backend):
@@ -80,9 +79,9 @@ class TcpTransport(Backend):
         self._server = TcpServer(arena, self._bind_host)
 
     def _address(self) -> bytes:
-        """Host, port and token as msgpack."""
+        """Host and port as msgpack."""
         assert self._server is not None
-        fields = {"host": self._advertise_host, "port": self._server.port, "token": self._server.token}
+        fields = {"host": self._advertise_host, "port": self._server.port}
         return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
 
     def close(self) -> None:
@@ -117,12 +116,8 @@ class TcpTransport(Backend):
         asks = _plan_asks(arena, len(into))
         if not asks:
             return
-        refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
-        frames = [
-            encode_request(peer.token, incarnation, arena, refs[a.first : a.stop], a.start, a.end)
-            for a in asks
-        ]
-        sock, answer = self._begin(peer, frames[0], deadline)
+        asking = Asking(lease, arena)
+        sock, answer = self._begin(peer, _frame(asking, asks[0]), deadline)
         reusable = False
         held_back: Landed | None = None
         try:
@@ -131,7 +126,7 @@ class TcpTransport(Backend):
                     answer = recv_frame(sock, deadline)
                 expect_data(*answer, ask.stop - ask.first)
                 if number + 1 < len(asks):
-                    _send(sock, frames[number + 1], deadline)
+                    _send(sock, _frame(asking, asks[number + 1]), deadline)
                 for landed in _receive_blocks(sock, arena, ask, into, deadline):
                     if number + 1 < len(asks) and _is_last(landed, arena, len(into)):
                         held_back = landed  # until the owner has confirmed the generations
@@ -139,7 +134,8 @@ class TcpTransport(Backend):
                         yield landed
             reusable = True
         except ReadFailed as failed:
-            reusable = failed.outcome is Outcome.STALE  # nothing else had been asked for by then
+            # Nothing else had been asked for by then.
+            reusable = failed.outcome in (Outcome.STALE, Outcome.LEASE_EXPIRED)
             raise
         finally:
             self._put_back(sock, peer, reusable)
@@ -215,6 +211,10 @@ def _plan_asks(arena: Arena, blocks: int) -> list[_Ask]:
     if len(parts) > 1:
         asks.extend(_Ask(parts[-1], *s, 0, 0) for s in slices)
     return asks
+
+
+def _frame(asking: Asking, ask: _Ask) -> bytes:
+    return asking.encode((ask.first, ask.stop), ask.start, ask.end)
 
 
 def _is_last(landed: Landed, arena: Arena, blocks: int) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NewType
 
+from transport.tokens import PullKey
+
 WorkerId = NewType("WorkerId", str)
 """Name of a worker, unique in the cluster and stable over restarts ("w0")."""
 NodeId = NewType("NodeId", str)
@@ -63,13 +65,17 @@ class Owner:
         worker: its name.
         incarnation: which life of that name.
         node: where it runs.
-        addresses: backend name -> opaque address bytes, made and read by that backend only.
+        addresses: backend name -> opaque address bytes, made and read by that backend only. The directory
+            tells them with leases, and leaves them out of what a mere lookup finds.
+        pull_key: with which the directory makes tokens for this life. Only the owner itself has it here; it
+            is told to shards, and never by them.
     """
 
     worker: WorkerId
     incarnation: Incarnation
     node: NodeId
     addresses: dict[str, bytes] = field(default_factory=dict)
+    pull_key: PullKey | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,16 +144,19 @@ class Lease:
         holder: who may read.
         ttl_s: seconds, counted by the directory from the grant and by the holder from *before* the
             request, so that clocks of different nodes are never compared.
+        token: proof for the owner, see `transport.tokens`; empty where the directory does not know its key.
     """
 
     id: LeaseId
     located: Located
     holder: WorkerId
     ttl_s: float
+    token: bytes = field(default=b"", repr=False)
 
 
 class Outcome(StrEnum):
-    """How a pull ended. Everything except PULLED means: compute the span yourself."""
+    """How a pull ended. Everything except PULLED means: compute the span yourself. REFUSED: the owner lives
+    and did not accept the lease's token."""
 
     PULLED = "pulled"
     STALE = "stale"
@@ -157,6 +166,7 @@ class Outcome(StrEnum):
     TIMED_OUT = "timed_out"
     LAYOUT_MISMATCH = "layout_mismatch"
     NO_ROUTE = "no_route"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,8 @@ import numpy as np
 from transport.arena import Arena
 from transport.backend import Backend
 from transport.errors import TransportError
-from transport.frames import MAX_BLOCKS, FrameError, decode_body, encode_request, expect_data
+from transport.frames import MAX_BLOCKS, Asking, FrameError, decode_body, expect_data
+from transport.hosts import is_loopback
 from transport.pulling import Landed, ReadFailed, Reading, plan_steps, time_out
 from transport.types import BlockId, Lease, Outcome
 from transport.ucx_binding import Binding, close_endpoint, load_binding
@@ -68,9 +69,9 @@ class _Connection:
         UCXError: the address cannot be used.
     """
 
-    def __init__(self, binding: Binding, host: str, port: int) -> None:
+    def __init__(self, binding: Binding, host: str, port: int, *, loopback: bool) -> None:
         self._binding = binding
-        self._worker = binding.make_worker()
+        self._worker = binding.make_worker(loopback=loopback)
         self._endpoint: Any = binding.api.UCXEndpoint.create(self._worker, host, port, True)
         # Apart from those of any other connection: see `UcxServer`.
         self._tickets = secrets.randbits(30) << 20
@@ -151,7 +152,6 @@ class _Connection:
 class _Address:
     host: str
     port: int
-    token: bytes
 
 
 def _parse_address(data: bytes) -> _Address:
@@ -159,10 +159,10 @@ def _parse_address(data: bytes) -> _Address:
         body = decode_body(data)
     except FrameError as fault:
         raise ReadFailed(Outcome.NO_ROUTE, f"unreadable ucx address: {fault}") from fault
-    host, port, token = body.get("host"), body.get("port"), body.get("token")
-    if not isinstance(host, str) or not isinstance(port, int) or not isinstance(token, bytes):
-        raise ReadFailed(Outcome.NO_ROUTE, "a ucx address needs host, port and token.")
-    return _Address(host, port, token)
+    host, port = body.get("host"), body.get("port")
+    if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 1 << 16:
+        raise ReadFailed(Outcome.NO_ROUTE, "a ucx address needs host and port.")
+    return _Address(host, port)
 
 
 class UcxTransport(Backend):
@@ -180,6 +180,7 @@ class UcxTransport(Backend):
     def __init__(self, advertise_host: str = "127.0.0.1") -> None:
         self._binding = load_binding()
         self._advertise_host = advertise_host
+        self._loopback = is_loopback(advertise_host)
         self._server: UcxServer | None = None
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, int], list[_Connection]] = {}
@@ -188,12 +189,12 @@ class UcxTransport(Backend):
 
     def _start(self, arena: Arena) -> None:
         """Start the server. Raises TransportError: UCX does not come up."""
-        self._server = UcxServer(self._binding, arena)
+        self._server = UcxServer(self._binding, arena, loopback=self._loopback)
 
     def _address(self) -> bytes:
-        """Host, port and token as msgpack."""
+        """Host and port as msgpack."""
         assert self._server is not None
-        fields = {"host": self._advertise_host, "port": self._server.port, "token": self._server.token}
+        fields = {"host": self._advertise_host, "port": self._server.port}
         return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
 
     def close(self) -> None:
@@ -228,25 +229,23 @@ class UcxTransport(Backend):
         self, arena: Arena, peer: _Address, lease: Lease, into: Sequence[BlockId], deadline: float
     ) -> Reading:
         """Two requests at a time: while one is copied and verified, the next one is answered."""
-        refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
         steps: list[Landed | None] = [*plan_steps(arena, len(into), _STEP_BYTES, MAX_BLOCKS)]
         if not steps:
             return
-        checks = [slice(at, at + MAX_BLOCKS) for at in range(0, len(refs), MAX_BLOCKS)]
+        checks = [(at, min(at + MAX_BLOCKS, len(into))) for at in range(0, len(into), MAX_BLOCKS)]
         if len(arena.parts) > 1:  # do the generations still hold after the last part?
             steps.extend(None for _ in checks)
+        asking = Asking(lease, arena)
         connection = self._take(peer)
         held_back: Landed | None = None
         whole = False
         try:
             for number, step in enumerate(steps):
-                blocks = slice(step.first, step.stop) if step else checks[number - len(steps)]
+                blocks = (step.first, step.stop) if step else checks[number - len(steps)]
                 start, stop = arena.part_range(step.part) if step else (0, 0)
                 ticket = connection.ticket()
-                frame = encode_request(
-                    peer.token, incarnation, arena, refs[blocks], start, stop, ticket=ticket
-                )
-                connection.ask(frame, ticket, step, len(refs[blocks]), stop - start)
+                frame = asking.encode(blocks, start, stop, ticket=ticket)
+                connection.ask(frame, ticket, step, blocks[1] - blocks[0], stop - start)
                 while len(connection.asked) > 1 or (connection.asked and number + 1 == len(steps)):
                     landed = _copy(arena, connection.finish(deadline), into)
                     if landed is None:
@@ -267,7 +266,7 @@ class UcxTransport(Backend):
             kept = self._idle.get((peer.host, peer.port))
             if kept:
                 return kept.pop()
-        return _Connection(self._binding, peer.host, peer.port)
+        return _Connection(self._binding, peer.host, peer.port, loopback=self._loopback)
 
     def _put_back(self, connection: _Connection, peer: _Address, whole: bool) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, Final
 
 from transport.errors import TransportError
+from transport.hosts import LOOPBACK_DEVICE
 
 INSTALL_HINT: Final = "install it with `pip install 'relay-cluster[ucx]'` (or ucxx-cu12)"
 
@@ -44,8 +45,11 @@ class Binding:
     array: Any
     config: dict[str, str]
 
-    def make_worker(self) -> Any:
+    def make_worker(self, *, loopback: bool = True) -> Any:
         """A worker with a context of its own.
+
+        Args:
+            loopback: take connections of this machine only; else on every device that UCX finds.
 
         Raises:
             TransportError: UCX does not come up.
@@ -53,7 +57,8 @@ class Binding:
         features = (self.api.Feature.TAG, self.api.Feature.AM, self.api.Feature.WAKEUP)
         try:
             # The user's own variables win over our defaults.
-            config = {k: v for k, v in self.config.items() if _PREFIX + k not in os.environ}
+            ours = {**self.config, "NET_DEVICES": LOOPBACK_DEVICE} if loopback else self.config
+            config = {k: v for k, v in ours.items() if _PREFIX + k not in os.environ}
             worker = self.api.UCXWorker(self.api.UCXContext(config, features))
             worker.init_blocking_progress_mode()
         except (self.api.UCXError, RuntimeError, ValueError) as fault:

@@ -4,14 +4,14 @@ UCX's Python binding has no remote read, so the owner takes part: a request come
 frame of `frames`), the answer goes back as one, and the bytes follow as tagged messages straight from the
 arena. The thread polls while there is work and sleeps in epoll otherwise.
 
-UCX chooses the devices that it listens on by itself (UCX_NET_DEVICES), not by an address; what a stranger may
-read is bounded by the token.
+ucxx cannot be told an address to listen on: the port is open on every device, also where the worker's address
+is loopback and no data is taken from elsewhere (`auto` therefore leaves ucx out there). What a stranger may
+read is bounded by the token of a lease.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import select
 import threading
 import time
@@ -82,18 +82,19 @@ class _Connection:
 class UcxServer:
     """Serves one arena.
 
+    Args:
+        loopback: see `Binding.make_worker`.
+
     Raises:
         TransportError: UCX does not come up.
 
     Attributes:
         port: where readers connect.
-        token: what a reader must present.
     """
 
-    def __init__(self, binding: Binding, arena: Arena) -> None:
+    def __init__(self, binding: Binding, arena: Arena, *, loopback: bool = True) -> None:
         self._binding, self._arena = binding, arena
-        self.token = secrets.token_bytes(16)
-        self._worker = binding.make_worker()
+        self._worker = binding.make_worker(loopback=loopback)
         self._connections: list[_Connection] = []
         self._closing = False
         try:
@@ -182,7 +183,7 @@ class UcxServer:
             raise FrameError("malformed", f"not a read request with a ticket (frame of kind {kind})")
         request = parse_request(body)
         try:
-            admit(request, self._arena, self.token)
+            admit(request, self._arena, int(time.monotonic() * 1e3))
         except FrameError as fault:
             if fault.code == "token":
                 raise

@@ -116,7 +116,8 @@ class Worker:
         self._arena.faults = self._faults
         self._transport = make_transport(spec.transport, worker=spec.worker, host=spec.host or node)
         self._transport.register(self._arena)
-        owner = Owner(spec.worker, incarnation, node, self._transport.addresses())
+        addresses, key = self._transport.addresses(), self._arena.pull_key
+        owner = Owner(spec.worker, incarnation, node, addresses, key)
         self._directory = DirectoryClient(
             list(spec.directory_shards), spec.directory, calls=worker_calls(self._faults)
         )

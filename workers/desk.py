@@ -115,7 +115,7 @@ def open_desk(
     transport_settings = TransportSettings(backend="inprocess")
     transport = make_transport(transport_settings, worker=name)
     transport.register(arena)
-    owner = Owner(WorkerId(name), incarnation, NodeId("node"), transport.addresses())
+    owner = Owner(WorkerId(name), incarnation, NodeId("node"), transport.addresses(), arena.pull_key)
     shared = directory or LocalDirectory()
     shared.announce(owner)
     store = SegmentStore(

@@ -28,6 +28,7 @@ from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shards, kill_shards
 from transport.errors import RelayError
 from transport.settings import DirectorySettings, TransportSettings
+from transport.tokens import PullKey
 from transport.types import (
     BlockId,
     BlockRef,
@@ -112,7 +113,8 @@ class BenchClient:
         self._chance = random.Random(f"{seed}/{index}")
         # As long as a NIXL agent's: replies carry it once per owner.
         addresses = {"nixl": bytes(452), "tcp": b"127.0.0.1:40000"}
-        self._owner = Owner(WorkerId(f"b{index}"), Incarnation(1), NodeId("node"), addresses)
+        key = PullKey.random()
+        self._owner = Owner(WorkerId(f"b{index}"), Incarnation(1), NodeId("node"), addresses, key)
         self._blocks = 1
         self._all: list[SegmentKey] = []
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from relay_cluster.bench.common import median, quantile
-from relay_cluster.bench.transfer_owner import HOST, WANT, private_stdout
+from relay_cluster.bench.transfer_owner import HOST, KEY, LEASE_S, READER, WANT, private_stdout
 from relay_cluster.bench.transfer_rows import TransferRow
 from transport.arena import Arena
 from transport.auto import make_backend
@@ -41,14 +41,12 @@ from transport.types import (
     Outcome,
     Owner,
     Segment,
-    SegmentKey,
     WorkerId,
 )
 
 LARGEST_BLOCK = 1 << 20
 _ANSWER_TIMEOUT_S = 120.0
 _PULL_TIMEOUT_S = 30.0
-_LEASE_S = 3600.0
 _TICK_S = 1.0
 
 
@@ -122,8 +120,8 @@ def _target(case: Case, size: int, ask: Callable[..., dict[str, Any]]) -> Iterat
     addresses = {name: base64.b64decode(text) for name, text in answer["addresses"].items()}
     owner = Owner(WorkerId("owner"), Incarnation(answer["incarnation"]), NodeId("node"), addresses)
     refs = tuple(BlockRef(BlockId(b), g, n, tuple(c)) for b, g, n, c in answer["refs"])
-    segment = Segment(SegmentKey("bench", b""), 1, 0, refs)
-    lease = Lease(LeaseId("bench"), Located(segment, owner), WorkerId("reader"), _LEASE_S)
+    located = Located(Segment(KEY, 1, 0, refs), owner)
+    lease = Lease(LeaseId("bench"), located, READER, LEASE_S, token=base64.b64decode(answer["token"]))
     try:
         yield _Target(transport, lease, arena.allocate(blocks))
     finally:

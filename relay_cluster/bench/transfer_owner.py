@@ -4,7 +4,8 @@ It reads requests from standard input and answers on standard output, one JSON o
 input ends:
 
     {"backend": ..., "block_nbytes": ..., "parts": [...], "blocks": ...}
-        -> {"addresses": {name: base64}, "incarnation": ..., "refs": [[block, generation, nbytes, [sum]]]}
+        -> {"addresses": {name: base64}, "incarnation": ..., "refs": [[block, generation, nbytes, [sum]]],
+            "token": base64}
     {"socket": bytes} -> {"port": ...}    a server that sends as many bytes as it is asked for, at most these
 """
 
@@ -17,6 +18,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from typing import Any, TextIO
 
 import numpy as np
@@ -24,11 +26,16 @@ import numpy as np
 from transport.arena import Arena
 from transport.auto import make_backend
 from transport.base import Transport
+from transport.directory.granting import Granter, blocks_digest
 from transport.settings import TransportSettings
+from transport.types import BlockRef, Segment, SegmentKey, WorkerId
 
 WANT = struct.Struct("<Q")
 """What a reader of the raw socket sends: the number of bytes it wants."""
 HOST = "127.0.0.1"
+KEY = SegmentKey("bench", b"")
+READER = WorkerId("reader")
+LEASE_S = 3600.0
 _ACCEPT_TIMEOUT_S = 30.0
 
 
@@ -41,13 +48,21 @@ def publish(request: dict[str, Any]) -> tuple[Transport, dict[str, Any]]:
     transport = make_backend(backend, TransportSettings(), worker=f"owner{block_nbytes}", host=HOST)
     transport.register(arena)
     noise = np.random.default_rng(0)
-    refs: list[list[Any]] = []
+    refs: list[BlockRef] = []
     for block in arena.allocate(blocks):
         arena.payload(block).numpy()[:] = np.frombuffer(noise.bytes(block_nbytes), dtype=np.uint8)
-        ref = arena.seal(block)
-        refs.append([ref.block, ref.generation, ref.nbytes, list(ref.checksums)])
+        refs.append(arena.seal(block))
     addresses = {backend: base64.b64encode(transport.address()).decode()}
-    return transport, {"addresses": addresses, "incarnation": arena.incarnation, "refs": refs}
+    segment = Segment(KEY, 1, 0, tuple(refs))
+    # What a directory would do.
+    granter = Granter(arena.incarnation, arena.pull_key, int(time.monotonic() * 1e3), 0.0)
+    token = granter.token(segment, blocks_digest(segment), READER, 0.0, LEASE_S)
+    return transport, {
+        "addresses": addresses,
+        "incarnation": arena.incarnation,
+        "refs": [[r.block, r.generation, r.nbytes, list(r.checksums)] for r in refs],
+        "token": base64.b64encode(token).decode(),
+    }
 
 
 def serve_socket(nbytes: int) -> int:

@@ -60,7 +60,8 @@ class _OwnerThere(LocalOwner):
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
         self.transport = make_transport(settings, worker="owner", host=address)
         self.transport.register(self.arena)
-        self.owner = Owner(WorkerId("owner"), incarnation, NodeId("host2"), self.transport.addresses())
+        addresses, key = self.transport.addresses(), self.arena.pull_key
+        self.owner = Owner(WorkerId("owner"), incarnation, NodeId("host2"), addresses, key)
 
 
 def _serve_there(conn: Connection, init: int, env: dict[str, str], args: tuple[Any, ...]) -> None:

@@ -39,6 +39,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Without it shared memory or process-to-process copies might cross what is meant to be a network.
     "UCX_TLS": "tcp",
+    # Readers of the transport tests say no address of their own, which alone would keep UCX on loopback.
+    "UCX_NET_DEVICES": "all",
     # Else Ray lets everything else on the machine go before its workers.
     "RAY_worker_niceness": "0",
     # A node may take its time on a busy machine.

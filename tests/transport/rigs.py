@@ -5,16 +5,22 @@ from __future__ import annotations
 import multiprocessing as mp
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 import numpy as np
+import psutil
 
 from transport.arena import Arena
 from transport.auto import make_transport
+from transport.directory.granting import Granter, blocks_digest
+from transport.hosts import is_loopback
 from transport.settings import TransportSettings
+from transport.tokens import PullKey
 from transport.types import (
     BlockId,
     BlockRef,
@@ -30,6 +36,10 @@ from transport.types import (
 )
 
 REPLY_S = 30.0
+
+# A key refuses to be pickled. Only the pipes of these tests may carry it: the test is the directory of an
+# owner in another process.
+ForkingPickler.register(PullKey, lambda key: (PullKey, (key.reveal(),)))
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
@@ -59,7 +69,22 @@ def make_segment(refs: list[BlockRef], name: str = "seg") -> Segment:
 
 
 def make_lease(owner: Owner, refs: list[BlockRef], ttl_s: float = 30.0) -> Lease:
-    return Lease(LeaseId("l1"), Located(make_segment(refs), owner), WorkerId("reader"), ttl_s)
+    """As the directory grants it, with its token where the owner has a key."""
+    segment, reader = make_segment(refs), WorkerId("reader")
+    token = b""
+    if owner.pull_key is not None:  # monotonic clocks of one machine are one
+        granter = Granter(owner.incarnation, owner.pull_key, int(time.monotonic() * 1e3), 0.0)
+        token = granter.token(segment, blocks_digest(segment), reader, 0.0, ttl_s)
+    return Lease(LeaseId("l1"), Located(segment, owner), reader, ttl_s, token=token)
+
+
+def own_address() -> str | None:
+    """An address of this machine that others may reach as well; None where it has none."""
+    for addresses in psutil.net_if_addrs().values():
+        for address in addresses:
+            if address.family is socket.AF_INET and not is_loopback(address.address):
+                return str(address.address)
+    return None
 
 
 class OwnerSide(Protocol):
@@ -83,14 +108,14 @@ class LocalOwner:
         block_nbytes: int,
         parts: Sequence[int] = (),
         incarnation: int = 7,
+        host: str = "127.0.0.1",
     ) -> None:
         self.arena = Arena(budget, block_nbytes, incarnation=incarnation, parts=parts)
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
-        self.transport = make_transport(settings, worker="owner")
+        self.transport = make_transport(settings, worker="owner", host=host)
         self.transport.register(self.arena)
-        self.owner = Owner(
-            WorkerId("owner"), Incarnation(incarnation), NodeId("n0"), self.transport.addresses()
-        )
+        addresses, key = self.transport.addresses(), self.arena.pull_key
+        self.owner = Owner(WorkerId("owner"), Incarnation(incarnation), NodeId("n0"), addresses, key)
 
     def publish(self, n: int, seed: int, valid: int | None = None) -> list[BlockRef]:
         ids = self.arena.allocate(n)

@@ -91,7 +91,10 @@ def test_answers_survive() -> None:
     other = Owner(WorkerId("w9"), Incarnation(2**62), NodeId("n9"), {})
     found = {KEYS[n]: Located(segment(n), other if n == 3 else ME) for n in (0, 3, 4)}
     assert wire.unpack_located(through(wire.pack_located(found, KEYS)), KEYS) == found
-    leases = {k: Lease(LeaseId(f"a:1:{n}"), x, WorkerId("r"), 2.5) for n, (k, x) in enumerate(found.items())}
+    leases = {
+        k: Lease(LeaseId(f"a:1:{n}"), x, WorkerId("r"), 2.5, token=bytes([n]))
+        for n, (k, x) in enumerate(found.items())
+    }
     packed = through(wire.pack_leases(leases, KEYS))
     assert wire.unpack_leases(packed, KEYS, WorkerId("r")) == leases
     told = Announced(None, True, ((KEYS[0], "v"), (KEYS[1], "")))
@@ -128,7 +131,9 @@ def test_an_owner_stands_once_in_a_reply() -> None:
 
 def serve(method: str, *arguments: object) -> bytes:
     shard = Shard("a", DirectorySettings())
-    shard.serve("publish", wire.pack_request(0, (wire.OWNER.pack(ME), wire.pack_segments([segment(1)]))))
+    shard.serve(
+        "publish", wire.pack_request(0, (wire.pack_announcing(ME, 1), wire.pack_segments([segment(1)])))
+    )
     return shard.serve(method, wire.pack_request(0, arguments))
 
 
@@ -141,10 +146,16 @@ def serve(method: str, *arguments: object) -> bytes:
         ("lookup", (wire.pack_keys(KEYS), 7)),
         ("lease", (wire.pack_keys(KEYS), "w", "5")),
         ("renew", ([1], 5.0)),
-        ("announce", (["w0", "1", "n", {}],)),
-        ("announce", (["w0", 1, "n", {"tcp": "text"}],)),
-        ("announce", (["w0", 1, "n"],)),
-        ("publish", (wire.OWNER.pack(ME), [wire.pack_keys(KEYS), []])),
+        ("announce", ([["w0", "1", "n", {}], b"", 1],)),
+        ("announce", ([["w0", 1, "n", {"tcp": "text"}], b"", 1],)),
+        ("announce", ([["w0", 1, "n"], b"", 1],)),
+        ("announce", (wire.OWNER.pack(ME),)),  # without key and clock
+        ("announce", ([wire.OWNER.pack(ME), bytes(31), 1],)),  # a key too short
+        ("announce", ([wire.OWNER.pack(ME), "k" * 32, 1],)),
+        ("announce", ([wire.OWNER.pack(ME), bytes(32), -1],)),
+        ("announce", ([wire.OWNER.pack(ME), bytes(32), 1 << 62],)),
+        ("announce", ([wire.OWNER.pack(ME), bytes(32), float("nan")],)),
+        ("publish", (wire.pack_announcing(ME, 1), [wire.pack_keys(KEYS), []])),
         ("page", (wire.FILTER.pack(Filter())[:-1], None, 10)),
         ("page", (["", "", 0.0, "exakt", False, False], None, 10)),
         ("page", (wire.FILTER.pack(Filter()), ["s", "x", "", ""], 10)),

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 from tests.transport.rigs import LocalOwner, make_lease, wait_for
 from transport import frames, tcp, tcp_server
 from transport.arena import Arena
-from transport.types import Outcome
+from transport.types import Lease, Outcome
 
+NUMBERS = st.integers(-1, 5) | st.integers(-(2**63), 2**64 - 1) | st.none() | st.booleans()
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.binary(max_size=40) | st.text()
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4)
@@ -48,12 +50,17 @@ def test_any_body_is_a_map_or_refused(data: bytes) -> None:
     st.fixed_dictionaries(
         {},
         optional={
-            "token": SCALARS,
-            "incarnation": SCALARS,
-            "stride": SCALARS,
-            "start": SCALARS,
-            "stop": SCALARS,
-            "blocks": VALUES | st.lists(st.lists(SCALARS, min_size=2, max_size=2), max_size=3),
+            "token": SCALARS | st.binary(),
+            "space": SCALARS | st.text(),
+            "digest": SCALARS | st.binary(),
+            "holder": SCALARS | st.text(),
+            "incarnation": NUMBERS,
+            "stride": NUMBERS,
+            "start": NUMBERS,
+            "stop": NUMBERS,
+            "first": NUMBERS,
+            "last": NUMBERS,
+            "leased": VALUES | st.integers(0, 5).map(lambda n: bytes(16 * n)),
         },
     )
 )
@@ -62,18 +69,67 @@ def test_any_request_is_parsed_or_refused(body: dict[str, Any]) -> None:
         request = frames.parse_request(body)
     except frames.FrameError:
         return
-    assert request.blocks
+    assert 0 < len(request.blocks) <= frames.MAX_BLOCKS
     assert 0 <= request.start <= request.stop <= request.stride
     assert all(0 <= x < 2**64 for pair in request.blocks for x in pair)
+
+
+REQUEST = {
+    "token": b"",
+    "space": "s",
+    "digest": b"d",
+    "holder": "w",
+    "incarnation": 7,
+    "stride": 64,
+    "start": 0,
+    "stop": 64,
+    "first": 1,
+    "last": 3,
+    "leased": bytes(16 * 4),
+}
+
+
+def test_a_request_is_parsed() -> None:
+    request = frames.parse_request(REQUEST)
+    assert (request.blocks, request.claim.space, request.claim.holder) == (((0, 0), (0, 0)), "s", "w")
+    assert frames.decode_body(frames.encode(frames.KIND_READ, REQUEST)[frames.FRAME.size :]) == REQUEST
+
+
+@pytest.mark.parametrize("missing", list(REQUEST))
+def test_every_field_of_a_request_is_needed(missing: str) -> None:
+    for other in ({}, {missing: None}, {missing: True}, {missing: [1]}):
+        body = {k: v for k, v in REQUEST.items() if k != missing} | other
+        with pytest.raises(frames.FrameError):
+            frames.parse_request(body)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"first": 3},  # empty
+        {"first": 4, "last": 3},
+        {"last": 5},  # behind what is leased
+        {"leased": bytes(63)},  # not whole blocks
+        {"leased": b""},
+        {"start": 65, "stop": 65},
+        {"start": 2, "stop": 1},
+        {"incarnation": -1},
+        {"leased": bytes(16 * 2000), "first": 0, "last": 1025},  # more than one request may name
+    ],
+)
+def test_only_leased_blocks_can_be_named(other: dict[str, Any]) -> None:
+    with pytest.raises(frames.FrameError) as refused:
+        frames.parse_request({**REQUEST, **other})
+    assert refused.value.code == "malformed"
 
 
 @pytest.mark.parametrize(
     ("header", "why"),
     [
-        (struct.pack("<4sBBHI", b"HTTP", 2, 1, 0, 0), "not a relay_cluster peer"),
-        (struct.pack("<4sBBHI", frames.MAGIC, 9, 1, 0, 0), "schema 9, ours is 2"),
-        (struct.pack("<4sBBHI", frames.MAGIC, 2, 7, 0, 0), "unknown frame kind 7"),
-        (struct.pack("<4sBBHI", frames.MAGIC, 2, 1, 0, 2**31), "exceeds the limit"),
+        (struct.pack("<4sBBHI", b"HTTP", frames.SCHEMA, 1, 0, 0), "not a relay_cluster peer"),
+        (struct.pack("<4sBBHI", frames.MAGIC, 9, 1, 0, 0), f"schema 9, ours is {frames.SCHEMA}"),
+        (struct.pack("<4sBBHI", frames.MAGIC, frames.SCHEMA, 7, 0, 0), "unknown frame kind 7"),
+        (struct.pack("<4sBBHI", frames.MAGIC, frames.SCHEMA, 1, 0, 2**31), "exceeds the limit"),
     ],
 )
 def test_refusals_say_what_is_wrong(header: bytes, why: str) -> None:
@@ -99,9 +155,9 @@ def server() -> Iterator[LocalOwner]:
     side.close()
 
 
-def connect(server: LocalOwner) -> tuple[socket.socket, dict[str, Any]]:
+def connect(server: LocalOwner) -> socket.socket:
     address = frames.decode_body(server.owner.addresses["tcp"])
-    return socket.create_connection((address["host"], address["port"]), timeout=5), address
+    return socket.create_connection((address["host"], address["port"]), timeout=5)
 
 
 def still_serves(server: LocalOwner) -> bool:
@@ -118,7 +174,7 @@ def still_serves(server: LocalOwner) -> bool:
 @given(data=st.binary(min_size=1, max_size=64))
 @settings(max_examples=25, deadline=None)
 def test_server_answers_garbage_with_a_refusal_and_lives(shared_server: LocalOwner, data: bytes) -> None:
-    sock, _ = connect(shared_server)
+    sock = connect(shared_server)
     with sock:
         sock.sendall(data)
         with contextlib.suppress(OSError):  # refused and closed already
@@ -138,19 +194,17 @@ def shared_server() -> Iterator[LocalOwner]:
     side.close()
 
 
+def ask_for(server: LocalOwner, lease: Lease) -> bytes:
+    """A READ frame for all that is leased."""
+    asking = frames.Asking(lease, server.arena)
+    return asking.encode((0, len(lease.located.segment.blocks)), 0, server.arena.stride)
+
+
 def test_wrong_token_is_refused_and_disconnected(server: LocalOwner) -> None:
-    sock, _ = connect(server)
-    refs = server.publish(1, seed=1)
+    sock = connect(server)
+    lease = make_lease(server.owner, server.publish(1, seed=1))
     with sock:
-        request = {
-            "token": b"guess",
-            "incarnation": 7,
-            "stride": server.arena.stride,
-            "start": 0,
-            "stop": server.arena.stride,
-            "blocks": [[refs[0].block, refs[0].generation]],
-        }
-        sock.sendall(frames.encode(frames.KIND_READ, request))
+        sock.sendall(ask_for(server, replace(lease, token=b"guess")))
         kind, body = tcp_server.recv_frame(sock, time.monotonic() + 5)
         assert (kind, body["code"]) == (frames.KIND_REFUSED, "token")
         assert sock.recv(1) == b""
@@ -158,27 +212,20 @@ def test_wrong_token_is_refused_and_disconnected(server: LocalOwner) -> None:
 
 
 def test_owner_refuses_stale_generations_before_sending_a_byte(server: LocalOwner) -> None:
-    sock, address = connect(server)
+    sock = connect(server)
     refs = server.publish(1, seed=1)
+    lease = make_lease(server.owner, [replace(refs[0], generation=refs[0].generation + 1)])
     with sock:
-        request = {
-            "token": address["token"],
-            "incarnation": 7,
-            "stride": server.arena.stride,
-            "start": 0,
-            "stop": server.arena.stride,
-            "blocks": [[refs[0].block, refs[0].generation + 1]],
-        }
         for _ in range(2):  # the connection stays good for the next request
-            sock.sendall(frames.encode(frames.KIND_READ, request))
+            sock.sendall(ask_for(server, lease))
             kind, body = tcp_server.recv_frame(sock, time.monotonic() + 5)
             assert (kind, body["code"]) == (frames.KIND_REFUSED, "stale")
 
 
 def test_connections_are_bounded(server: LocalOwner) -> None:
-    socks = [connect(server)[0] for _ in range(tcp_server.MAX_CONNECTIONS)]
+    socks = [connect(server) for _ in range(tcp_server.MAX_CONNECTIONS)]
     try:
-        extra, _ = connect(server)
+        extra = connect(server)
         with extra:
             kind, body = tcp_server.recv_frame(extra, time.monotonic() + 5)
             assert (kind, body["code"]) == (frames.KIND_REFUSED, "busy")
@@ -192,7 +239,7 @@ def test_a_half_sent_request_is_dropped_after_its_deadline(
     server: LocalOwner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tcp_server, "_FRAME_TIMEOUT_S", 0.2)
-    sock, _ = connect(server)
+    sock = connect(server)
     with sock:
         sock.sendall(frames.MAGIC)
         sock.settimeout(5)

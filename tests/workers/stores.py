@@ -121,7 +121,7 @@ class Cluster:
         settings = TransportSettings(backend=self._backend)  # type: ignore[arg-type]
         transport = make_transport(settings, worker=name)
         transport.register(arena)
-        owner = Owner(WorkerId(name), incarnation, NodeId("n"), transport.addresses())
+        owner = Owner(WorkerId(name), incarnation, NodeId("n"), transport.addresses(), arena.pull_key)
         self.directory.announce(owner)
         spill = SpillSettings(
             host_bytes=host_blocks * nbytes,

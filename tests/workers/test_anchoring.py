@@ -52,7 +52,7 @@ class _Desk:
         self.arena = Arena(60 * (nbytes + 256), nbytes, incarnation=incarnation)
         transport = make_transport(TransportSettings(backend="inprocess"), worker=name)
         transport.register(self.arena)
-        owner = Owner(WorkerId(name), incarnation, NodeId("node"), transport.addresses())
+        owner = Owner(WorkerId(name), incarnation, NodeId("node"), transport.addresses(), self.arena.pull_key)
         directory.announce(owner)
         self.store = SegmentStore(
             owner, rig.layout, self.arena, transport, directory, lease_ttl_s=10.0, pull_timeout_s=5.0

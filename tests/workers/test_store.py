@@ -131,7 +131,7 @@ class Cluster:
         arena = Arena(blocks * (LAYOUT.block_nbytes + 128), LAYOUT.block_nbytes, incarnation=incarnation)
         transport = make_transport(TransportSettings(backend="inprocess"), worker=name)
         transport.register(arena)
-        owner = Owner(WorkerId(name), incarnation, NodeId("n"), transport.addresses())
+        owner = Owner(WorkerId(name), incarnation, NodeId("n"), transport.addresses(), arena.pull_key)
         self.directory.announce(owner)
         store = SegmentStore(
             owner, LAYOUT, arena, transport, self.directory, lease_ttl_s=10.0, pull_timeout_s=5.0

@@ -30,6 +30,11 @@ def refuse_fenced(owner: Owner, reply: Announced) -> None:
         )
 
 
+def _owner_clock_ms() -> int:
+    """Of an owner in this process, whatever clock the table goes by."""
+    return int(time.monotonic() * 1e3)
+
+
 class LocalDirectory:
     """KVDirectory over one Table. Thread-safe.
 
@@ -55,13 +60,13 @@ class LocalDirectory:
     def announce(self, owner: Owner) -> None:
         """See KVDirectory. Raises WorkerLost when `owner` is fenced."""
         with self._lock:
-            reply = self._table.announce(owner, self._clock())
+            reply = self._table.announce(owner, self._clock(), clock_ms=_owner_clock_ms())
         refuse_fenced(owner, reply)
 
     def publish(self, owner: Owner, segments: Sequence[Segment]) -> None:
         """See KVDirectory. Raises WorkerLost when `owner` is fenced."""
         with self._lock:
-            reply = self._table.publish(owner, segments, self._clock())
+            reply = self._table.publish(owner, segments, self._clock(), clock_ms=_owner_clock_ms())
         refuse_fenced(owner, reply)
 
     def retract(self, owner: Owner, segments: Sequence[Segment]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -95,7 +96,7 @@ class OwnerSide:
     def _announce(self, owner: Owner) -> tuple[Asked, dict[str, Announced]]:
         # Also where copies linger: a shard that hears nothing drops the owner, and leases with it.
         names = dict.fromkeys([*self._fleet.shards, *self._lingering])
-        asked = self._fleet.ask(dict.fromkeys(names, (wire.OWNER.pack(owner),)), "announce", even_down=True)
+        asked = self._fleet.ask(dict.fromkeys(names, (_about(owner),)), "announce", even_down=True)
         verdicts = {name: wire.unpack_announced(answer.result) for name, answer in asked.items()}
         for verdict in verdicts.values():
             refuse_fenced(owner, verdict)
@@ -108,7 +109,7 @@ class OwnerSide:
         for _ in range(_MOVES):
             epoch = self._fleet.view.epoch
             parts = self._by_replica(segments, only=only)
-            packed = wire.OWNER.pack(owner)
+            packed = _about(owner)
             names = self._worth_asking(parts, segments)
             messages = {n: (packed, wire.pack_segments(parts[n])) for n in names}
             asked = self._fleet.ask(messages, "publish", even_down=True)
@@ -420,6 +421,11 @@ class OwnerSide:
             f"{method}: no answer from directory shard(s) {', '.join(sorted(shards))} within "
             f"{self._fleet.settings.call_timeout_s:g} s. Requests go on without hits; see `relay doctor`."
         )
+
+
+def _about(owner: Owner) -> list[Any]:
+    """What a shard needs to admit an owner, and to make tokens for its blocks."""
+    return wire.pack_announcing(owner, int(time.monotonic() * 1e3))
 
 
 def _batches(segments: Sequence[Segment]) -> Iterator[list[Segment]]:

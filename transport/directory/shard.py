@@ -106,11 +106,13 @@ class Shard:
     # -- one method per call: unpack, ask the table, pack -----------------------------------------------
 
     def _announce(self, owner: Any) -> Any:
-        return wire.pack_announced(self._table.announce(wire.OWNER.unpack(owner), self._clock()))
+        told, clock_ms = wire.unpack_announcing(owner)
+        return wire.pack_announced(self._table.announce(told, self._clock(), clock_ms=clock_ms))
 
     def _publish(self, owner: Any, segments: Any) -> Any:
+        told, clock_ms = wire.unpack_announcing(owner)
         held = wire.unpack_segments(segments, packed=True)
-        return wire.pack_announced(self._table.publish(wire.OWNER.unpack(owner), held, self._clock()))
+        return wire.pack_announced(self._table.publish(told, held, self._clock(), clock_ms=clock_ms))
 
     def _lookup(self, keys: Any, near: Any) -> Any:
         wanted = wire.unpack_keys(keys)

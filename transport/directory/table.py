@@ -6,6 +6,9 @@ I/O. It does not know of Ray, of torch, of shards, or of the bytes it describes.
     owner:    unknown --announce/publish--> live --silent, dropped or fenced--> unknown
     copy:     published --(leased <-> idle)--> evicted or retracted by its owner | dropped with its owner
     lease:    granted --renew*--> released | expired | dropped with its copy or its holder
+
+With its announcement an owner tells its pull key; each lease of its copies gets a token made with that key
+(see `transport.tokens`), and neither lookups nor leases ever tell the key itself.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from transport.directory.granting import Granter, blocks_digest
 from transport.directory.leases import LeaseBook
 from transport.types import (
     Lease,
@@ -75,6 +79,7 @@ class _Copy:
     nbytes: int
     leases: set[LeaseId] | None = None
     reads: int = 0
+    blocks_digest: bytes | None = None  # for tokens; made with the first lease
 
     @property
     def consumed(self) -> bool:
@@ -83,8 +88,10 @@ class _Copy:
 
 @dataclass(slots=True)
 class _OwnerState:
-    owner: Owner
+    owner: Owner  # as leases tell it: without its key
+    shown: Owner  # as lookups do: without addresses as well
     seen_at: float
+    granter: Granter | None = None
     copies: OrderedDict[CopyId, _Copy] = field(default_factory=OrderedDict)  # least recently used first
     wishes: dict[CopyId, None] = field(default_factory=dict[CopyId, None])
     consumed: OrderedDict[CopyId, None] = field(default_factory=OrderedDict)  # of these, in order of reading
@@ -124,10 +131,11 @@ class Table:
 
     # -- owners ----------------------------------------------------------------------------------------
 
-    def announce(self, owner: Owner, now: float) -> Announced:
-        """Heartbeat. A newer incarnation drops all that the older one held."""
+    def announce(self, owner: Owner, now: float, *, clock_ms: int | None = None) -> Announced:
+        """Heartbeat. A newer incarnation drops all that the older one held. clock_ms: the owner's own clock
+        when it spoke; without it, and without its key, its copies are leased without tokens."""
         self.tick(now)
-        admitted = self._admit(owner, now)
+        admitted = self._admit(owner, now, clock_ms)
         if admitted.fenced_by is not None or not self._owners[owner.worker].wishes:
             return admitted
         wishes = self._owners[owner.worker].wishes
@@ -147,10 +155,12 @@ class Table:
 
     # -- segments --------------------------------------------------------------------------------------
 
-    def publish(self, owner: Owner, segments: Sequence[Segment], now: float) -> Announced:
+    def publish(
+        self, owner: Owner, segments: Sequence[Segment], now: float, *, clock_ms: int | None = None
+    ) -> Announced:
         """Enter segments; counts as a heartbeat and as a use. Same (key, variant, owner) replaces."""
         self.tick(now)
-        admitted = self._admit(owner, now)
+        admitted = self._admit(owner, now, clock_ms)
         if admitted.fenced_by is not None:
             return admitted
         state = self._owners[owner.worker]
@@ -163,11 +173,11 @@ class Table:
     ) -> dict[SegmentKey, Located]:
         """The best complete copy of each key: exact before rectified, then in an arena before spilled, then
         the nearest, then that of the owner with the fewest leased bytes. Changes nothing: no lease, no
-        LRU."""
+        LRU. Owners come without addresses: who may read is told with a lease where to."""
         self.tick(now)
         node = self._node(near)
         found = {key: self._choose(key, near, node) for key in dict.fromkeys(keys)}
-        return {key: self._located(copy) for key, copy in found.items() if copy is not None}
+        return {key: self._shown(copy) for key, copy in found.items() if copy is not None}
 
     def lease(
         self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float
@@ -187,7 +197,8 @@ class Table:
             if lease_id is None:
                 continue
             self._touch(copy, now)
-            out[key] = Lease(lease_id, self._located(copy), holder, ttl_s)
+            token = self._token(copy, holder, now, ttl_s)
+            out[key] = Lease(lease_id, self._located(copy), holder, ttl_s, token=token)
         return out
 
     def renew(self, leases: Iterable[LeaseId], now: float, *, ttl_s: float) -> dict[LeaseId, bool]:
@@ -297,7 +308,18 @@ class Table:
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _admit(self, owner: Owner, now: float) -> Announced:
+    def _admit(self, owner: Owner, now: float, clock_ms: int | None) -> Announced:
+        verdict = self._judge(replace(owner, pull_key=None), now)
+        key = owner.pull_key
+        if verdict.fenced_by is None and key is not None and clock_ms is not None:
+            state = self._owners[owner.worker]
+            if state.granter is None:
+                state.granter = Granter(owner.incarnation, key, clock_ms, now)
+            else:
+                state.granter.heard(key, clock_ms, now)
+        return verdict
+
+    def _judge(self, owner: Owner, now: float) -> Announced:
         fence = self._fences.get(owner.worker, self._floor)
         if fence is not None and owner.incarnation <= fence:
             return Announced(fenced_by=fence, known=False)
@@ -305,14 +327,15 @@ class Table:
         if state is not None and owner.incarnation < state.owner.incarnation:
             return Announced(fenced_by=int(state.owner.incarnation), known=False)
         if state is not None and owner.incarnation == state.owner.incarnation:
-            state.owner = owner  # addresses may have changed
+            if state.owner != owner:  # addresses may have changed
+                state.owner, state.shown = owner, replace(owner, addresses={})
             state.seen_at = now
             self._owners.move_to_end(owner.worker)
             return Announced(fenced_by=None, known=True)
         if state is not None:
             self._forget_owner(owner.worker)
         # Every older life is fenced for good, even when this one is later dropped for its silence.
-        self._owners[owner.worker] = _OwnerState(owner, now)
+        self._owners[owner.worker] = _OwnerState(owner, replace(owner, addresses={}), now)
         self._fence(owner.worker, owner.incarnation - 1)
         self._leases.end_held(owner.worker, owner.incarnation - 1)
         return Announced(fenced_by=None, known=False)
@@ -423,3 +446,14 @@ class Table:
 
     def _located(self, copy: _Copy) -> Located:
         return Located(copy.segment, self._owners[copy.worker].owner)
+
+    def _shown(self, copy: _Copy) -> Located:
+        return Located(copy.segment, self._owners[copy.worker].shown)
+
+    def _token(self, copy: _Copy, holder: WorkerId, now: float, ttl_s: float) -> bytes:
+        granter = self._owners[copy.worker].granter
+        if granter is None:
+            return b""
+        if copy.blocks_digest is None:
+            copy.blocks_digest = blocks_digest(copy.segment)
+        return granter.token(copy.segment, copy.blocks_digest, holder, now, ttl_s)

@@ -27,6 +27,7 @@ from transport.directory.table import Announced, Candidate
 from transport.directory.view import View
 from transport.errors import RelayError
 from transport.settings import DirectorySettings
+from transport.tokens import KEY_BYTES, PullKey
 from transport.types import BlockRef, Lease, LeaseId, Located, Owner, Segment, SegmentKey
 
 T = TypeVar("T")
@@ -166,7 +167,8 @@ class Record(Generic[T]):
 
 BLOCK: Final = Record(BlockRef)
 KEY: Final = Record(SegmentKey)
-OWNER: Final = Record(Owner)
+OWNER: Final = Record(Owner, "pull_key")
+"""Without its key: only `pack_announcing` tells it, and only to a shard."""
 SEGMENT: Final = Record(Segment, "key", "blocks")
 LISTED: Final = Record(Listed, "key")
 FILTER: Final = Record(Filter)
@@ -215,6 +217,21 @@ class PackedBlocks(Sequence[BlockRef]):
 
 
 # --- what several calls have in common ----------------------------------------------------------------------
+
+
+def pack_announcing(owner: Owner, clock_ms: int) -> list[Any]:
+    """An owner about itself, to a shard: with its pull key, and what its monotonic clock shows."""
+    key = b"" if owner.pull_key is None else owner.pull_key.reveal()
+    return [OWNER.pack(owner), key, clock_ms]
+
+
+def unpack_announcing(value: Any) -> tuple[Owner, int]:
+    """Raises MalformedMessage."""
+    of, key, clock_ms = array(value, 3)
+    owner, secret, clock = OWNER.unpack(of), expect(key, bytes), expect(clock_ms, int)
+    if len(secret) not in (0, KEY_BYTES) or not 0 <= clock < 1 << 62:
+        raise MalformedMessage(f"a pull key of {len(secret)} bytes, or a clock that shows {clock}")
+    return (dataclasses.replace(owner, pull_key=PullKey(secret)) if secret else owner), clock
 
 
 def pack_keys(keys: Sequence[SegmentKey]) -> list[Any]:
@@ -307,20 +324,20 @@ def unpack_located(value: Any, keys: Sequence[SegmentKey]) -> dict[SegmentKey, L
 
 
 def pack_leases(granted: Mapping[SegmentKey, Lease], keys: Sequence[SegmentKey]) -> list[Any]:
-    """[located, [lease id, ...], [seconds, ...]], in the order of the keys."""
+    """[located, [lease id, ...], [seconds, ...], [token, ...]], in the order of the keys."""
     held = [granted[k] for k in keys if k in granted]
     located = pack_located({k: lease.located for k, lease in granted.items()}, keys)
-    return [located, [x.id for x in held], [x.ttl_s for x in held]]
+    return [located, [x.id for x in held], [x.ttl_s for x in held], [x.token for x in held]]
 
 
 def unpack_leases(value: Any, keys: Sequence[SegmentKey], holder: Any) -> dict[SegmentKey, Lease]:
     """Raises MalformedMessage."""
-    located, ids, seconds = array(value, 3)
+    located, *facts = array(value, 4)
     found = unpack_located(located, keys)
-    named = zip(array(ids, len(found)), array(seconds, len(found)), strict=True)
+    named = zip(*(array(fact, len(found)) for fact in facts), strict=True)
     return {
-        key: Lease(LeaseId(expect(i, str)), at, holder, expect(ttl_s, float))
-        for (key, at), (i, ttl_s) in zip(found.items(), named, strict=True)
+        key: Lease(LeaseId(expect(i, str)), at, holder, expect(ttl_s, float), token=expect(token, bytes))
+        for (key, at), (i, ttl_s, token) in zip(found.items(), named, strict=True)
     }
 
 
