@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from transport.arena import Arena
@@ -78,7 +78,8 @@ class Acquired:
         lookup_s, lease_s: where the time went; pull_s: for how long the caller had to wait for bytes;
             moving_s: from the beginning of the first pull to the end of the last.
         leases, landing, pins: what is to be given back; lost: owners that did not answer, and how the pull
-            ended; running: pulls that have not ended; unsettled: keys of which nothing is known yet; closed,
+            ended; running: pulls that have not ended; unsettled: keys of which nothing is known yet; given_up:
+            keys that nobody waits for any more, because their pull did not keep its own deadline; closed,
             unleased: whether bytes, or leases, go back as soon as the pulls end. The fetching's own business,
             guarded by `changed`.
     """
@@ -97,6 +98,7 @@ class Acquired:
     lost: dict[Life, Outcome] = field(default_factory=dict[Life, Outcome])
     running: int = 0
     unsettled: set[SegmentKey] = field(default_factory=set[SegmentKey])
+    given_up: set[SegmentKey] = field(default_factory=set[SegmentKey])
     closed: bool = False
     unleased: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -197,6 +199,7 @@ class Fetching:
                 log.error("%d pulls have not ended within %.0f s", got.running, limit_s)
                 for key in got.unsettled:
                     got.misses[key] = Miss(Outcome.TIMED_OUT, "the pull did not end by its deadline")
+                got.given_up |= got.unsettled
                 got.unsettled = set()
 
     def _life(self, lease: Lease) -> Life:
@@ -267,7 +270,7 @@ class Fetching:
             return
         if part == 0:
             with got.changed:
-                if not got.closed:
+                if not self._unwanted(pull, got):
                     self._enter(pull, got, blocks)
         if pull.on_landed is not None:
             pull.on_landed()
@@ -279,6 +282,11 @@ class Fetching:
         got.unsettled.discard(pull.key)
         got.changed.notify_all()
 
+    @staticmethod
+    def _unwanted(pull: _Pull, got: Acquired) -> bool:
+        """Whether nobody waits for the segment any more. The caller holds `got.changed`."""
+        return got.closed or pull.key in got.given_up
+
     def _ended(self, pull: _Pull, got: Acquired, blocks: list[BlockId], transfer: Transfer) -> bool:
         """Take the outcome; whether the blocks are to be freed now."""
         located = pull.lease.located
@@ -286,8 +294,11 @@ class Fetching:
         whole = pull.arrival.layers == self._layout.num_layers and transfer.outcome is not Outcome.TIMED_OUT
         if transfer.outcome is Outcome.PULLED or (pull.pipelined and whole):
             with got.changed:
+                if pull.key in got.given_up:  # it was told as a miss, and must not be a hit as well
+                    detail = f"came after {transfer.seconds:.1f} s, when it had been given up"
+                    transfer = replace(transfer, outcome=Outcome.TIMED_OUT, nbytes=0, detail=detail)
                 got.transfers.append((located, transfer))
-                if got.closed:
+                if self._unwanted(pull, got):
                     return True
                 if pull.key not in got.pulled:
                     self._enter(pull, got, blocks)
