@@ -71,7 +71,7 @@ class SegmentStore:
         pipelined: bool = False,
         on_landed: Callable[[], None] | None = None,
     ) -> Acquired:
-        """Find, lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
+        """Lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
         `misses`, and the caller computes it.
 
         Args:
@@ -85,13 +85,16 @@ class SegmentStore:
         if not wanted:
             return got
         try:
-            found = self._lookup(wanted, got)
+            granted = {g.lease.located.segment.key: g for g in self._lease(list(wanted), got)}
+            spilled = self._find_spilled(granted, got)
+            found = {**{key: g.lease.located for key, g in granted.items()}, **spilled}
             usable = [k for k, located in found.items() if self._fits(k, located, wanted[k], got)]
             if worth is not None and usable:
                 chosen = worth({k: found[k] for k in usable})
+                # Leases of the others go back with the rest, unread.
                 usable = [k for k in usable if k in chosen]
-            leases = self._lease([k for k in usable if not found[k].segment.spilled], got)
-            leases += self._lease_spilled([found[k] for k in usable if found[k].segment.spilled], got)
+            leases = [granted[k] for k in usable if k not in spilled]
+            leases += self._lease_spilled([spilled[k] for k in usable if k in spilled], got)
             begin = time.perf_counter()
             self._fetching.begin(got, leases, pipelined=pipelined, on_landed=on_landed)
             self._fetching.wait(got, pipelined=pipelined)
@@ -123,20 +126,31 @@ class SegmentStore:
         self._fetching.release_bytes(got)
         self._fetching.release_leases(got)
 
-    def _lookup(self, wanted: Mapping[SegmentKey, int], got: Acquired) -> Answers[Located]:
+    def _find_spilled(
+        self, granted: Mapping[SegmentKey, Granted], got: Acquired
+    ) -> dict[SegmentKey, Located]:
+        """Segments that their owner has to bring back first: of the keys that no lease was granted for (the
+        others are held by nobody, as a rule), and exact copies where the leased one is not. Asked for only
+        now: a hit takes one call, not two."""
+        left = [key for key, miss in got.misses.items() if miss.reason != "directory_down"]
+        left += [key for key, g in granted.items() if g.lease.located.segment.rectified]
+        if not left:
+            return {}
         begin = time.perf_counter()
         detail = _NO_ANSWER
         try:
-            found = self._directory.lookup(list(wanted), near=self.owner.worker)
+            found = self._directory.lookup(left, near=self.owner.worker)
         except RelayError as error:
-            found, detail = Answers[Located](unanswered=wanted), str(error)
+            found, detail = Answers[Located](unanswered=left), str(error)
         got.lookup_s = time.perf_counter() - begin
-        for key in wanted:
+        for key in [key for key in left if key in got.misses]:
             if key in found.unanswered:
                 got.misses[key] = Miss("directory_down", detail)
             elif key not in found:
                 got.misses[key] = Miss("not_found", "no worker holds it")
-        return found
+            elif found[key].segment.spilled:
+                del got.misses[key]
+        return {key: located for key, located in found.items() if located.segment.spilled}
 
     def _fits(self, key: SegmentKey, located: Located, tokens: int, got: Acquired) -> bool:
         segment = located.segment

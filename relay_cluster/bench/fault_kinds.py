@@ -208,7 +208,7 @@ class Stagehand:
             seed=self._trial.seed,
             nbytes=chance.choice((1, 4096)),
             reply=chance.random() < 0.5,
-            calls=(chance.choice(("lookup", "lease")),),
+            calls=("lease",),  # what every hit goes through; look-ups come behind it, for what was not leased
         )
         worker = self.owner if spec.kind is FaultKind.REUSE else self.target
         assert worker is not None  # the upstream agent has answered
