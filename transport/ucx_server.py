@@ -192,9 +192,15 @@ class UcxServer:
         try:
             admit(request, self._arena, int(time.monotonic() * 1e3))
         except FrameError as fault:
-            if fault.code == "token":
-                raise
-            self._send(connection, encode_refusal(fault, ticket=ticket))  # an honest reader with an old view
+            # An honest reader with an old view; or a request of a dead endpoint, which must not cost the new
+            # one its connection. Who never shows a good token has little time anyway.
+            logger.log(
+                logging.WARNING if fault.code == "token" else logging.DEBUG,
+                "ucx: refused (%s): %s",
+                fault.code,
+                fault,
+            )
+            self._send(connection, encode_refusal(fault, ticket=ticket))
             return
         connection.stranger_until = float("inf")
         self._send(connection, encode(KIND_DATA, {"blocks": len(request.blocks), "ticket": ticket}))
