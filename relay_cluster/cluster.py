@@ -31,6 +31,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from relay_cluster.access import MODE_ENV, decide, warn_of
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
@@ -54,6 +55,8 @@ from workers.methods import parse_method
 log = logging.getLogger(__name__)
 
 _LINK_TIMEOUT_S: Final = 20.0
+DASHBOARD_HOST: Final = "127.0.0.1"
+"""Ray's dashboard of a cluster of our own: it takes jobs, and is for this machine only."""
 
 OnEvent = Callable[..., None]
 
@@ -178,8 +181,9 @@ class Cluster:
 
     def _init_ray(self) -> None:
         settings = self.config.ray
+        access = decide(settings, os.environ, Path.home())
         # Set explicitly: token authentication turns itself on where a token file lies about.
-        os.environ["RAY_AUTH_MODE"] = settings.auth
+        os.environ[MODE_ENV] = access.mode
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._on_event("cluster", "joining Ray" if settings.address else "starting Ray")
         options: dict[str, Any] = {
@@ -194,6 +198,7 @@ class Cluster:
             options.update(
                 num_cpus=settings.num_cpus,
                 include_dashboard=settings.dashboard,
+                dashboard_host=DASHBOARD_HOST,
                 object_store_memory=settings.object_store_bytes,
             )
         try:
@@ -202,6 +207,10 @@ class Cluster:
             where = f"at {settings.address}" if settings.address else "here"
             raise RelayError(f"Ray could not be started {where}: {error}") from error
         self._started_ray = True
+        nodes = (str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"])
+        if warning := warn_of(access, nodes):
+            log.warning("%s", warning)
+            self._on_event("cluster", f"security: {warning}")
 
     # -- workers -------------------------------------------------------------------------------------------
 
@@ -242,7 +251,6 @@ class Cluster:
         spec = WorkerSpec(
             worker=worker,
             model=model,
-            tenant=self.config.tenant,
             settings=settings,
             transport=self._transport,
             directory=self.config.directory,

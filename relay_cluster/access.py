@@ -1,0 +1,100 @@
+"""Who may enter the Ray cluster: which token authentication is used, and what to say where there is none.
+
+Ray's own ports are open on every interface of a machine (2.60 has no setting against it), and whoever reaches
+them runs code as us. So `ray.auth: auto` means a token, unless somebody has said otherwise:
+
+    ours (no ray.address)    token; Ray makes one in ~/.ray/auth_token where there is none yet
+    on this machine          token where one is found, else none, and a warning
+    on other machines        token; refused where none is found
+
+RAY_AUTH_MODE in the environment and `ray.auth: disabled` are such words; they are followed, with a warning
+where others could come in. This module knows of Ray only these names, and asks nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from relay_cluster.config import RaySettings
+from transport.errors import ConfigError
+from transport.hosts import is_loopback
+
+Mode = Literal["token", "disabled"]
+
+MODE_ENV: Final = "RAY_AUTH_MODE"
+TOKEN_ENV: Final = "RAY_AUTH_TOKEN"
+TOKEN_PATH_ENV: Final = "RAY_AUTH_TOKEN_PATH"
+MAKE_ONE: Final = (
+    "Make a token with `ray get-auth-token --generate`, give every machine the same one (the file "
+    f"~/.ray/auth_token, or {TOKEN_ENV}), start Ray there with {MODE_ENV}=token, and set ray.auth: token"
+)
+OPEN: Final = "whoever reaches Ray's ports runs code on every machine of the cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How Ray is to be joined or started. warning: one line for people; empty when there is none."""
+
+    mode: Mode
+    warning: str = ""
+
+
+def token_source(environment: Mapping[str, str], home: Path) -> str:
+    """Where Ray would find its token, in its own order; empty when nowhere."""
+    if environment.get(TOKEN_ENV):
+        return TOKEN_ENV
+    path = environment.get(TOKEN_PATH_ENV)
+    if path:
+        return path if _has_content(Path(path)) else ""
+    default = home / ".ray" / "auth_token"
+    return str(default) if _has_content(default) else ""
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def is_here(address: str) -> bool:
+    """Whether `ray.address` names a cluster by way of this machine."""
+    return address in ("auto", "local") or is_loopback(address.rsplit(":", 1)[0])
+
+
+def decide(settings: RaySettings, environment: Mapping[str, str], home: Path) -> Access:
+    """Which authentication to use.
+
+    Raises:
+        ConfigError: a token is needed, and there is none.
+    """
+    address, said = settings.address, environment.get(MODE_ENV, "").lower()
+    found = token_source(environment, home)
+    if settings.auth == "disabled" or (settings.auth == "auto" and said == "disabled"):
+        by = "ray.auth" if settings.auth == "disabled" else MODE_ENV
+        return Access("disabled", f"{by} is disabled: {OPEN}. {MAKE_ONE}.")
+    insisted = settings.auth == "token" or said == "token"
+    if address is None or found:
+        return Access("token")  # a cluster of our own gets its token from Ray
+    if is_here(address) and not insisted:
+        return Access("disabled", f"no Ray token is found: {OPEN}. {MAKE_ONE}.")
+    raise ConfigError(
+        f'ray.address is "{address}", and this machine has no token to enter it: neither {TOKEN_ENV}, nor '
+        f"{TOKEN_PATH_ENV}, nor ~/.ray/auth_token. {MAKE_ONE}. Only where nobody else reaches the network of "
+        "these machines: ray.auth: disabled."
+    )
+
+
+def warn_of(access: Access, nodes: Iterable[str]) -> str:
+    """What to say once it is known where the nodes are; empty where nobody else could come in.
+
+    Args:
+        nodes: addresses of the live ones.
+    """
+    far = sorted({node for node in nodes if not is_loopback(node)})
+    if access.mode == "token" or not far:
+        return ""
+    return f"Ray on {', '.join(far)} asks nobody for a token: {access.warning}"

@@ -1,0 +1,125 @@
+"""Which authentication of Ray is used, and what is said or refused where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from relay_cluster.access import OPEN, decide, is_here, token_source, warn_of
+from relay_cluster.config import ClusterConfig, RaySettings
+from transport.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = RaySettings()
+HERE = RaySettings(address="auto")
+FAR = RaySettings(address="10.77.0.1:6379")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def give_token(home: Path) -> None:
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("secret")
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "has_token", "mode", "warned"),
+    [
+        (OURS, {}, False, "token", False),
+        (OURS, {}, True, "token", False),
+        (OURS, {"RAY_AUTH_MODE": "disabled"}, True, "disabled", True),
+        (OURS, {"RAY_AUTH_MODE": "token"}, False, "token", False),
+        (replace(OURS, auth="disabled"), {}, True, "disabled", True),
+        (replace(OURS, auth="disabled"), {"RAY_AUTH_MODE": "token"}, True, "disabled", True),
+        (replace(OURS, auth="token"), {"RAY_AUTH_MODE": "disabled"}, False, "token", False),
+        (HERE, {}, True, "token", False),
+        (HERE, {}, False, "disabled", True),
+        (FAR, {}, True, "token", False),
+        (FAR, {"RAY_AUTH_TOKEN": "secret"}, False, "token", False),
+        (FAR, {"RAY_AUTH_MODE": "disabled"}, False, "disabled", True),
+        (replace(FAR, auth="disabled"), {}, False, "disabled", True),
+        (replace(FAR, auth="token"), {"RAY_AUTH_TOKEN": "secret"}, False, "token", False),
+    ],
+)
+def test_a_token_is_asked_for_unless_somebody_said_otherwise(
+    home: Path, settings: RaySettings, environment: dict[str, str], has_token: bool, mode: str, warned: bool
+) -> None:
+    if has_token:
+        give_token(home)
+    access = decide(settings, environment, home)
+    assert access.mode == mode
+    assert bool(access.warning) == warned
+    if warned:
+        assert OPEN in access.warning
+        assert "ray get-auth-token --generate" in access.warning
+        assert "secret" not in access.warning
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [
+        (FAR, {}),
+        (replace(FAR, auth="token"), {}),
+        (FAR, {"RAY_AUTH_MODE": "token"}),
+        (FAR, {"RAY_AUTH_TOKEN": ""}),
+        (FAR, {"RAY_AUTH_TOKEN_PATH": "/does/not/exist"}),
+        (replace(HERE, auth="token"), {}),
+        (HERE, {"RAY_AUTH_MODE": "token"}),
+    ],
+)
+def test_a_cluster_of_others_is_refused_without_a_token(
+    home: Path, settings: RaySettings, environment: dict[str, str]
+) -> None:
+    """And the error says what to do."""
+    with pytest.raises(ConfigError) as refused:
+        decide(settings, environment, home)
+    for part in (str(settings.address), "ray get-auth-token --generate", "RAY_AUTH_TOKEN", "ray.auth: token"):
+        assert part in str(refused.value)
+
+
+def test_where_a_token_is_found_is_rays_own_order(home: Path) -> None:
+    assert token_source({}, home) == ""
+    give_token(home)
+    default = str(home / ".ray" / "auth_token")
+    assert token_source({}, home) == default
+    other = home / "other"
+    other.write_text("x")
+    assert token_source({"RAY_AUTH_TOKEN_PATH": str(other)}, home) == str(other)
+    assert token_source({"RAY_AUTH_TOKEN_PATH": str(home / "none")}, home) == "", "Ray does not look further"
+    assert token_source({"RAY_AUTH_TOKEN": "x", "RAY_AUTH_TOKEN_PATH": str(other)}, home) == "RAY_AUTH_TOKEN"
+    other.write_text("")
+    assert token_source({"RAY_AUTH_TOKEN_PATH": str(other)}, home) == ""
+
+
+def test_what_is_this_machine() -> None:
+    assert all(is_here(a) for a in ("auto", "local", "127.0.0.1:6379", "localhost:6379", "[::1]:6379"))
+    assert not any(is_here(a) for a in ("10.0.0.1:6379", "head:6379", "ray://head:10001", "0.0.0.0:6379"))
+
+
+def test_who_could_come_in_is_warned_of(home: Path) -> None:
+    open_one = decide(replace(OURS, auth="disabled"), {}, home)
+    said = warn_of(open_one, ["10.77.0.2", "10.77.0.1", "10.77.0.1"])
+    assert said.startswith("Ray on 10.77.0.1, 10.77.0.2 asks nobody for a token")
+    assert OPEN in said
+    assert warn_of(open_one, ["127.0.0.1"]) == "", "nobody else reaches it"
+    assert warn_of(decide(OURS, {}, home), ["10.77.0.1"]) == ""
+
+
+def test_cluster_files_of_several_machines_ask_for_a_token(home: Path) -> None:
+    """Whatever the environment says."""
+    found = 0
+    for path in sorted((ROOT / "configs" / "clusters").glob("*.yaml")):
+        config = ClusterConfig.load(path)
+        if config.nodes or (config.ray.address and not is_here(config.ray.address)):
+            found += 1
+            assert config.ray.auth == "token", path.name
+            with pytest.raises(ConfigError):
+                decide(config.ray, {"RAY_AUTH_MODE": "disabled"}, home)
+        else:
+            assert config.ray.auth != "disabled", path.name
+    assert found
