@@ -3,7 +3,7 @@
 Ray's own ports are open on every interface of a machine (2.60 has no setting against it), and whoever reaches
 them runs code as us. So `ray.auth: auto` means a token, unless somebody has said otherwise:
 
-    ours (no ray.address)    token; Ray makes one in ~/.ray/auth_token where there is none yet
+    ours (no ray.address)    token; one is made in ~/.ray/auth_token where there is none yet
     on this machine          token where one is found, else none, and a warning
     on other machines        token; refused where none is found
 
@@ -13,6 +13,8 @@ where others could come in. This module knows of Ray only these names, and asks 
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,38 @@ class Access:
 
     mode: Mode
     warning: str = ""
+
+
+def ensure_token(environment: Mapping[str, str], home: Path) -> None:
+    """Make the token of a cluster of our own, where there is none: as Ray does, but readable by this user only
+    (Ray leaves that to the umask).
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    if token_source(environment, home):
+        return
+    path = Path(environment.get(TOKEN_PATH_ENV) or home / ".ray" / "auth_token")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        with open(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+    except OSError as error:
+        raise ConfigError(
+            f"the token of Ray cannot be written to {path}: {error.strerror}. Set {TOKEN_ENV} to a long random "
+            "text, or, where nobody else reaches this machine, ray.auth: disabled."
+        ) from error
+
+
+def read_by_others(source: str) -> bool:
+    """Whether other users of this machine may read the token at `source` (see `token_source`)."""
+    if source in ("", TOKEN_ENV):
+        return False
+    try:
+        return bool(Path(source).stat().st_mode & 0o077)
+    except OSError:
+        return False
 
 
 def token_source(environment: Mapping[str, str], home: Path) -> str:
@@ -78,7 +112,7 @@ def decide(settings: RaySettings, environment: Mapping[str, str], home: Path) ->
         return Access("disabled", f"{by} is disabled: {OPEN}. {MAKE_ONE}.")
     insisted = settings.auth == "token" or said == "token"
     if address is None or found:
-        return Access("token")  # a cluster of our own gets its token from Ray
+        return Access("token")  # a cluster of our own gets one from `ensure_token`
     if is_here(address) and not insisted:
         return Access("disabled", f"no Ray token is found: {OPEN}. {MAKE_ONE}.")
     raise ConfigError(

@@ -31,7 +31,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from relay_cluster.access import MODE_ENV, decide, warn_of
+from relay_cluster.access import MODE_ENV, decide, ensure_token, warn_of
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
@@ -184,6 +184,8 @@ class Cluster:
         access = decide(settings, os.environ, Path.home())
         # Set explicitly: token authentication turns itself on where a token file lies about.
         os.environ[MODE_ENV] = access.mode
+        if access.mode == "token" and settings.address is None:
+            ensure_token(os.environ, Path.home())
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._on_event("cluster", "joining Ray" if settings.address else "starting Ray")
         options: dict[str, Any] = {

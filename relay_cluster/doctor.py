@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from relay_cluster.access import decide, token_source
+from relay_cluster.access import decide, read_by_others, token_source
 from relay_cluster.config import RaySettings
 from relay_cluster.report import MachineReport
 from transport.errors import ConfigError
@@ -127,8 +127,12 @@ def ray_access(settings: RaySettings, environment: Mapping[str, str], home: Path
     except ConfigError as refused:
         return Finding(topic, "refused: no token", False, str(refused))
     if access.mode == "token":
-        source = token_source(environment, home) or "~/.ray/auth_token, which Ray makes"
-        return Finding(topic, f"with the token of {source}", True)
+        source = token_source(environment, home)
+        if read_by_others(source):
+            return Finding(topic, f"other users can read {source}", False, f"chmod 600 {source}")
+        return Finding(
+            topic, f"with the token of {source or '~/.ray/auth_token, made by the first run'}", True
+        )
     return Finding(topic, "open to anybody", False, access.warning)
 
 

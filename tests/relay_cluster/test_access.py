@@ -7,8 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from relay_cluster.access import OPEN, decide, is_here, token_source, warn_of
+from relay_cluster.access import (
+    OPEN,
+    decide,
+    ensure_token,
+    is_here,
+    read_by_others,
+    token_source,
+    warn_of,
+)
 from relay_cluster.config import ClusterConfig, RaySettings
+from relay_cluster.doctor import ray_access
 from transport.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,6 +103,41 @@ def test_where_a_token_is_found_is_rays_own_order(home: Path) -> None:
     assert token_source({"RAY_AUTH_TOKEN": "x", "RAY_AUTH_TOKEN_PATH": str(other)}, home) == "RAY_AUTH_TOKEN"
     other.write_text("")
     assert token_source({"RAY_AUTH_TOKEN_PATH": str(other)}, home) == ""
+
+
+def test_a_token_is_made_once_and_for_this_user_only(home: Path) -> None:
+    ensure_token({"RAY_AUTH_TOKEN": "given"}, home)
+    assert not (home / ".ray").exists()
+    ensure_token({}, home)
+    path = home / ".ray" / "auth_token"
+    token = path.read_text()
+    assert len(token) == 64
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    ensure_token({}, home)
+    assert path.read_text() == token
+    assert not read_by_others(token_source({}, home))
+    other = home / "elsewhere" / "token"
+    ensure_token({"RAY_AUTH_TOKEN_PATH": str(other)}, home)
+    assert other.read_text() not in ("", token)
+
+
+def test_a_token_that_others_can_read_is_told(home: Path) -> None:
+    give_token(home)
+    path = home / ".ray" / "auth_token"
+    path.chmod(0o644)
+    found = ray_access(OURS, {}, home)
+    assert (found.ok, found.note) == (False, f"chmod 600 {path}")
+    path.chmod(0o600)
+    assert ray_access(OURS, {}, home).ok is True
+    assert not read_by_others("")
+    assert not read_by_others("RAY_AUTH_TOKEN")
+
+
+def test_a_home_that_cannot_be_written_says_what_to_do(home: Path) -> None:
+    (home / ".ray").write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN"):
+        ensure_token({}, home)
 
 
 def test_what_is_this_machine() -> None:
