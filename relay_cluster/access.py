@@ -8,7 +8,7 @@ them runs code as us. So `ray.auth: auto` means a token, unless somebody has sai
     on other machines        token; refused where none is found
 
 RAY_AUTH_MODE in the environment and `ray.auth: disabled` are such words; they are followed, with a warning
-where others could come in. This module knows of Ray only these names, and asks nothing of it.
+where others could come in. `decide` and what it needs know of Ray only these names, and ask nothing of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from relay_cluster.config import RaySettings
 from transport.errors import ConfigError
@@ -29,6 +29,7 @@ Mode = Literal["token", "disabled"]
 MODE_ENV: Final = "RAY_AUTH_MODE"
 TOKEN_ENV: Final = "RAY_AUTH_TOKEN"
 TOKEN_PATH_ENV: Final = "RAY_AUTH_TOKEN_PATH"
+DASHBOARD_HOST: Final = "127.0.0.1"
 MAKE_ONE: Final = (
     "Make a token with `ray get-auth-token --generate`, give every machine the same one (the file "
     f"~/.ray/auth_token, or {TOKEN_ENV}), start Ray there with {MODE_ENV}=token, and set ray.auth: token"
@@ -45,8 +46,8 @@ class Access:
 
 
 def ensure_token(environment: Mapping[str, str], home: Path) -> None:
-    """Make the token of a cluster of our own, where there is none: as Ray does, but readable by this user only
-    (Ray leaves that to the umask).
+    """Make the token of a cluster of our own, where there is none: as Ray does, but readable by this user
+    only (Ray leaves that to the umask).
 
     Raises:
         ConfigError: the file cannot be written.
@@ -61,8 +62,8 @@ def ensure_token(environment: Mapping[str, str], home: Path) -> None:
             file.write(secrets.token_hex(32))
     except OSError as error:
         raise ConfigError(
-            f"the token of Ray cannot be written to {path}: {error.strerror}. Set {TOKEN_ENV} to a long random "
-            "text, or, where nobody else reaches this machine, ray.auth: disabled."
+            f"the token of Ray cannot be written to {path}: {error.strerror}. Set {TOKEN_ENV} to a long "
+            "random text, or, where nobody else reaches this machine, ray.auth: disabled."
         ) from error
 
 
@@ -97,6 +98,25 @@ def _has_content(path: Path) -> bool:
 def is_here(address: str) -> bool:
     """Whether `ray.address` names a cluster by way of this machine."""
     return address in ("auto", "local") or is_loopback(address.rsplit(":", 1)[0])
+
+
+def use(access: Access) -> None:
+    """Have Ray in this process, and in what it starts, do as decided. Ray has read its variables when it was
+    imported, and would not look again."""
+    os.environ[MODE_ENV] = access.mode
+    from ray._raylet import Config  # as Ray itself does where it turns its authentication on
+
+    Config.initialize("")
+
+
+def start_options(settings: RaySettings) -> dict[str, Any]:
+    """For `ray.init` of a cluster of our own. The dashboard takes jobs: it is for this machine only."""
+    return {
+        "num_cpus": settings.num_cpus,
+        "include_dashboard": settings.dashboard,
+        "dashboard_host": DASHBOARD_HOST,
+        "object_store_memory": settings.object_store_bytes,
+    }
 
 
 def decide(settings: RaySettings, environment: Mapping[str, str], home: Path) -> Access:

@@ -31,7 +31,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from relay_cluster.access import MODE_ENV, decide, ensure_token, warn_of
+from relay_cluster.access import decide, ensure_token, start_options, use, warn_of
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
@@ -55,8 +55,6 @@ from workers.methods import parse_method
 log = logging.getLogger(__name__)
 
 _LINK_TIMEOUT_S: Final = 20.0
-DASHBOARD_HOST: Final = "127.0.0.1"
-"""Ray's dashboard of a cluster of our own: it takes jobs, and is for this machine only."""
 
 OnEvent = Callable[..., None]
 
@@ -182,10 +180,10 @@ class Cluster:
     def _init_ray(self) -> None:
         settings = self.config.ray
         access = decide(settings, os.environ, Path.home())
-        # Set explicitly: token authentication turns itself on where a token file lies about.
-        os.environ[MODE_ENV] = access.mode
         if access.mode == "token" and settings.address is None:
             ensure_token(os.environ, Path.home())
+        # Set explicitly: token authentication turns itself on where a token file lies about.
+        use(access)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._on_event("cluster", "joining Ray" if settings.address else "starting Ray")
         options: dict[str, Any] = {
@@ -197,12 +195,7 @@ class Cluster:
         if settings.address:
             options["address"] = settings.address
         else:
-            options.update(
-                num_cpus=settings.num_cpus,
-                include_dashboard=settings.dashboard,
-                dashboard_host=DASHBOARD_HOST,
-                object_store_memory=settings.object_store_bytes,
-            )
+            options.update(start_options(settings))
         try:
             ray.init(**options)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from relay_cluster.access import MODE_ENV, decide
+from relay_cluster.access import decide, use
 from relay_cluster.config import RaySettings
 from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shard, find_names, shard_name
@@ -46,7 +46,7 @@ def attached(settings: RaySettings, prefix: str | None = None) -> Iterator[Attac
         DirectoryUnavailable: its shards do not answer.
     """
     here = replace(settings, address=settings.address or "auto")
-    os.environ[MODE_ENV] = decide(here, os.environ, Path.home()).mode
+    use(decide(here, os.environ, Path.home()))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     joined = not ray.is_initialized()
     if joined:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from relay_cluster.access import (
     ensure_token,
     is_here,
     read_by_others,
+    start_options,
     token_source,
     warn_of,
 )
@@ -138,6 +142,86 @@ def test_a_home_that_cannot_be_written_says_what_to_do(home: Path) -> None:
     (home / ".ray").write_text("a file where the folder should be")
     with pytest.raises(ConfigError, match="RAY_AUTH_TOKEN"):
         ensure_token({}, home)
+
+
+def test_the_dashboard_is_for_this_machine_only() -> None:
+    for dashboard in (True, False):
+        options = start_options(replace(OURS, dashboard=dashboard))
+        assert (options["include_dashboard"], options["dashboard_host"]) == (dashboard, "127.0.0.1")
+
+
+_DRIVER = """
+import sys
+from pathlib import Path
+import ray
+from relay_cluster.access import use, decide
+from relay_cluster.config import RaySettings
+from transport.errors import ConfigError
+
+@ray.remote(num_cpus=0)
+def ran():
+    return "RAN CODE"
+
+try:
+    use(decide(RaySettings(address=sys.argv[1], auth=sys.argv[2]), {"RAY_AUTH_MODE": ""}, Path.home()))
+    ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
+    print(ray.get(ran.remote(), timeout=60))
+except Exception as error:
+    print("KEPT OUT", type(error).__name__, error)
+"""
+
+
+def join(address: str, auth: str, home: Path) -> str:
+    """What a program of somebody with that home says that joins the cluster and runs code on it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    done = subprocess.run(
+        [sys.executable, "-c", _DRIVER, address, auth],
+        env={**environment, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.stdout + done.stderr[-2000:]
+
+
+_OWNER = """
+import sys
+import ray
+from relay_cluster.cluster import Cluster
+from relay_cluster.config import ClusterConfig, RaySettings
+
+settings = RaySettings(num_cpus=1, object_store_bytes=80_000_000)
+with Cluster(ClusterConfig(ray=settings)) as cluster:
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.ray
+def test_a_cluster_of_our_own_keeps_others_out(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Started as `relay run` does, with a user's home that has no token yet: whoever has the token that it
+    made runs code there, who has none or another does not."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
+    owner = subprocess.Popen(
+        [sys.executable, "-c", _OWNER],
+        env={**environment, "HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert owner.stdout is not None
+        address = owner.stdout.readline().strip()
+        assert address, "the cluster did not start"
+        assert not read_by_others(token_source({}, home))
+        assert "RAN CODE" in join(address, "auto", home)
+        stranger = tmp_path_factory.mktemp("stranger")
+        assert "KEPT OUT" in join(address, "disabled", stranger)
+        ensure_token({}, stranger)
+        assert "KEPT OUT" in join(address, "token", stranger)
+    finally:
+        owner.communicate("\n", timeout=60)
 
 
 def test_what_is_this_machine() -> None:
