@@ -372,14 +372,18 @@ def _yaml_files(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
 # --- doctor -------------------------------------------------------------------------------------------------
 
 
-@app.command(epilog=examples("relay doctor", "relay doctor --json -"))
+@app.command(
+    epilog=examples(
+        "relay doctor", "relay doctor --cluster configs/clusters/two_nodes.yaml", "relay doctor --json -"
+    )
+)
 @command
-def doctor(json_file: JsonOption = None, debug: DebugOption = False) -> None:
+def doctor(cluster: _Cluster = None, json_file: JsonOption = None, debug: DebugOption = False) -> None:
     """Say what this machine has, what will be used, and why."""
     from relay_cluster.doctor import diagnose
 
     with console.errors().status("looking around"):
-        diagnosis = diagnose()
+        diagnosis = diagnose(ClusterConfig.load(cluster).ray if cluster else None)
     if json_file:
         write_json(diagnosis.to_json(), json_file)
     if json_file and str(json_file) == "-":

@@ -31,6 +31,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from relay_cluster.access import decide, ensure_token, start_options, use, warn_of
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
@@ -188,8 +189,11 @@ class Cluster:
 
     def _init_ray(self) -> None:
         settings = self.config.ray
+        access = decide(settings, os.environ, Path.home())
+        if access.mode == "token" and settings.address is None:
+            ensure_token(os.environ, Path.home())
         # Set explicitly: token authentication turns itself on where a token file lies about.
-        os.environ["RAY_AUTH_MODE"] = settings.auth
+        use(access)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._on_event("cluster", "joining Ray" if settings.address else "starting Ray")
         options: dict[str, Any] = {
@@ -201,17 +205,17 @@ class Cluster:
         if settings.address:
             options["address"] = settings.address
         else:
-            options.update(
-                num_cpus=settings.num_cpus,
-                include_dashboard=settings.dashboard,
-                object_store_memory=settings.object_store_bytes,
-            )
+            options.update(start_options(settings))
         try:
             ray.init(**options)
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             where = f"at {settings.address}" if settings.address else "here"
             raise RelayError(f"Ray could not be started {where}: {error}") from error
         self._started_ray = True
+        nodes = (str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"])
+        if warning := warn_of(access, nodes):
+            log.warning("%s", warning)
+            self._on_event("cluster", f"security: {warning}")
 
     # -- workers -------------------------------------------------------------------------------------------
 
@@ -253,7 +257,6 @@ class Cluster:
         spec = WorkerSpec(
             worker=worker,
             model=model,
-            tenant=self.config.tenant,
             settings=settings,
             transport=self._transport,
             directory=self.config.directory,

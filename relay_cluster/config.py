@@ -63,7 +63,8 @@ class RaySettings:
         namespace: Ray namespace of our actors.
         num_cpus: CPUs that a cluster of our own offers; null: those of the machine.
         object_store_bytes: its object store; only keys and reports go through it, never tensors.
-        auth: Ray's token authentication ("token" takes RAY_AUTH_TOKEN from the environment).
+        auth: Ray's token authentication. "auto": a token, unless RAY_AUTH_MODE says otherwise or a cluster on
+            this machine has none; see `relay_cluster/access.py`.
         dashboard: start Ray's dashboard (about 1 GB more memory).
     """
 
@@ -71,7 +72,7 @@ class RaySettings:
     namespace: str = "relay"
     num_cpus: Annotated[int, Ge(1)] | None = None
     object_store_bytes: Annotated[int, Ge(80_000_000)] = 128 << 20
-    auth: Literal["disabled", "token"] = "disabled"
+    auth: Literal["auto", "disabled", "token"] = "auto"
     dashboard: bool = False
 
 
@@ -115,8 +116,6 @@ class ClusterConfig(BaseModel):
         name: for reports.
         workers: number of worker processes, or "auto": one per agent, up to 8.
         model: of agents and pipelines that name none.
-        tenant: whose data this cluster serves. Part of every key, so that clusters of two tenants never share
-            KV, even where they share models and directory.
         nodes: Ray nodes that the workers are put on in turn, the first agent's worker on the first one:
             addresses, host names, or custom resources that a node offers. Empty leaves it to Ray.
     """
@@ -127,7 +126,6 @@ class ClusterConfig(BaseModel):
     description: str = ""
     workers: Annotated[int | Literal["auto"], BeforeValidator(_worker_count)] = "auto"
     model: str = DEFAULT_MODEL
-    tenant: str = Field(default="default", min_length=1)
     nodes: list[str] = Field(default_factory=list)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)

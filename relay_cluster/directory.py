@@ -9,11 +9,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
+from relay_cluster.access import decide, use
 from relay_cluster.config import RaySettings
 from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shard, find_names, shard_name
@@ -40,10 +42,11 @@ def attached(settings: RaySettings, prefix: str | None = None) -> Iterator[Attac
         prefix: of the shards' names; needed where several relay clusters run in one namespace.
 
     Raises:
-        ConfigError: no Ray cluster, no directory in the namespace, or several.
+        ConfigError: no Ray cluster, no token for it, no directory in the namespace, or several.
         DirectoryUnavailable: its shards do not answer.
     """
-    os.environ["RAY_AUTH_MODE"] = settings.auth
+    here = replace(settings, address=settings.address or "auto")
+    use(decide(here, os.environ, Path.home()))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     joined = not ray.is_initialized()
     if joined:

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -21,7 +21,10 @@ from typing import Any
 
 import psutil
 
+from relay_cluster.access import decide, read_by_others, token_source
+from relay_cluster.config import RaySettings
 from relay_cluster.report import MachineReport
+from transport.errors import ConfigError
 
 PROBE_TIMEOUT_S = 30.0
 """A probe that takes longer counts as failed."""
@@ -91,8 +94,8 @@ def this_machine() -> MachineReport:
     )
 
 
-def diagnose() -> Diagnosis:
-    """Probe everything; takes a few seconds."""
+def diagnose(ray: RaySettings | None = None) -> Diagnosis:
+    """Probe everything; takes a few seconds. ray: of the cluster that is meant; None: one of our own."""
     machine = this_machine()
     torch = _probe_torch()
     nixl = _probe_nixl(machine)
@@ -104,6 +107,7 @@ def diagnose() -> Diagnosis:
         torch,
         _package("transformers", "transformers", needed=True),
         _package("ray", "ray", needed=True),
+        ray_access(ray or RaySettings(), os.environ, Path.home()),
         nixl,
         _ucx_transports(),
         _rdma_devices(),
@@ -113,6 +117,23 @@ def diagnose() -> Diagnosis:
         _embedded_model(),
     )
     return Diagnosis(machine, findings, _choices(torch, nixl))
+
+
+def ray_access(settings: RaySettings, environment: Mapping[str, str], home: Path) -> Finding:
+    """Who may enter the Ray cluster, as starting it would have it."""
+    topic = "ray access"
+    try:
+        access = decide(settings, environment, home)
+    except ConfigError as refused:
+        return Finding(topic, "refused: no token", False, str(refused))
+    if access.mode == "token":
+        source = token_source(environment, home)
+        if read_by_others(source):
+            return Finding(topic, f"other users can read {source}", False, f"chmod 600 {source}")
+        return Finding(
+            topic, f"with the token of {source or '~/.ray/auth_token, made by the first run'}", True
+        )
+    return Finding(topic, "open to anybody", False, access.warning)
 
 
 def _choices(torch: Finding, nixl: Finding) -> tuple[Finding, ...]:

@@ -45,6 +45,7 @@ MAX_BLOCKS: Final = 1024
 FRAME: Final = struct.Struct("<4sBBHI")
 """magic, schema, kind, reserved (0), body bytes."""
 MAGIC: Final = b"RLYT"
+_MOST_SAID: Final = 200  # characters of a peer's words that reach our log
 KIND_READ, KIND_DATA, KIND_REFUSED = 1, 2, 3
 
 _REFUSALS: Final = {
@@ -249,11 +250,18 @@ def expect_data(kind: int, body: dict[str, Any], blocks: int) -> None:
         FrameError: this is no answer to that request.
     """
     if kind == KIND_REFUSED:
-        code = str(body.get("code"))
+        code = _said(body.get("code"))
         outcome = _REFUSALS.get(code, Outcome.PEER_GONE)
-        raise ReadFailed(outcome, f"refused by the owner ({code}): {body.get('detail')}.")
+        raise ReadFailed(outcome, f"refused by the owner ({code}): {_said(body.get('detail'))}.")
     if kind != KIND_DATA or body.get("blocks") != blocks:
-        raise FrameError("malformed", f"expected {blocks} blocks, got kind {kind} with {body}")
+        told = _said(body.get("blocks"))
+        raise FrameError("malformed", f"expected {blocks} blocks, got a frame of kind {kind} with {told}")
+
+
+def _said(value: object) -> str:
+    """What a peer says, for a log: one line of bounded length, whatever it sent."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}..."
 
 
 def is_count(value: object) -> bool:

@@ -56,6 +56,18 @@ class Address:
     kind: str
     device: int
 
+    @property
+    def sound(self) -> bool:
+        """Whether descriptors can be computed from it: every field of its type and within its bounds."""
+        numbers = (self.base, self.stride, self.blocks, self.device)
+        return (
+            isinstance(self.agent, str)
+            and isinstance(self.metadata, bytes)
+            and self.kind in ("cpu", "cuda")
+            and all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+            and self.base + self.stride * self.blocks < 1 << 63
+        )
+
     def pack(self) -> bytes:
         """As msgpack."""
         fields = (
@@ -80,11 +92,10 @@ class Address:
             address = cls(*fields)
         except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as fault:
             raise ReadFailed(Outcome.NO_ROUTE, f"unreadable nixl address: {fault}") from fault
-        types = (str, bytes, int, int, int, str, int)
-        if schema != SCHEMA or not all(isinstance(f, t) for f, t in zip(fields, types, strict=True)):
+        if schema != SCHEMA or not address.sound:
             raise ReadFailed(
                 Outcome.NO_ROUTE,
-                f"a nixl address of schema {schema} with {len(fields)} fields; ours is {SCHEMA}.",
+                f"a nixl address that is not sound, or not of schema {SCHEMA}.",
             )
         return address
 

@@ -4,6 +4,9 @@ One accept thread, one thread per connection, all daemons, all joined by close. 
 one blocking send releases the GIL for many blocks and needs no hop through an event loop, and the number of
 connections is small (one per concurrent reader, bounded by MAX_CONNECTIONS). Hostile bytes get a typed
 refusal and a closed connection.
+
+A connection is a stranger's until a request with a good token has come over it. Strangers have little time,
+and make room for newcomers when all places are taken: they cannot keep readers out by merely being there.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from transport.arena import Arena
@@ -35,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CONNECTIONS: Final = 64
 _FRAME_TIMEOUT_S: Final = 5.0  # from the first byte of a request to its last
+_STRANGER_TIMEOUT_S: Final = 5.0  # until a stranger's first request
 _IDLE_TIMEOUT_S: Final = 60.0  # a silent connection is closed; the reader reconnects
 _SEND_TIMEOUT_S: Final = 30.0  # one send to a reader that does not read
 _REFUSE_TIMEOUT_S: Final = 1.0
@@ -102,6 +107,14 @@ def send_all(sock: socket.socket, buffers: Sequence[memoryview | bytes]) -> None
                 views[0] = views[0][sent:]
 
 
+@dataclass(slots=True)
+class _Connection:
+    """Who serves it; proven: a good token has come over it."""
+
+    thread: threading.Thread
+    proven: bool = False
+
+
 class TcpServer:
     """Serves one arena.
 
@@ -129,7 +142,7 @@ class TcpServer:
             ) from fault
         self.port: int = self._listener.getsockname()[1]
         self._lock = threading.Lock()
-        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._connections: dict[socket.socket, _Connection] = {}  # oldest first
         self._closing = False
         self._acceptor = threading.Thread(target=self._accept, name=f"relay-tcp-{self.port}", daemon=True)
         self._acceptor.start()
@@ -140,12 +153,12 @@ class TcpServer:
         # shutdown() wakes a thread blocked in accept() on Linux, close() does it elsewhere.
         shut(self._listener)
         with self._lock:
-            threads = list(self._connections.items())
-        for sock, _ in threads:
+            open_now = list(self._connections.items())
+        for sock, _ in open_now:
             shut(sock)
         self._acceptor.join(_JOIN_TIMEOUT_S)
-        for _, thread in threads:
-            thread.join(_JOIN_TIMEOUT_S)
+        for _, connection in open_now:
+            connection.thread.join(_JOIN_TIMEOUT_S)
 
     def _accept(self) -> None:
         while not self._closing:
@@ -160,15 +173,37 @@ class TcpServer:
             thread = threading.Thread(
                 target=self._serve, args=(sock,), name=f"relay-tcp-{self.port}-conn", daemon=True
             )
-            with self._lock:
-                full = len(self._connections) >= MAX_CONNECTIONS or self._closing
-                if not full:
-                    self._connections[sock] = thread
-            if full:
+            if self._take_in(sock, thread):
+                thread.start()
+            else:
                 _refuse(sock, FrameError("busy", f"{MAX_CONNECTIONS} readers are connected already"))
                 shut(sock)
-            else:
-                thread.start()
+
+    def _take_in(self, sock: socket.socket, thread: threading.Thread) -> bool:
+        """Whether there is a place for a new connection, if need be that of the stranger who came first."""
+        leaving: socket.socket | None = None
+        with self._lock:
+            if self._closing:
+                return False
+            if len(self._connections) >= MAX_CONNECTIONS:
+                leaving = next((s for s, c in self._connections.items() if not c.proven), None)
+                if leaving is None:
+                    return False
+                del self._connections[leaving]
+            self._connections[sock] = _Connection(thread)
+        if leaving is not None:
+            shut(leaving)  # its thread ends by that
+        return True
+
+    def _is_proven(self, sock: socket.socket) -> bool:
+        with self._lock:
+            connection = self._connections.get(sock)
+            return connection is not None and connection.proven
+
+    def _note_proven(self, sock: socket.socket) -> None:
+        with self._lock:
+            if (connection := self._connections.get(sock)) is not None:
+                connection.proven = True
 
     def _serve(self, sock: socket.socket) -> None:
         try:
@@ -186,7 +221,7 @@ class TcpServer:
                 self._connections.pop(sock, None)
 
     def _serve_one(self, sock: socket.socket) -> None:
-        sock.settimeout(_IDLE_TIMEOUT_S)
+        sock.settimeout(_IDLE_TIMEOUT_S if self._is_proven(sock) else _STRANGER_TIMEOUT_S)
         if not sock.recv(1, socket.MSG_PEEK):
             raise ConnectionResetError("the reader closed the connection")
         kind, body = recv_frame(sock, time.monotonic() + _FRAME_TIMEOUT_S)
@@ -200,6 +235,7 @@ class TcpServer:
                 raise
             _refuse(sock, fault)  # an honest reader with an old view: keep its connection
             return
+        self._note_proven(sock)
         sock.settimeout(_SEND_TIMEOUT_S)
         buffers: list[memoryview | bytes] = [encode(KIND_DATA, {"blocks": len(request.blocks)})]
         if request.stop > request.start:

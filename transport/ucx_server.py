@@ -45,6 +45,7 @@ MAX_CONNECTIONS: Final = 64
 _SPINS: Final = 200  # polls without sleep: the next request of a pull is there by then
 _SLEEP_S: Final = 0.1  # longest sleep; traffic ends it at once
 _SEND_TIMEOUT_S: Final = 30.0  # to a reader that does not receive
+_STRANGER_TIMEOUT_S: Final = 5.0  # until the first request with a good token
 _CLOSE_TIMEOUT_S: Final = 5.0
 
 
@@ -77,6 +78,9 @@ class _Connection:
         self.sending: list[Any] = []
         self.sending_until = float("inf")
         self.refused = False
+        self.stranger_until = (
+            time.monotonic() + _STRANGER_TIMEOUT_S
+        )  # infinite once it has shown a good token
 
 
 class UcxServer:
@@ -154,7 +158,10 @@ class UcxServer:
         endpoint = connection.endpoint
         had = len(connection.sending)
         connection.sending = [sent for sent in connection.sending if not sent.completed]
-        late = bool(connection.sending) and time.monotonic() > connection.sending_until
+        now = time.monotonic()
+        late = (
+            bool(connection.sending) and now > connection.sending_until
+        ) or now > connection.stranger_until
         if not endpoint.alive or late or (connection.refused and not connection.sending):
             self._drop(connection)
             return True
@@ -185,10 +192,17 @@ class UcxServer:
         try:
             admit(request, self._arena, int(time.monotonic() * 1e3))
         except FrameError as fault:
-            if fault.code == "token":
-                raise
-            self._send(connection, encode_refusal(fault, ticket=ticket))  # an honest reader with an old view
+            # An honest reader with an old view; or a request of a dead endpoint, which must not cost the new
+            # one its connection. Who never shows a good token has little time anyway.
+            logger.log(
+                logging.WARNING if fault.code == "token" else logging.DEBUG,
+                "ucx: refused (%s): %s",
+                fault.code,
+                fault,
+            )
+            self._send(connection, encode_refusal(fault, ticket=ticket))
             return
+        connection.stranger_until = float("inf")
         self._send(connection, encode(KIND_DATA, {"blocks": len(request.blocks), "ticket": ticket}))
         if request.start == request.stop:
             return

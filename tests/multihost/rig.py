@@ -12,6 +12,7 @@ been started in namespaces of its own (`python -m tests.multihost`). Knows nothi
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,9 @@ COMMAND_S = 20.0
 JOIN_S = 150.0
 
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
+    # One token for all hosts, as the cluster file asks for; children find it in their environment.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
     "RAY_USAGE_STATS_ENABLED": "0",
     # Without it shared memory or process-to-process copies might cross what is meant to be a network.
     "UCX_TLS": "tcp",

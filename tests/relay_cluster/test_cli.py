@@ -395,6 +395,40 @@ def test_doctor_tells_what_and_why() -> None:
     assert all(choice["note"] for choice in choices.values() if choice["topic"] != "attention")
 
 
+def test_doctor_warns_of_a_cluster_that_asks_for_no_token(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a cluster of several machines it says what to do; where there is a token, where it is taken from."""
+    from relay_cluster import doctor
+
+    monkeypatch.setattr(doctor, "_NIXL_PROBE", "raise SystemExit(1)")  # not what is asked for here
+    monkeypatch.setattr(doctor, "_TORCH_PROBE", "raise SystemExit(1)")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+
+    def access(*options: str) -> dict[str, Any]:
+        result = relay("doctor", "--json", "-", *options)
+        assert result.exit_code == 0, result.output
+        (found,) = (f for f in json.loads(result.stdout)["findings"] if f["topic"] == "ray access")
+        return found
+
+    two_nodes = str(ROOT / "configs" / "clusters" / "two_nodes.yaml")
+    refused = access("--cluster", two_nodes)
+    assert refused["ok"] is False
+    assert "ray get-auth-token --generate" in refused["note"]
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert access("--cluster", two_nodes) == {
+        "topic": "ray access",
+        "value": "with the token of RAY_AUTH_TOKEN",
+        "ok": True,
+        "note": "",
+    }
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert access()["ok"] is False
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert access()["ok"] is True
+
+
 def test_doctor_survives_a_broken_library(monkeypatch: pytest.MonkeyPatch) -> None:
     from relay_cluster import doctor
 

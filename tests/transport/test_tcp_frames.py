@@ -223,8 +223,12 @@ def test_owner_refuses_stale_generations_before_sending_a_byte(server: LocalOwne
 
 
 def test_connections_are_bounded(server: LocalOwner) -> None:
+    lease = make_lease(server.owner, server.publish(1, seed=1))
     socks = [connect(server) for _ in range(tcp_server.MAX_CONNECTIONS)]
     try:
+        for sock in socks:
+            sock.sendall(ask_for(server, lease))
+            assert tcp_server.recv_frame(sock, time.monotonic() + 5)[0] == frames.KIND_DATA
         extra = connect(server)
         with extra:
             kind, body = tcp_server.recv_frame(extra, time.monotonic() + 5)
@@ -233,6 +237,36 @@ def test_connections_are_bounded(server: LocalOwner) -> None:
         for sock in socks:
             sock.close()
     wait_for(lambda: still_serves(server), "the slots are free again")
+
+
+def test_strangers_do_not_keep_readers_out(server: LocalOwner) -> None:
+    """All places are taken by connections that say nothing: the one that came first makes room."""
+    strangers = [connect(server) for _ in range(tcp_server.MAX_CONNECTIONS)]
+    try:
+        assert still_serves(server)
+        strangers[0].settimeout(5)
+        assert strangers[0].recv(1) == b"", "hung up on"
+        strangers[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            strangers[-1].recv(1)
+    finally:
+        for sock in strangers:
+            sock.close()
+
+
+def test_a_stranger_that_says_nothing_is_hung_up_on(
+    server: LocalOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tcp_server, "_STRANGER_TIMEOUT_S", 0.2)
+    lease = make_lease(server.owner, server.publish(1, seed=1))
+    with connect(server) as silent, connect(server) as reader:
+        reader.sendall(ask_for(server, lease))
+        assert tcp_server.recv_frame(reader, time.monotonic() + 5)[0] == frames.KIND_DATA
+        tcp_server.recv_exact(reader, memoryview(bytearray(server.arena.stride)), time.monotonic() + 5)
+        silent.settimeout(5)
+        assert silent.recv(1) == b""
+        reader.sendall(ask_for(server, lease))  # who has shown a token may stay silent for longer
+        assert tcp_server.recv_frame(reader, time.monotonic() + 5)[0] == frames.KIND_DATA
 
 
 def test_a_half_sent_request_is_dropped_after_its_deadline(

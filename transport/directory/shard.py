@@ -7,6 +7,7 @@ here. It does not know which keys are its own.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import re
@@ -85,6 +86,7 @@ class Shard:
             "view": self._view,
             "set_view": self._set_view,
         }
+        self._arity = {name: len(inspect.signature(call).parameters) for name, call in self._methods.items()}
         self._resident_at_start = resident_bytes()
 
     def serve(self, method: str, request: bytes) -> bytes:
@@ -94,6 +96,7 @@ class Shard:
             MalformedMessage: bytes that are no such call. KeyError: no such method.
         """
         epoch, arguments = wire.unpack_request(request)
+        wire.array(arguments, self._arity[method])
         if epoch < self.view.epoch and method in wire.PLACED:
             # Who splits keys by an older list of shards would enter or miss them at the wrong one.
             return self._reply(wire.MOVED, self.view, None)
@@ -122,12 +125,12 @@ class Shard:
     def _lease(self, keys: Any, holder: Any, ttl_s: Any) -> Any:
         wanted = wire.unpack_keys(keys)
         reader = WorkerId(wire.expect(holder, str))
-        granted = self._table.lease(wanted, self._clock(), holder=reader, ttl_s=wire.expect(ttl_s, float))
+        granted = self._table.lease(wanted, self._clock(), holder=reader, ttl_s=_seconds(ttl_s))
         return wire.pack_leases(granted, wanted)
 
     def _renew(self, leases: Any, ttl_s: Any) -> Any:
         ids = [LeaseId(wire.expect(x, str)) for x in wire.array(leases)]
-        held = self._table.renew(ids, self._clock(), ttl_s=wire.expect(ttl_s, float))
+        held = self._table.renew(ids, self._clock(), ttl_s=_seconds(ttl_s))
         return [held[i] for i in ids]
 
     def _release(self, leases: Any, read: Any) -> None:
@@ -166,7 +169,7 @@ class Shard:
             wire.FILTER.unpack(chosen),
             self._clock(),
             name=wire.expect(name, str),
-            ttl_s=wire.expect(ttl_s, float),
+            ttl_s=_seconds(ttl_s),
             after=wire.unpack_cursor(after),
             limit=_limit(limit),
         )
@@ -188,7 +191,7 @@ class Shard:
             wire.unpack_copies(copies),
             self._clock(),
             name=wire.expect(name, str),
-            ttl_s=wire.expect(ttl_s, float),
+            ttl_s=_seconds(ttl_s),
         )
 
     def _stats(self) -> dict[str, float]:
@@ -206,6 +209,18 @@ class Shard:
         if told.epoch > self.view.epoch:
             self.view = told
         return wire.pack_view(self.view)
+
+
+def _seconds(value: Any) -> float:
+    """A time to live. One that is no number would never end, and keep those behind it from ending.
+
+    Raises:
+        MalformedMessage: not a number of 0 or more.
+    """
+    seconds = wire.expect(value, float)
+    if not seconds >= 0:
+        raise wire.MalformedMessage(f"{seconds} seconds in a directory message")
+    return seconds
 
 
 def _limit(value: Any) -> int:
