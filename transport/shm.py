@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -31,9 +30,8 @@ import msgpack
 from transport.arena import HEADER_NBYTES, Arena
 from transport.backend import Backend
 from transport.errors import TransportError
-from transport.host import Host, this_host
+from transport.host import Host, probe, this_host
 from transport.memory import is_sealed
-from transport.memory import probe as probe_memory
 from transport.pulling import Landed, ReadFailed, Reading, check_headers, plan_steps, time_out
 from transport.shm_server import (
     ACCEPTED,
@@ -50,6 +48,8 @@ from transport.shm_server import (
 )
 from transport.types import BlockId, Lease, Outcome, Owner
 
+__all__ = ["Address", "ShmTransport", "probe"]
+
 logger = logging.getLogger(__name__)
 
 STEP_BYTES: Final = 256 << 10
@@ -62,17 +62,6 @@ _REFUSALS: Final = {
     WRONG_LIFE: (Outcome.STALE, "another life of this worker"),
     BUSY: (Outcome.PEER_GONE, "too many readers"),
 }
-
-
-def probe() -> tuple[bool, str]:
-    """Whether workers of this host can read each other's memory, and why (not)."""
-    if sys.platform != "linux":
-        return False, f"{sys.platform} has no memfd"
-    try:
-        this_host()
-    except OSError as fault:
-        return False, f"this system does not tell hosts apart: {fault}"
-    return probe_memory()
 
 
 @dataclass(frozen=True, slots=True)
