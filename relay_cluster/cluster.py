@@ -336,8 +336,10 @@ class Cluster:
         """Plain sentences about what is not as good as it could be."""
         infos = [m.info for m in self._members.values() if m.info is not None]
         lines: dict[str, None] = {self._wire_note: None} if self._wire_note else {}
+        one_node = len({info.node for info in infos}) == 1
         for info in infos:
-            if self.config.transport.backend == "auto" and "nixl" not in info.backends:
+            missed = "nixl" not in info.backends and not (one_node and "shm" in info.backends)
+            if self.config.transport.backend == "auto" and missed:
                 why = info.missing_backends.get("nixl", "not available")
                 lines[
                     f"transport: nixl is not available ({why}), so KV moves over tcp (slower, same answers)"

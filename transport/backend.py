@@ -77,6 +77,10 @@ class Backend(ABC):
         Told without asking the peer."""
         return ""
 
+    def stats(self) -> dict[str, int]:
+        """Counts since the start."""
+        return {}
+
     @abstractmethod
     def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
         """Move bytes without verifying them: see `transport.pulling.Read`."""

@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 MIB = 1 << 20
 
 WireFormat = Literal["raw", "bf16", "int8"]
-Backend = Literal["auto", "nixl", "ucx", "tcp", "inprocess"]
+Backend = Literal["auto", "shm", "nixl", "ucx", "tcp", "inprocess"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +80,12 @@ class TransportSettings:
     """How blocks are held and moved.
 
     Attributes:
-        backend: "auto" takes nixl where both ends have it, else ucx, else tcp, and says why.
+        backend: "auto" takes shm between workers of one host, else nixl where both ends have it, else ucx,
+            else tcp, and says why.
         arena_bytes: hard budget for published and landing blocks of one worker.
         block_tokens: tokens per block.
+        shared_memory: the arena of a worker on the CPU lies in memory that workers of the same host and user
+            may read (Linux). False: in memory of its own, and there is no shm backend.
         layer_groups: parts in which a block travels, each with some of the layers: computing starts when the
             first one is there. 1 = a block travels whole.
         pull_timeout_s: deadline of one pull, verification included.
@@ -97,6 +100,7 @@ class TransportSettings:
 
     backend: Backend = "auto"
     arena_bytes: Annotated[int, Ge(1 * MIB)] = 512 * MIB
+    shared_memory: bool = True
     block_tokens: Annotated[int, Ge(1)] = 64
     layer_groups: Annotated[int, Ge(1)] = 6
     wire: WireFormat | Literal["auto"] = "auto"

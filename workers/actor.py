@@ -285,6 +285,7 @@ def _arena(spec: WorkerSpec, layout: Any, incarnation: Incarnation, device: Any)
         device=str(device),
         incarnation=incarnation,
         parts=layout.parts,
+        shared=spec.transport.shared_memory,
     )
 
 

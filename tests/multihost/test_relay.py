@@ -56,7 +56,8 @@ def test_relay_run_over_two_hosts_answers_as_on_one(lan: Lan, nodes: RayOnHosts,
             assert 0 < crossed <= lan.received_bytes(2) - before, "it came over the wire"
     two, one = reports
     assert (two.cluster.nodes, one.cluster.nodes) == (2, 1)
-    assert two.cluster.backend == one.cluster.backend == "nixl"
+    assert one.cluster.backend == "shm"
+    assert "nixl" in two.cluster.backend.split("+"), "and shm between workers of one host, if at all"
     assert {a.node for a in two.rows[0].agents} == {"10.77.0.1", "10.77.0.2"}
     assert [a.node for a in two.rows[0].agents][:2] == ["10.77.0.1", "10.77.0.2"], "in turn"
     assert [a.tokens for a in two.rows[0].agents] == [a.tokens for a in one.rows[0].agents]

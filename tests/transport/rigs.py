@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -133,6 +134,12 @@ class LocalOwner:
         self.transport.close()
 
 
+def _threads_are_stopped(pid: int) -> bool:
+    """By the state behind the name, which may contain spaces; where there is no /proc: hopefully."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+
 def _serve(conn: Connection, env: dict[str, str], args: tuple[Any, ...]) -> None:
     os.environ.update(env)  # before the first agent exists
     side = LocalOwner(*args)
@@ -186,7 +193,10 @@ class RemoteOwner:
         self._ask("corrupt", ref, at)
 
     def signal(self, number: int) -> None:
-        os.kill(int(self.process.pid or 0), number)
+        pid = int(self.process.pid or 0)
+        os.kill(pid, number)
+        if number == signal.SIGSTOP:  # on a busy machine its threads may go on for a moment
+            wait_for(lambda: _threads_are_stopped(pid), f"process {pid} has stopped")
 
     def kill(self) -> None:
         self.process.kill()
