@@ -91,6 +91,10 @@ class TransportSettings:
         connect_timeout_s: deadline for reaching a peer the first time.
         bind_host: address on which the tcp backend listens. "auto": loopback for a one-node cluster,
             otherwise the node's own address.
+        keep_pulled: a worker that has pulled a segment which others may want (more readers are expected, or
+            nobody knows) offers its copy to them, as long as its arena has room to spare: a reader then takes
+            parts from two owners at once, and does without one of them. Off: only what a worker has made
+            itself can be pulled from it.
         spill: where evicted segments go.
         faults: for tests only.
     """
@@ -103,6 +107,7 @@ class TransportSettings:
     pull_timeout_s: Annotated[float, Gt(0)] = 5.0
     connect_timeout_s: Annotated[float, Gt(0)] = 3.0
     bind_host: str = "auto"
+    keep_pulled: bool = True
     spill: SpillSettings = field(default_factory=SpillSettings)
     faults: FaultSettings = field(default_factory=FaultSettings)
 

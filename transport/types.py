@@ -138,12 +138,15 @@ class Lease:
         holder: who may read.
         ttl_s: seconds, counted by the directory from the grant and by the holder from *before* the
             request, so that clocks of different nodes are never compared.
+        others: leases of the same holder on other owners' copies of the same variant, which may give parts
+            of it (`transport/sharing.py`). Each is released by its own id.
     """
 
     id: LeaseId
     located: Located
     holder: WorkerId
     ttl_s: float
+    others: tuple[Lease, ...] = ()
 
 
 class Outcome(StrEnum):
@@ -172,6 +175,7 @@ class Transfer:
         seconds: wall time of read plus verification.
         outcome: see Outcome.
         detail: one line for people; empty when PULLED.
+        shares: where several owners had a part in it, what each of them gave, or how it failed to.
     """
 
     source: WorkerId
@@ -182,6 +186,7 @@ class Transfer:
     seconds: float
     outcome: Outcome
     detail: str = ""
+    shares: tuple[Transfer, ...] = ()
 
     @property
     def gb_s(self) -> float:

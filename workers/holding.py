@@ -80,6 +80,7 @@ class Holding:
         # `segments` under the client's own lock.
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
+        self._adopted = 0
         settings = spill or SpillSettings()
         self._promote_timeout_s = settings.promote_timeout_s
         self._spilling = Spilling(owner, arena, directory, settings, self._spill_lost)
@@ -223,6 +224,51 @@ class Holding:
         spilled = self._spilling.segments()
         with self._lock:
             return [*self._held.values(), *(s for s in spilled if s.key not in self._held)]
+
+    # -- copies ------------------------------------------------------------------------------------------
+
+    def adopt(self, segment: Segment, blocks: Sequence[BlockId]) -> Segment | None:
+        """Hold blocks into which another owner's segment has been pulled, pinned for whoever pulled it until
+        `unpin`; `enter_copy` tells the directory. It counts as read by all its readers already, so that it is
+        evicted before everything else, and never spilled: it costs only room that nobody needs.
+
+        Returns:
+            The copy; None when this worker holds something under that key, and the blocks stay the caller's.
+        """
+        if self._spilling.get(segment.key) is not None:
+            return None
+        refs = tuple(
+            # The payload was verified against these checksums.
+            replace(ref, block=block, generation=self._arena.generation(block))
+            for block, ref in zip(blocks, segment.blocks, strict=True)
+        )
+        copy = replace(segment, blocks=refs, consumers=1, reads=1)
+        with self._lock:
+            if segment.key in self._held:
+                return None
+            self._held[segment.key] = copy
+            self._pins[refs] += 1
+            self._adopted += 1
+        return copy
+
+    def enter_copy(self, copy: Segment) -> None:
+        """Tell the directory of an adopted copy, or stop holding it where that fails. Never raises for a
+        fault of the cluster."""
+        if not self.pin(copy):
+            return  # evicted or replaced already
+        try:
+            self._directory.publish(self._owner, [copy])
+        except RelayError as error:
+            log.warning("a copy of %s is not offered to others: %s", copy.key, error)
+            with self._lock:
+                if self._held.get(copy.key) is copy:
+                    del self._held[copy.key]
+                    self._doomed.add(copy.blocks)
+        with self._lock:
+            gone = self._held.get(copy.key) is not copy
+        if gone:
+            self._retract(copy)
+        self.unpin([copy.blocks])
 
     # -- room ----------------------------------------------------------------------------------------------
 
@@ -419,6 +465,7 @@ class Holding:
                 "evictions": {cause.value: self._evictions[cause] for cause in Cause},
                 "backpressure": self._backpressure,
                 "promotions": self._promotions,
+                "adopted": self._adopted,
                 "not_promoted": dict(self._not_promoted),
             }
 

@@ -26,6 +26,8 @@ from workers.layout import BlockViews, KVLayout
 log = logging.getLogger(__name__)
 
 _NO_ANSWER: Final = "the directory shard of this key does not answer"
+_COPIES: Final = 2
+"""Owners of one segment that are asked for parts of it."""
 AskOwner = Callable[[Owner, Sequence[SegmentKey]], Collection[SegmentKey]]
 """Have the owner promote segments; those that are in its arena then. Bounded in time; raises RelayError."""
 
@@ -36,6 +38,7 @@ class SegmentStore:
     Args:
         spill: tiers behind the arena.
         ask_owner: reaches the owner of a spilled segment; None: only this worker's own ones are promoted.
+        keep_pulled: offer what was pulled to others as well; see `TransportSettings`.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class SegmentStore:
         pull_timeout_s: float,
         spill: SpillSettings | None = None,
         ask_owner: AskOwner | None = None,
+        keep_pulled: bool = False,
     ) -> None:
         self.owner = owner
         self._layout = layout
@@ -58,7 +62,14 @@ class SegmentStore:
         self._ask_owner = ask_owner
         self.holding = Holding(owner, layout, arena, directory, spill)
         self._fetching = Fetching(
-            owner, layout, arena, transport, directory, self.holding, pull_timeout_s=pull_timeout_s
+            owner,
+            layout,
+            arena,
+            transport,
+            directory,
+            self.holding,
+            pull_timeout_s=pull_timeout_s,
+            keep_pulled=keep_pulled,
         )
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -157,7 +168,9 @@ class SegmentStore:
         begin = time.perf_counter()
         detail = _NO_ANSWER
         try:
-            leases = self._directory.lease(keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s)
+            leases = self._directory.lease(
+                keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s, copies=_COPIES
+            )
         except RelayError as error:
             leases, detail = Answers[Lease](unanswered=keys), str(error)
         got.lease_s += time.perf_counter() - begin

@@ -170,10 +170,11 @@ class Table:
         return {key: self._located(copy) for key, copy in found.items() if copy is not None}
 
     def lease(
-        self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float
+        self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float, copies: int = 1
     ) -> dict[SegmentKey, Lease]:
         """Lease the best complete copy of each key, as `lookup` finds it, never a spilled one; absent keys
-        are omitted, and so is what exceeds the holder's limit."""
+        are omitted, and so is what exceeds the holder's limit. copies: lease so many copies of the best one's
+        variant; but one that the holder has itself needs no other."""
         self.tick(now)
         node = self._node(holder)
         ttl_s = min(ttl_s, self._max_lease_s)
@@ -187,8 +188,31 @@ class Table:
             if lease_id is None:
                 continue
             self._touch(copy, now)
-            out[key] = Lease(lease_id, self._located(copy), holder, ttl_s)
+            others: list[Lease] = []
+            for twin in self._twins(copy, holder, node)[: copies - 1]:
+                twin_id = self._leases.grant(twin, holder, life, now, ttl_s)
+                if twin_id is not None:
+                    self._touch(twin, now)
+                    others.append(Lease(twin_id, self._located(twin), holder, ttl_s))
+            out[key] = Lease(lease_id, self._located(copy), holder, ttl_s, tuple(others))
         return out
+
+    def _twins(self, copy: _Copy, holder: WorkerId, node: NodeId | None) -> list[_Copy]:
+        """Other owners' copies of the same variant, which can be read beside it; best first."""
+        copies = self._segments[copy.segment.key]
+        if len(copies) == 1 or copy.worker == holder:
+            return []
+        variant = copy.segment.variant
+        twins = [
+            c
+            for c in copies
+            if c is not copy
+            and c.worker != holder
+            and c.segment.variant == variant
+            and c.segment.complete
+            and not c.segment.spilled
+        ]
+        return sorted(twins, key=lambda c: self._rank(c, holder, node))
 
     def renew(self, leases: Iterable[LeaseId], now: float, *, ttl_s: float) -> dict[LeaseId, bool]:
         """Extend live leases to `now + ttl_s`; never shortens one."""
@@ -197,13 +221,13 @@ class Table:
         return {lease_id: self._leases.renew(lease_id, now + ttl_s) for lease_id in leases}
 
     def release(self, leases: Iterable[LeaseId], now: float, *, read: bool = False) -> None:
-        """Unpin. Unknown leases are ignored. read: the holders have the bytes; each counts as one read."""
+        """Unpin. Unknown leases are ignored. read: the holders have the bytes; each counts as one read, of
+        every copy of that variant, whichever the bytes came from."""
         self.tick(now)
         for lease_id in leases:
             copy = self._leases.copy_of(lease_id) if read else None
             if copy is not None:
-                copy.reads += 1
-                self._note_consumed(copy)
+                self._count_read(copy)
             self._leases.end(lease_id)
 
     # -- eviction --------------------------------------------------------------------------------------
@@ -364,6 +388,12 @@ class Table:
         for copy in tuple(self._owners[worker].copies.values()):
             self._remove(copy)
         del self._owners[worker]
+
+    def _count_read(self, read: _Copy) -> None:
+        for copy in self._segments[read.segment.key]:
+            if copy.segment.variant == read.segment.variant:
+                copy.reads += 1
+                self._note_consumed(copy)
 
     def _note_consumed(self, copy: _Copy) -> None:
         consumed, copy_id = self._owners[copy.worker].consumed, (copy.segment.key, copy.segment.variant)
