@@ -15,6 +15,7 @@ import pytest
 
 from tests.transport.conformance import Reader
 from tests.transport.rigs import LocalOwner, OwnerSide, RemoteOwner, content, make_lease, wait_for
+from transport import nixl
 from transport.auto import available_backends
 from transport.errors import ArenaFull
 from transport.sharing import SHARED_NBYTES, same_bytes, sources
@@ -226,6 +227,7 @@ def far(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reader,
     """A reader here and two owners elsewhere."""
     for name, value in OVER_A_NETWORK.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(nixl, "FAREWELL_S", 1.0)  # not every frozen owner here goes on
     with ExitStack() as stack:
         owners = [RemoteOwner(backend, BUDGET, BLOCK, OVER_A_NETWORK, PARTS, name=name) for name in "ab"]
         for owner in owners:
