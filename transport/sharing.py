@@ -37,7 +37,7 @@ _LOOK_S: Final = 0.02
 _SLOW: Final = 1.5
 """An owner that has given all its blocks helps another one whose rest would take so many times as long as
 reading all of that one's blocks again."""
-_SLOW_AT_LEAST_S: Final = 0.05
+_SLOW_AT_LEAST_S: Final = 0.2
 
 
 class PullOne(Protocol):

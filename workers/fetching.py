@@ -79,8 +79,8 @@ class Acquired:
         lookup_s, lease_s: where the time went; pull_s: for how long the caller had to wait for bytes;
             moving_s: from the beginning of the first pull to the end of the last.
         leases, landing, pins: what is to be given back; lost: owners that did not answer, and how the pull
-            ended; running: pulls that have not ended; unsettled: keys of which nothing is known yet; given_up:
-            keys that nobody waits for any more, because their pull did not keep its own deadline; closed,
+            ended; running: pulls that have not ended; unsettled: keys of which nothing is known yet;
+            given_up: keys that nobody waits for any more, because their pull overran its deadline; closed,
             unleased: whether bytes, or leases, go back as soon as the pulls end. The fetching's own business,
             guarded by `changed`.
     """
@@ -421,8 +421,8 @@ class Fetching:
 
 @dataclass(slots=True)
 class _Pull:
-    """One pull that runs. asked_at, begun: time.monotonic() before the lease request, and now; copy: what this
-    worker holds of it afterwards."""
+    """One pull that runs. asked_at, begun: time.monotonic() before the lease request, and now; copy: what
+    this worker holds of it afterwards."""
 
     lease: Lease
     asked_at: float

@@ -15,7 +15,7 @@ import pytest
 
 from tests.transport.conformance import Reader
 from tests.transport.rigs import LocalOwner, OwnerSide, RemoteOwner, content, make_lease, wait_for
-from transport import nixl
+from transport import nixl, sharing
 from transport.auto import available_backends
 from transport.errors import ArenaFull
 from transport.sharing import SHARED_NBYTES, same_bytes, sources
@@ -80,8 +80,9 @@ class _Pulled:
 
 
 @pytest.fixture
-def local() -> Iterator[tuple[Reader, LocalOwner, LocalOwner]]:
-    """A reader and two owners in this process."""
+def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Reader, LocalOwner, LocalOwner]]:
+    """A reader and two owners in this process, none of which is slow, whatever the machine does."""
+    monkeypatch.setattr(sharing, "_SLOW_AT_LEAST_S", 60.0)
     with ExitStack() as stack:
         reader = Reader("inprocess", BUDGET, BLOCK, PARTS)
         stack.callback(reader.transport.close)

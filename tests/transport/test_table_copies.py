@@ -7,7 +7,7 @@ import pytest
 from tests.transport.test_table_tiers import key, owner
 from transport.directory import wire
 from transport.directory.table import Table
-from transport.types import BlockId, BlockRef, NodeId, Owner, Segment, WorkerId
+from transport.types import BlockId, BlockRef, Lease, NodeId, Owner, Segment, WorkerId
 
 READER = WorkerId("reader")
 
@@ -26,7 +26,7 @@ def table() -> Table:
     return Table(owner_timeout_s=100, lease_prefix="t:")
 
 
-def _lease(table: Table, copies: int = 2, holder: WorkerId = READER):  # noqa: ANN202 - see Table.lease
+def _lease(table: Table, copies: int = 2, holder: WorkerId = READER) -> Lease:
     return table.lease([key("x")], 1.0, holder=holder, ttl_s=5.0, copies=copies)[key("x")]
 
 
