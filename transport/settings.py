@@ -43,7 +43,7 @@ class FaultSettings:
     """Faults on purpose, refused unless the environment has RELAY_TEST_MODE=1; see `transport/faults.py`.
 
     Attributes:
-        drop, hang, delay, corrupt, truncate, stale, lease_expiry: probability that a pull meets it.
+        drop, hang, delay, link_down, link_up, corrupt, truncate, stale, lease_expiry: probability that a pull meets it.
         arena_full: that an allocation of blocks fails.
         disk_full: that a write to disk fails.
         directory_drop, directory_delay: that a directory call is lost or late.
@@ -54,6 +54,8 @@ class FaultSettings:
     drop: Probability = 0.0
     hang: Probability = 0.0
     delay: Probability = 0.0
+    link_down: Probability = 0.0
+    link_up: Probability = 0.0
     corrupt: Probability = 0.0
     truncate: Probability = 0.0
     stale: Probability = 0.0

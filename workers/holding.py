@@ -397,6 +397,10 @@ class Holding:
         deadline = time.monotonic() + self._promote_timeout_s
         return frozenset(key for key in keys if self._promote(key, deadline))
 
+    def flush(self, timeout_s: float) -> bool:
+        """See `Spill.flush`."""
+        return self._spilling.flush(timeout_s)
+
     def _promote(self, key: SegmentKey, deadline: float) -> bool:
         # A publish that goes on meanwhile waits for the engine.
         if not self._publishing.acquire(timeout=max(0.0, deadline - time.monotonic())):
