@@ -76,6 +76,7 @@ class Acquired:
         pulled: their bytes.
         transfers: every pull that was tried and told how it ended, in the order of their ends.
         misses: keys that were wanted and are not there.
+        keep: copies of what was pulled may stay.
         lookup_s, lease_s: where the time went; pull_s: for how long the caller had to wait for bytes;
             moving_s: from the beginning of the first pull to the end of the last.
         leases, landing, pins: what is to be given back; lost: owners that did not answer, and how the pull
@@ -89,6 +90,7 @@ class Acquired:
     pulled: dict[SegmentKey, PulledSegment] = field(default_factory=dict[SegmentKey, PulledSegment])
     transfers: list[tuple[Located, Transfer]] = field(default_factory=list[tuple[Located, Transfer]])
     misses: dict[SegmentKey, Miss] = field(default_factory=dict[SegmentKey, Miss])
+    keep: bool = True
     lookup_s: float = 0.0
     lease_s: float = 0.0
     pull_s: float = 0.0
@@ -314,7 +316,7 @@ class Fetching:
                     return True
                 if pull.key not in got.pulled:
                     self._enter(pull, got, blocks)
-                pull.copy = self._adopt(located.segment, blocks, transfer)
+                pull.copy = self._adopt(got, located.segment, blocks, transfer)
                 if pull.copy is None:
                     got.landing.extend(blocks)
                 else:
@@ -339,9 +341,11 @@ class Fetching:
         owners = {x.located.owner.worker: x.located for x in (pull.lease, *pull.lease.others)}
         got.transfers.extend((owners[t.source], t) for t in transfer.shares or (transfer,))
 
-    def _adopt(self, segment: Segment, blocks: list[BlockId], transfer: Transfer) -> Segment | None:
-        """Keep a copy that others may read, unless all expected readers have read it."""
-        wanted = self._keep_pulled and segment.consumers != 1
+    def _adopt(
+        self, got: Acquired, segment: Segment, blocks: list[BlockId], transfer: Transfer
+    ) -> Segment | None:
+        """Keep a copy of what others are going to read as well."""
+        wanted = self._keep_pulled and got.keep and segment.consumers > 1
         whole = transfer.outcome is Outcome.PULLED and segment.complete
         return self._holding.adopt(segment, blocks) if wanted and whole else None
 

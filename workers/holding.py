@@ -81,6 +81,7 @@ class Holding:
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
         self._adopted = 0
+        self._copies: dict[SegmentKey, Segment] = {}
         settings = spill or SpillSettings()
         self._promote_timeout_s = settings.promote_timeout_s
         self._spilling = Spilling(owner, arena, directory, settings, self._spill_lost)
@@ -249,7 +250,18 @@ class Holding:
             self._held[segment.key] = copy
             self._pins[refs] += 1
             self._adopted += 1
+            self._copies = {k: s for k, s in self._copies.items() if self._held.get(k) is s}
+            self._copies[segment.key] = copy
         return copy
+
+    def withdraw_copies(self, keys: Iterable[SegmentKey]) -> None:
+        """Take back those of `keys` that are only copies: who measures a pull wants to pull again."""
+        for key in keys:
+            with self._lock:
+                copy = self._copies.pop(key, None)
+                held = copy is not None and self._held.get(key) is copy
+            if held:
+                self.withdraw(key)
 
     def enter_copy(self, copy: Segment) -> None:
         """Tell the directory of an adopted copy, or stop holding it where that fails. Never raises for a

@@ -81,6 +81,7 @@ class SegmentStore:
         *,
         pipelined: bool = False,
         on_landed: Callable[[], None] | None = None,
+        keep: bool = True,
     ) -> Acquired:
         """Find, lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
         `misses`, and the caller computes it.
@@ -91,8 +92,9 @@ class SegmentStore:
                 hit nor a miss. None: all.
             pipelined: return when every segment has begun to come; `PulledSegment.arrival` tells the rest.
             on_landed: called, on another thread, whenever more layers have come, or will not.
+            keep: leave copies behind for others, where this store does that.
         """
-        got = Acquired()
+        got = Acquired(keep=keep)
         if not wanted:
             return got
         try:

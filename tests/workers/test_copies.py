@@ -41,7 +41,7 @@ def _offered(cluster: Cluster, copies: int) -> None:
 
 def test_a_copy_is_held_and_offered_and_read_by_the_next_one(cluster: Cluster) -> None:
     a, b, c = cluster.desk("a"), _keeping(cluster, "b"), cluster.desk("c")
-    a.put("x", 2, value=3.0)
+    a.put("x", 2, value=3.0, consumers=3)
     assert b.read("x") == {"x": {3.0}}
     _offered(cluster, 2)
     assert (b.stats()["adopted"], b.stats()["held_blocks"], b.stats()["pins"]) == (1, 2, 0)
@@ -57,7 +57,7 @@ def test_a_reader_takes_parts_from_both(cluster: Cluster, monkeypatch: pytest.Mo
     monkeypatch.setattr("transport.sharing.SHARED_NBYTES", 1)
     monkeypatch.setattr("transport.sharing._SLOW_AT_LEAST_S", 60.0)  # on a busy machine
     a, b, c = cluster.desk("a"), _keeping(cluster, "b"), cluster.desk("c", 16)
-    a.put("x", 4, value=3.0)
+    a.put("x", 4, value=3.0, consumers=3)
     b.read("x")
     _offered(cluster, 2)
     got = c.get("x")
@@ -73,8 +73,8 @@ def test_a_reader_takes_parts_from_both(cluster: Cluster, monkeypatch: pytest.Mo
 def test_the_rest_comes_from_the_other_owner(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transport.sharing.SHARED_NBYTES", 1)
     a, b, c = cluster.desk("a"), _keeping(cluster, "b"), cluster.desk("c", 16)
-    a.put("x", 4, value=3.0)
-    a.put("y", 4, value=4.0)
+    a.put("x", 4, value=3.0, consumers=3)
+    a.put("y", 4, value=4.0, consumers=3)
     b.read("x", "y")
     _offered(cluster, 4)
     a.transport.close()  # and nobody tells the directory
@@ -91,7 +91,7 @@ def test_an_owner_that_did_not_answer_is_not_asked_for_the_next_one(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b, c = cluster.desk("a"), _keeping(cluster, "b"), cluster.desk("c", 16)
-    a.put("x")
+    a.put("x", consumers=3)
     b.read("x")
     _offered(cluster, 2)
     got = c.get()
@@ -117,7 +117,7 @@ def test_an_owner_that_did_not_answer_is_not_asked_for_the_next_one(
 def test_copies_make_room_first_and_cost_nobody_a_segment(cluster: Cluster) -> None:
     a, b = cluster.desk("a"), _keeping(cluster, "b", 6)
     for name in ("x", "y"):
-        a.put(name, 2, value=3.0)
+        a.put(name, 2, value=3.0, consumers=3)
     b.put("own", 2)
     b.read("x", "y")
     _offered(cluster, 5)
@@ -129,13 +129,31 @@ def test_copies_make_room_first_and_cost_nobody_a_segment(cluster: Cluster) -> N
     assert b.stats()["backpressure"] == 0
 
 
-@pytest.mark.parametrize(("consumers", "kept"), [(0, True), (1, False), (2, True)])
+@pytest.mark.parametrize(("consumers", "kept"), [(0, False), (1, False), (2, True)])
 def test_what_nobody_else_reads_is_not_kept(cluster: Cluster, consumers: int, kept: bool) -> None:
     a, b = cluster.desk("a"), _keeping(cluster, "b")
     a.put("x", consumers=consumers)
     b.read("x")
     assert b.stats()["adopted"] == int(kept)
     _offered(cluster, 1 + kept)
+
+
+def test_a_reader_that_leaves_nothing_behind_keeps_nothing(cluster: Cluster) -> None:
+    a, b = cluster.desk("a"), _keeping(cluster, "b")
+    a.put("x", consumers=2)
+    b.store.release(b.store.acquire({key("x"): 1}, keep=False))
+    assert (b.stats()["adopted"], b.arena.stats().used) == (0, 0)
+
+
+def test_copies_can_be_taken_back_and_nothing_else(cluster: Cluster) -> None:
+    a, b = cluster.desk("a"), _keeping(cluster, "b")
+    a.put("x", consumers=2)
+    b.put("own", consumers=2)
+    b.read("x")
+    _offered(cluster, 3)
+    b.store.holding.withdraw_copies([key("x"), key("own"), key("unknown")])
+    assert names(b.store.segments()) == ["own"]
+    _offered(cluster, 2)
 
 
 def test_every_copy_has_been_read_when_all_readers_have(cluster: Cluster) -> None:
@@ -151,7 +169,7 @@ def test_every_copy_has_been_read_when_all_readers_have(cluster: Cluster) -> Non
 
 def test_a_copy_that_cannot_be_offered_is_given_up(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = cluster.desk("a"), _keeping(cluster, "b")
-    a.put("x", 2, value=3.0)
+    a.put("x", 2, value=3.0, consumers=3)
 
     def down(*_: Any) -> None:
         raise DirectoryUnavailable("no shard answers")
@@ -164,7 +182,7 @@ def test_a_copy_that_cannot_be_offered_is_given_up(cluster: Cluster, monkeypatch
 
 def test_an_exact_segment_takes_the_place_of_a_copy_that_is_not(cluster: Cluster) -> None:
     a, b = cluster.desk("a"), _keeping(cluster, "b")
-    a.put("x", 2, variant="v~epic")
+    a.put("x", 2, variant="v~epic", consumers=3)
     b.read("x")
     _offered(cluster, 2)
     b.put("x", 2, value=5.0, variant="v")
