@@ -104,7 +104,8 @@ def use(access: Access) -> None:
     """Have Ray in this process, and in what it starts, do as decided. Ray has read its variables when it was
     imported, and would not look again."""
     os.environ[MODE_ENV] = access.mode
-    from ray._raylet import Config  # as Ray itself does where it turns its authentication on
+    # As Ray itself does where it turns its authentication on; a module in C, without stubs.
+    from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
 
     Config.initialize("")
 

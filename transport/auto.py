@@ -17,13 +17,14 @@ from typing import Final
 
 from transport.arena import Arena
 from transport.backend import Backend
-from transport.errors import TransportError
+from transport.errors import ArenaFull, TransportError
 from transport.hosts import is_loopback
 from transport.inprocess import InProcessTransport
 from transport.nixl import INSTALL_HINT, NixlTransport
 from transport.nixl import probe as probe_nixl
 from transport.pulling import OnPart
 from transport.settings import TransportSettings
+from transport.sharing import SharedPull, sources
 from transport.shm import ShmTransport
 from transport.shm import probe as probe_shm
 from transport.tcp import TcpTransport
@@ -166,7 +167,9 @@ class AutoTransport:
     """All backends of one worker; pulls over the best that both ends have.
 
     Use `addresses()` for `Owner.addresses`. Counts of `stats()`: "pulls.<backend>", "downgrades" (a better
-    backend was passed over), "fallbacks" (a pull that failed to reach its peer and was tried over the next).
+    backend was passed over), "fallbacks" (a pull that failed to reach its peer and was tried over the next),
+    "shared" (pulls of segments that several owners hold), "moved" (runs of blocks that such a pull took from
+    another owner than it had asked first), "unshared" (such pulls that had no room for it).
     """
 
     name = "auto"
@@ -178,6 +181,7 @@ class AutoTransport:
         self._stats: dict[str, int] = {"downgrades": 0, "fallbacks": 0}
         self._avoid: dict[tuple[str, str], _Avoid] = {}
         self._told: dict[str, tuple[str, str]] = {}
+        self._arena: Arena | None = None
 
     def register(self, arena: Arena) -> None:
         """Start every backend. One of several that does not come up is left out, and says so.
@@ -196,6 +200,7 @@ class AutoTransport:
                 logger.log(level, "transport backend %s is left out: %s", name, fault)
         if not self._backends:
             raise TransportError(f"no transport backend came up: {self._missing}")
+        self._arena = arena
 
     def addresses(self) -> dict[str, bytes]:
         """Backend name -> address, for `Owner.addresses`."""
@@ -230,7 +235,43 @@ class AutoTransport:
         on_part: OnPart | None = None,
     ) -> Transfer:
         """See `transport.base.Transport.pull`. When the best backend does not reach the peer, the next one
-        is tried within the same deadlines, unless a part was handed over already: its bytes may be in use."""
+        is tried within the same deadlines, unless a part was handed over already: its bytes may be in use.
+        A segment that several owners hold comes from all of them (`transport/sharing.py`)."""
+        leases = sources(lease)
+        if len(leases) > 1 and self._arena is not None:
+            start = time.monotonic()
+            ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
+            try:
+                shared = SharedPull(
+                    self._arena,
+                    self._pull_one,
+                    leases,
+                    into,
+                    deadline=start + timeout_s,
+                    ends=ends,
+                    on_part=on_part,
+                )
+            except ArenaFull:
+                self._count("unshared")
+            else:
+                transfer = shared.run()
+                self._count("shared")
+                self._count("moved", shared.moved)
+                return transfer
+        return self._pull_one(
+            lease, into, timeout_s=timeout_s, lease_deadline=lease_deadline, on_part=on_part
+        )
+
+    def _pull_one(
+        self,
+        lease: Lease,
+        into: Sequence[BlockId],
+        *,
+        timeout_s: float,
+        lease_deadline: float | None,
+        on_part: OnPart | None,
+    ) -> Transfer:
+        """A pull from one owner."""
         owner = lease.located.owner
         start = time.monotonic()
         ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
@@ -346,6 +387,6 @@ class AutoTransport:
             detail=reason,
         )
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, more: int = 1) -> None:
         with self._lock:
-            self._stats[name] = self._stats.get(name, 0) + 1
+            self._stats[name] = self._stats.get(name, 0) + more

@@ -11,9 +11,12 @@ own deadline; a timed-out read may still land later, so its destination is quara
 is destroyed; a failed peer stays failed until its metadata is removed and added again; a read of reused
 memory succeeds, so generation and checksum are verified after every read (in `pulling`).
 
-One trap is left: over tcp, UCX ends the owner's process ("Fatal: unexpected error: Endpoint timeout") when it
-has something to send on a connection that has failed: sometimes when a reader gave up while the owner was
-stopped or its cable was out, and the owner then goes on. Readers that are merely killed do it no harm.
+One trap is only half closed: over tcp, UCX ends the *owner's* process ("Fatal: unexpected error: Endpoint
+timeout", ucp_request.inl) when it answers reads that came over a connection which has failed meanwhile; no
+setting of UCX prevents that, neither its error handling mode nor its keepalives. It happens to an owner that
+was stopped, or whose cable was out, when a reader gave up on it and closed the connection: it goes on, and
+finds what was asked of it. So a reader that has given up keeps the connection, and takes what still comes,
+for FAREWELL_S. An owner that was away for longer is ended all the same, and Ray starts its worker again.
 
 This module does not know what a lease is worth, nor what the payload means.
 """
@@ -41,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
+FAREWELL_S: Final = 30.0
+"""How long a puller agent is kept after a timed-out read for what may still come; see above. Its destination
+blocks stay quarantined meanwhile."""
 
 
 class NixlTransport(Backend):
@@ -64,6 +70,7 @@ class NixlTransport(Backend):
         self._retiring: list[Puller] = []
         self._renewals = 0
         self._closed = False
+        self._end = threading.Event()
 
     def _start(self, arena: Arena) -> None:
         """Create both agents and register the arena. Raises TransportError: UCX does not come up."""
@@ -93,6 +100,7 @@ class NixlTransport(Backend):
 
     def close(self) -> None:
         """End both agents; pulls in flight end theirs when they leave."""
+        self._end.set()
         with self._lock:
             self._closed = True
             if self._puller is not None:
@@ -214,8 +222,22 @@ class NixlTransport(Backend):
             done = [p for p in self._retiring if p.pulls == 0]
             self._retiring = [p for p in self._retiring if p.pulls > 0]
         for puller in done:
-            with puller.lock:
-                puller.destroy()
-            if self._arena is not None and puller.quarantined:
-                freed = self._arena.release_quarantine(puller.quarantined)
-                logger.info("nixl: puller agent ended, %d quarantined blocks are free again", freed)
+            if puller.late and not self._closed:
+                threading.Thread(
+                    target=self._farewell, args=(puller,), name="relay-nixl-farewell", daemon=True
+                ).start()
+            else:
+                self._destroy(puller)
+
+    def _farewell(self, puller: Puller) -> None:
+        """Take what a timed-out owner may still send before the connection goes."""
+        if not puller.drain(time.monotonic() + FAREWELL_S, self._end):
+            logger.info("nixl: %d late transfers have not ended", len(puller.late))
+        self._destroy(puller)
+
+    def _destroy(self, puller: Puller) -> None:
+        with puller.lock:
+            puller.destroy()
+        if self._arena is not None and puller.quarantined:
+            freed = self._arena.release_quarantine(puller.quarantined)
+            logger.info("nixl: puller agent ended, %d quarantined blocks are free again", freed)

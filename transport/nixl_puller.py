@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 SCHEMA: Final = 2
 _SPINS: Final = 64  # polls without sleep: a small read is over by then
 _NAP_MIN_S: Final = 20e-6
+_DRAIN_NAP_S: Final = 2e-3
 _NAP_MAX_S: Final = 100e-6  # 1 ms costs two thirds of the tcp bandwidth
 
 _MOST_STEP_BYTES: Final = 4 << 20
@@ -150,9 +151,13 @@ class Peer:
 class Puller:
     """A puller agent and what it is connected to.
 
-        current --a read timed out--> retired --last pull leaves--> destroyed, quarantine released
+        current --a read timed out--> retired --last pull leaves--> drained --> destroyed, quarantine released
 
     `lock` guards the agent and every field: the agent itself does no locking.
+
+    Attributes:
+        pulls: that use it; retired: no further one will; quarantined: blocks that may be written late; late:
+            transfers that were given up, and may still be in flight.
     """
 
     def __init__(self, bind: Any, name: str, arena: Arena, *, loopback: bool = True) -> None:
@@ -162,6 +167,7 @@ class Puller:
         self.pulls = 0
         self.retired = False
         self.quarantined: list[BlockId] = []
+        self.late: list[Any] = []
         self._arena = arena
         self._peers: dict[str, Peer] = {}
         self._agent: Any = make_agent(bind, name, progress=False, loopback=loopback)
@@ -243,9 +249,29 @@ class Puller:
         except self.faults as fault:
             logger.debug("nixl: a transfer handle was not released: %s", fault)
 
+    def drain(self, deadline: float, closed: threading.Event) -> bool:
+        """Let late transfers end, well or badly, until `deadline` (time.monotonic()) or `closed`; whether all
+        have. Without it the connection would go from under an owner that has yet to answer."""
+        while self.late and time.monotonic() < deadline and not closed.is_set():
+            with self.lock:
+                self.late = [handle for handle in self.late if self._unfinished(handle)]
+            closed.wait(_DRAIN_NAP_S)
+        return not self.late
+
+    def _unfinished(self, handle: Any) -> bool:
+        try:
+            if self.in_progress(handle):
+                return True
+        except self.faults as fault:
+            logger.debug("nixl: a late transfer failed: %s", fault)
+        self.release(handle)
+        return False
+
     def destroy(self) -> None:
         """End the agent: after this, nothing writes into the arena any more. The caller holds the lock.
         With a stopped peer and a pending read this took 5 ms."""
+        while self.late:
+            self.release(self.late.pop())
         for name in list(self._peers):
             self._drop(name)
         self._agent = None
@@ -326,9 +352,11 @@ class Posts:
         return True
 
     def abandon(self) -> None:
-        """Give up all handles; what is in flight may still land."""
-        while self.waiting:
-            self._drop_first()
+        """Leave all handles to the puller; what is in flight may still land."""
+        with self.puller.lock:
+            self.puller.late.extend(handle for _, _, handle in self.waiting)
+        self.waiting.clear()
+        self.nbytes = 0
 
     def _drop_first(self) -> None:
         _, nbytes, handle = self.waiting.popleft()

@@ -43,7 +43,8 @@ class FaultSettings:
     """Faults on purpose, refused unless the environment has RELAY_TEST_MODE=1; see `transport/faults.py`.
 
     Attributes:
-        drop, hang, delay, corrupt, truncate, stale, lease_expiry: probability that a pull meets it.
+        drop, hang, delay, link_down, link_up, corrupt, truncate, stale, lease_expiry: probability that a pull
+            meets it.
         arena_full: that an allocation of blocks fails.
         disk_full: that a write to disk fails.
         directory_drop, directory_delay: that a directory call is lost or late.
@@ -54,6 +55,8 @@ class FaultSettings:
     drop: Probability = 0.0
     hang: Probability = 0.0
     delay: Probability = 0.0
+    link_down: Probability = 0.0
+    link_up: Probability = 0.0
     corrupt: Probability = 0.0
     truncate: Probability = 0.0
     stale: Probability = 0.0
@@ -94,6 +97,9 @@ class TransportSettings:
         connect_timeout_s: deadline for reaching a peer the first time.
         bind_host: address on which the tcp backend listens. "auto": loopback for a one-node cluster,
             otherwise the node's own address.
+        keep_pulled: a worker that has pulled a segment of which more readers are expected offers its copy to
+            them, as long as its arena has room to spare: a reader then takes parts from two owners at once,
+            and can do without one of them. Off: only what a worker has made itself can be pulled from it.
         spill: where evicted segments go.
         faults: for tests only.
     """
@@ -107,6 +113,7 @@ class TransportSettings:
     pull_timeout_s: Annotated[float, Gt(0)] = 5.0
     connect_timeout_s: Annotated[float, Gt(0)] = 3.0
     bind_host: str = "auto"
+    keep_pulled: bool = True
     spill: SpillSettings = field(default_factory=SpillSettings)
     faults: FaultSettings = field(default_factory=FaultSettings)
 

@@ -131,6 +131,7 @@ class Worker:
             lease_ttl_s=spec.directory.lease_ttl_s,
             pull_timeout_s=spec.transport.pull_timeout_s,
             spill=spill,
+            keep_pulled=spec.transport.keep_pulled,
             ask_owner=OwnerCalls(spec.worker, timeout_s=spill.promote_timeout_s),
         )
         self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store)

@@ -26,6 +26,8 @@ from workers.layout import BlockViews, KVLayout
 log = logging.getLogger(__name__)
 
 _NO_ANSWER: Final = "the directory shard of this key does not answer"
+_COPIES: Final = 2
+"""Owners of one segment that are asked for parts of it."""
 AskOwner = Callable[[Owner, Sequence[SegmentKey]], Collection[SegmentKey]]
 """Have the owner promote segments; those that are in its arena then. Bounded in time; raises RelayError."""
 
@@ -36,6 +38,7 @@ class SegmentStore:
     Args:
         spill: tiers behind the arena.
         ask_owner: reaches the owner of a spilled segment; None: only this worker's own ones are promoted.
+        keep_pulled: offer what was pulled to others as well; see `TransportSettings`.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class SegmentStore:
         pull_timeout_s: float,
         spill: SpillSettings | None = None,
         ask_owner: AskOwner | None = None,
+        keep_pulled: bool = False,
     ) -> None:
         self.owner = owner
         self._layout = layout
@@ -58,7 +62,14 @@ class SegmentStore:
         self._ask_owner = ask_owner
         self.holding = Holding(owner, layout, arena, directory, spill)
         self._fetching = Fetching(
-            owner, layout, arena, transport, directory, self.holding, pull_timeout_s=pull_timeout_s
+            owner,
+            layout,
+            arena,
+            transport,
+            directory,
+            self.holding,
+            pull_timeout_s=pull_timeout_s,
+            keep_pulled=keep_pulled,
         )
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -70,6 +81,7 @@ class SegmentStore:
         *,
         pipelined: bool = False,
         on_landed: Callable[[], None] | None = None,
+        keep: bool = True,
     ) -> Acquired:
         """Lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
         `misses`, and the caller computes it.
@@ -80,8 +92,9 @@ class SegmentStore:
                 hit nor a miss. None: all.
             pipelined: return when every segment has begun to come; `PulledSegment.arrival` tells the rest.
             on_landed: called, on another thread, whenever more layers have come, or will not.
+            keep: leave copies behind for others, where this store does that.
         """
-        got = Acquired()
+        got = Acquired(keep=keep)
         if not wanted:
             return got
         try:
@@ -171,7 +184,9 @@ class SegmentStore:
         begin = time.perf_counter()
         detail = _NO_ANSWER
         try:
-            leases = self._directory.lease(keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s)
+            leases = self._directory.lease(
+                keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s, copies=_COPIES
+            )
         except RelayError as error:
             leases, detail = Answers[Lease](unanswered=keys), str(error)
         got.lease_s += time.perf_counter() - begin

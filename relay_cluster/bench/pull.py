@@ -113,7 +113,7 @@ def _measure(
     owner, reader = list(cluster.workers)[:2]
     key, tokens = _publish(cluster, owner, blocks * config.transport.block_tokens, settings.seed, tasks)
     # An actor of its own: the shards have other work, and their queues would be measured.
-    echo = ray.remote(Echo).options(num_cpus=0).remote()
+    echo: Any = ray.remote(Echo).options(num_cpus=0).remote()
     try:
         times: list[PullTimes] = cluster.run_on(reader, time_pulls, echo, key, tokens, settings.samples)
     finally:

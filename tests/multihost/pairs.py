@@ -29,7 +29,7 @@ def config(
     """The shipped two-node file, for hosts by number and with less patience."""
     shipped = ClusterConfig.load(TWO_NODES).model_dump()
     shipped["nodes"] = [f"10.77.0.{number}" for number in places]
-    shipped["workers"] = 2
+    shipped["workers"] = len(places)
     shipped["worker"] |= {"cache_tokens": 4096, "break_even": False}
     shipped["transport"] |= {"backend": backend, "arena_bytes": 128 << 20, "pull_timeout_s": PULL_TIMEOUT_S}
     shipped["ray"] |= {"address": nodes.address}
@@ -61,16 +61,18 @@ def assert_recomputed(critic: AgentReport, reasons: set[str]) -> None:
 
 
 class Sabotage:
-    """Does something to the network while the critic, on host 1, pulls from the solver's host 2: when a part
-    of the segments has come over the wire."""
+    """Does something to the network while an agent on host 1 pulls from another host: when a part of the
+    segments has come over the wire."""
 
-    def __init__(self, lan: Lan, deed: Callable[[], None], after_bytes: int = 1 << 20) -> None:
-        self._lan, self._deed, self._after_bytes = lan, deed, after_bytes
+    def __init__(
+        self, lan: Lan, deed: Callable[[], None], after_bytes: int = 1 << 20, agent: str = "critic"
+    ) -> None:
+        self._lan, self._deed, self._after_bytes, self._agent = lan, deed, after_bytes, agent
         self._pool = ThreadPoolExecutor(1)
         self.done: Any = None
 
     def on_event(self, kind: str, agent: str, *_: Any) -> None:
-        if (kind, agent) == ("agent_started", "critic") and self.done is None:
+        if (kind, agent) == ("agent_started", self._agent) and self.done is None:
             self._lan.shape(SLOW)
             self.done = self._pool.submit(self._watch, self._lan.received_bytes(1))
 

@@ -12,11 +12,13 @@ import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from relay_cluster import Cluster
+from relay_cluster import Agent, Cluster, Pipeline
+from relay_cluster.cluster import Result
 from tests.e2e.conftest import PIPELINE, QUESTION
 from tests.multihost.pairs import (
     EXACT,
     FAULTS,
+    MAX_NEW,
     PULL_TIMEOUT_S,
     SLACK_S,
     Sabotage,
@@ -88,6 +90,43 @@ def test_the_owner_s_host_is_gone(lan: Lan, nodes: RayOnHosts, third: str, when:
         again = run(cluster, f"{question} Again.")
         assert again["critic"].relayed_tokens > 0
         assert again["critic"].fallbacks == ()
+        _leases_end(cluster)
+
+
+TRIO = Pipeline(
+    [
+        Agent("solver", prompt="Solve this problem.\n{question}"),
+        Agent("critic", prompt="A solution:\n{solver}\nIs this right?"),
+        Agent("judge", prompt="A solution:\n{solver}\nWhat was said of it:\n{critic}\nYour verdict?"),
+    ],
+    name="trio",
+)
+
+
+def test_the_rest_comes_from_the_other_owner(lan: Lan, nodes: RayOnHosts, third: str) -> None:
+    """Host 2 has read what host 3 has made, and keeps it for host 1, which is reading from both when host 3
+    is gone."""
+    slow = {"pull_timeout_s": 15.0}
+    patient = {"lease_ttl_s": 30.0, "owner_timeout_s": 40.0}
+    with Cluster(config(nodes, (3, 2, 1), transport=slow, directory=patient), agents_hint=TRIO) as cluster:
+        question = f"{QUESTION} (two owners)"
+
+        def run_trio(method: str, **options: Any) -> Result:
+            return cluster.run(TRIO, question=question, method=method, max_new_tokens=MAX_NEW, **options)
+
+        sabotage = Sabotage(lan, lambda: _power_off(lan, 3), agent="judge")
+        result = run_trio(EXACT, on_event=sabotage.on_event)
+        assert sabotage.done.result(10) > 1 << 20
+        judge = result["judge"]
+        assert judge.fallbacks == (), "nothing had to be computed again"
+        of_solver = [t for t in judge.transfers if t.slot == "solver"]
+        assert {t.source_node for t in of_solver} == {third, lan.hosts[2].address}
+        assert {t.outcome for t in of_solver if t.source_node == third} != {"pulled"}
+        assert all(t.outcome == "pulled" and t.bytes for t in of_solver if t.source_node != third)
+        lan.restore()
+        nodes.wait_for_nodes(2, NOTICED_S)
+        alone = run_trio("full_prefill")
+        assert [result[name].tokens for name in TRIO.order] == [alone[name].tokens for name in TRIO.order]
         _leases_end(cluster)
 
 

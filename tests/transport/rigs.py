@@ -110,13 +110,14 @@ class LocalOwner:
         parts: Sequence[int] = (),
         incarnation: int = 7,
         host: str = "127.0.0.1",
+        name: str = "owner",
     ) -> None:
         self.arena = Arena(budget, block_nbytes, incarnation=incarnation, parts=parts)
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
-        self.transport = make_transport(settings, worker="owner", host=host)
+        self.transport = make_transport(settings, worker=name, host=host)
         self.transport.register(self.arena)
         addresses, key = self.transport.addresses(), self.arena.pull_key
-        self.owner = Owner(WorkerId("owner"), Incarnation(incarnation), NodeId("n0"), addresses, key)
+        self.owner = Owner(WorkerId(name), Incarnation(incarnation), NodeId("n0"), addresses, key)
 
     def publish(self, n: int, seed: int, valid: int | None = None) -> list[BlockRef]:
         ids = self.arena.allocate(n)
@@ -164,12 +165,17 @@ class RemoteOwner:
     """The owner in another process, which tests may stop and kill."""
 
     def __init__(
-        self, backend: str, budget: int, block_nbytes: int, env: dict[str, str], parts: Sequence[int] = ()
+        self,
+        backend: str,
+        budget: int,
+        block_nbytes: int,
+        env: dict[str, str],
+        parts: Sequence[int] = (),
+        name: str = "owner",
     ) -> None:
         self._conn, theirs = _context().Pipe()
-        self.process = _context().Process(
-            target=_serve, args=(theirs, env, (backend, budget, block_nbytes, parts)), daemon=True
-        )
+        args = (backend, budget, block_nbytes, parts, 7, name)
+        self.process = _context().Process(target=_serve, args=(theirs, env, args), daemon=True)
         self.process.start()
         theirs.close()
         self.owner: Owner = self._reply()

@@ -53,6 +53,48 @@ def test_quarantine_lasts_as_long_as_a_pull_keeps_the_agent_alive(monkeypatch: p
         side.close()
 
 
+def test_an_owner_that_was_stopped_while_it_was_read_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX would end its process: the reader had given up and closed the connection. So it must not, yet."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    side = RemoteOwner("nixl", 36 << 20, BIG, {"UCX_TLS": "tcp"})
+    reader = Reader("nixl", 40 << 20, BIG)
+    try:
+        refs = side.publish(32, seed=1)
+        for _ in range(2):
+            assert reader.outcome(side, refs) is Outcome.PULLED
+            side.signal(signal.SIGSTOP)
+            assert reader.outcome(side, refs, timeout_s=0.3) is Outcome.TIMED_OUT
+            assert reader.arena.stats().quarantined == 32, "for what may still come"
+            side.signal(signal.SIGCONT)
+            wait_for(lambda: reader.arena.stats().quarantined == 0, "all has come, and is thrown away")
+            assert side.process.is_alive()
+        assert reader.outcome(side, refs) is Outcome.PULLED, "from the same process"
+    finally:
+        reader.transport.close()
+        side.close()
+
+
+@pytest.mark.parametrize("ended_by", ["time", "the owner's death", "our own close"])
+def test_a_farewell_ends(monkeypatch: pytest.MonkeyPatch, ended_by: str) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setattr(nixl, "FAREWELL_S", 0.3 if ended_by == "time" else 60.0)
+    side = RemoteOwner("nixl", 36 << 20, BIG, {"UCX_TLS": "tcp"})
+    reader = Reader("nixl", 40 << 20, BIG)
+    try:
+        refs = side.publish(16, seed=1)
+        side.signal(signal.SIGSTOP)
+        assert reader.outcome(side, refs, timeout_s=0.3) is Outcome.TIMED_OUT
+        assert reader.arena.stats().quarantined == 16
+        if ended_by == "the owner's death":
+            side.kill()
+        elif ended_by == "our own close":
+            reader.transport.close()
+        wait_for(lambda: reader.arena.stats().quarantined == 0, "the quarantine is released")
+    finally:
+        reader.transport.close()
+        side.close()
+
+
 def test_an_idle_owner_uses_less_than_a_twentieth_of_a_core() -> None:
     transport = nixl.NixlTransport("idle")
     transport.register(Arena(8 << 20, BIG))

@@ -1,4 +1,4 @@
-"""A backend that does not keep its own deadline: what it brings afterwards is neither used nor told as a hit."""
+"""A backend that overruns its own deadline: what it brings then is neither used nor told as a hit."""
 
 from __future__ import annotations
 
