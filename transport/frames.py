@@ -143,14 +143,16 @@ class Asking:
 
     def __init__(self, lease: Lease, arena: Arena) -> None:
         segment, owner = lease.located.segment, lease.located.owner
-        if len(segment.blocks) > MAX_LEASED:
+        blocks = lease.whole or segment.blocks
+        self._first = lease.first
+        if len(blocks) > MAX_LEASED:
             raise ReadFailed(
                 Outcome.NO_ROUTE,
-                f"{len(segment.blocks)} blocks are too many for one request, which names {MAX_LEASED} at "
+                f"{len(blocks)} blocks are too many for one request, which names {MAX_LEASED} at "
                 "most. Raise transport.block_tokens.",
             )
         try:
-            leased = pack_blocks(segment.blocks)
+            leased = pack_blocks(blocks)
         except ValueError as fault:
             raise ReadFailed(Outcome.STALE, f"{owner.worker} has no such block: {fault}.") from fault
         self._of_lease: dict[str, Any] = {
@@ -164,11 +166,12 @@ class Asking:
         }
 
     def encode(self, blocks: tuple[int, int], start: int, stop: int, **more: int) -> bytes:
-        """A READ frame for bytes [start, stop) of the leased blocks [blocks[0], blocks[1]).
+        """A READ frame for bytes [start, stop) of the segment's blocks [blocks[0], blocks[1]).
 
         `more`: fields that a backend needs besides.
         """
-        body = {**self._of_lease, "first": blocks[0], "last": blocks[1], "start": start, "stop": stop, **more}
+        first, last = (self._first + at for at in blocks)
+        body = {**self._of_lease, "first": first, "last": last, "start": start, "stop": stop, **more}
         return encode(KIND_READ, body)
 
 

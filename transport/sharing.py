@@ -284,7 +284,13 @@ class SharedPull:
         lease = self._leases[source]
         segment = lease.located.segment
         part = replace(segment, blocks=segment.blocks[share.first : share.stop])
-        own = replace(lease, located=Located(part, lease.located.owner), others=())
+        own = replace(
+            lease,
+            located=Located(part, lease.located.owner),
+            others=(),
+            whole=segment.blocks,
+            first=share.first,
+        )
         attempt = _Attempt(share, own, source, landing, time.monotonic())
         share.attempts.append(attempt)
         name = f"relay-share-{lease.located.owner.worker}"

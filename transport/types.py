@@ -147,6 +147,8 @@ class Lease:
         token: proof for the owner, see `transport.tokens`; empty where the directory does not know its key.
         others: leases of the same holder on other owners' copies of the same variant, which may give parts
             of it (`transport/sharing.py`). Each is released by its own id.
+        whole, first: the blocks for which the token was made, where the segment here is only a run of them,
+            and the index of the run's first one; () where it is all of them.
     """
 
     id: LeaseId
@@ -155,6 +157,8 @@ class Lease:
     ttl_s: float
     token: bytes = field(default=b"", repr=False)
     others: tuple[Lease, ...] = ()
+    whole: tuple[BlockRef, ...] = ()
+    first: int = 0
 
 
 class Outcome(StrEnum):
