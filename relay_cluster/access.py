@@ -17,6 +17,7 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -104,9 +105,10 @@ def use(access: Access) -> None:
     """Have Ray in this process, and in what it starts, do as decided. Ray has read its variables when it was
     imported, and would not look again."""
     os.environ[MODE_ENV] = access.mode
-    from ray._raylet import Config  # as Ray itself does where it turns its authentication on
-
-    Config.initialize("")
+    # As Ray itself does where it turns its authentication on.
+    config: Any = getattr(import_module("ray._raylet"), "Config", None)
+    if config is not None:
+        config.initialize("")
 
 
 def start_options(settings: RaySettings) -> dict[str, Any]:
