@@ -46,6 +46,14 @@ class Access:
     warning: str = ""
 
 
+def users_home() -> Path:
+    """Home of this user; the root folder for one who has none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.sep)
+
+
 def ensure_token(environment: Mapping[str, str], home: Path) -> None:
     """Make the token of a cluster of our own, where there is none: as Ray does, but readable by this user
     only (Ray leaves that to the umask).
