@@ -72,7 +72,9 @@ def test_a_lease_of_the_directory_opens_its_blocks(side: LocalOwner, reader: Rea
     for directory in (LocalDirectory(), Rig().client):
         directory.announce(side.owner)
         directory.publish(side.owner, [segment(side.publish(3, seed=1))])
-        assert pull(reader, leased(directory)) is Outcome.PULLED
+        lease, found = leased(directory), directory.lookup([key("x")])[key("x")]
+        assert (lease.located.owner.pull_key, found.owner.pull_key) == (None, None)
+        assert pull(reader, lease) is Outcome.PULLED
 
 
 def test_what_is_found_cannot_be_read_without_a_lease(side: LocalOwner, reader: Reader) -> None:
