@@ -26,6 +26,7 @@ from relay_cluster import (
     cli_faults,
     cli_link,
     cli_profile,
+    cli_pull,
     cli_transfer,
     console,
 )
@@ -70,6 +71,7 @@ bench_app.command("decode", epilog=cli_decode.EPILOG)(cli_decode.decode)
 bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_directory.directory)
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
+bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 cli_directory.add_to(app)
 

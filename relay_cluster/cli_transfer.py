@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 EPILOG = examples(
     "relay bench transfer --quick",
-    "relay bench transfer --backends nixl,tcp --sizes 1MiB,64MiB --json runs/t.json --plot runs/t.png",
+    "relay bench transfer --backends shm,nixl --sizes 1MiB,64MiB --json runs/t.json --plot runs/t.png",
 )
 QUICK_BYTES = 256 << 20
 
@@ -34,7 +34,7 @@ def transfer(
     backends: Annotated[
         str | None,
         typer.Option(
-            "--backends", metavar="A,B,...", help="nixl, ucx, tcp; default: all that are installed."
+            "--backends", metavar="A,B,...", help="shm, nixl, ucx, tcp; default: all that can be had."
         ),
     ] = None,
     sizes: Annotated[

@@ -42,6 +42,7 @@ from relay_cluster.nodes import affinities
 from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
+from relay_cluster.watching import POLL_S, Watch, WorkerFrozen, awaited
 from transport.directory.client import DirectoryClient
 from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shards, kill_shards
@@ -55,6 +56,10 @@ from workers.methods import parse_method
 log = logging.getLogger(__name__)
 
 _LINK_TIMEOUT_S: Final = 20.0
+_OTHER_ANSWERS_S: Final = 5.0
+"""How long another worker may take to say that it lives, before the next one is asked."""
+_BEYOND_DEADLINE_S: Final = 180.0
+"""What a worker that runs may take beyond its request's deadline to say that it was missed."""
 
 OnEvent = Callable[..., None]
 
@@ -65,12 +70,17 @@ def _no_event(*_: Any) -> None:
 
 @dataclass(slots=True)
 class _Member:
-    """A worker actor of this cluster."""
+    """A worker actor of this cluster.
+
+    Attributes:
+        lost: no agent is placed there any more. frozen: it is only lost until this call is answered.
+    """
 
     spec: WorkerSpec
     handle: Any
     info: WorkerInfo | None = None
     lost: bool = False
+    frozen: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +235,7 @@ class Cluster:
             for i, model in enumerate(models):
                 self._spawn(WorkerId(f"w{i}"), model, count, places[i % len(places)])
             self._await_ready()
+        self._welcome_back()
         views = [WorkerView(w, m.spec.model, alive=not m.lost) for w, m in self._members.items()]
         self._placed.update(place(agents, views))
         self._prepare(pipeline)
@@ -311,8 +322,8 @@ class Cluster:
                 jobs[member.handle.prepare.remote(agent.system, agent.prompt)] = key
         for call, key in jobs.items():
             try:
-                ray.get(call, timeout=self.config.worker.request_timeout_s)
-            except RayError as error:
+                self._get(WorkerId(str(key[0])), call, self.config.worker.request_timeout_s)
+            except (RayError, RelayError) as error:
                 fault = _unwrapped(error, f"the prompt of an agent on {key[0]} could not be prepared")
                 if isinstance(fault, ConfigError):
                     raise fault from None
@@ -325,8 +336,10 @@ class Cluster:
         """Plain sentences about what is not as good as it could be."""
         infos = [m.info for m in self._members.values() if m.info is not None]
         lines: dict[str, None] = {self._wire_note: None} if self._wire_note else {}
+        one_node = len({info.node for info in infos}) == 1
         for info in infos:
-            if self.config.transport.backend == "auto" and "nixl" not in info.backends:
+            missed = "nixl" not in info.backends and not (one_node and "shm" in info.backends)
+            if self.config.transport.backend == "auto" and missed:
                 why = info.missing_backends.get("nixl", "not available")
                 lines[
                     f"transport: nixl is not available ({why}), so KV moves over tcp (slower, same answers)"
@@ -342,32 +355,71 @@ class Cluster:
         return self._members[self._placed[agent]].spec.model
 
     def worker_for(self, agent: str) -> WorkerId:
-        """The agent's worker, waiting for its restart where it died; else any live worker with its model."""
+        """The agent's worker, waiting for its restart where it died; else any live worker with its model.
+        Another one is taken as well when it is silent for `runtime.frozen_timeout_s`."""
+        runtime = self.config.runtime
+        self._welcome_back()
         worker = self._placed[agent]
-        if self._answers(worker, self.config.runtime.start_timeout_s):
+        member = self._members[worker]
+        frozen = member.frozen is not None
+        if not frozen and self._answers(worker, min(runtime.frozen_timeout_s, runtime.start_timeout_s)):
             return worker
-        self._members[worker].lost = True
-        model = self._members[worker].spec.model
-        for other, member in self._members.items():
-            if other != worker and member.spec.model == model and self._answers(other, 5.0):
+        member.lost = True
+        model = member.spec.model
+        for other, others in self._members.items():
+            if other == worker or others.spec.model != model or others.frozen is not None:
+                continue
+            if self._answers(other, _OTHER_ANSWERS_S):
                 self._placed[agent] = other
                 return other
-        raise WorkerLost(f"worker {worker} is gone and no other live worker hosts {model}.")
+        # There is no other: it may go on, or its restart takes its time.
+        if self._answers(worker, runtime.frozen_timeout_s if frozen else runtime.start_timeout_s):
+            return worker
+        how = "frozen" if member.frozen is not None else "gone"
+        raise WorkerLost(f"worker {worker} is {how} and no other live worker hosts {model}.")
+
+    def _welcome_back(self) -> None:
+        """Place agents again on workers that were frozen and have answered since."""
+        for worker, member in self._members.items():
+            if member.frozen is not None and ray.wait([member.frozen], timeout=0)[0]:
+                log.info("worker %s goes on", worker)
+                member.lost, member.frozen = False, None
+
+    def _watch(self, worker: WorkerId) -> Watch:
+        handle = self._members[worker].handle
+        return Watch(worker, handle.info.remote, self.config.runtime.frozen_timeout_s)
+
+    def _note_frozen(self, worker: WorkerId, watch: Watch) -> None:
+        member = self._members[worker]
+        member.lost, member.frozen = True, watch.pending
+
+    def _get(self, worker: WorkerId, call: Any, timeout_s: float) -> Any:
+        """The result of a call to a worker. Raises RayError, WorkerFrozen, DeadlineExceeded."""
+        watch = self._watch(worker)
+        try:
+            return awaited(call, watch, timeout_s)
+        except WorkerFrozen:
+            self._note_frozen(worker, watch)
+            raise
 
     def _answers(self, worker: WorkerId, timeout_s: float) -> bool:
-        """Whether the worker's process lives; a call to a restarting actor waits until it is back."""
+        """Whether the worker's process lives; a call to a restarting actor waits until it is back. One that
+        is still silent after `timeout_s` counts as frozen."""
         deadline = time.monotonic() + timeout_s
         member = self._members[worker]
         while time.monotonic() < deadline:
+            call = member.handle.info.remote()
+            if not ray.wait([call], timeout=max(0.1, deadline - time.monotonic()))[0]:
+                member.frozen = call
+                return False
             try:
-                member.info = ray.get(
-                    member.handle.info.remote(), timeout=max(0.1, deadline - time.monotonic())
-                )
+                member.info = ray.get(call)
             except ActorUnavailableError:
                 time.sleep(0.2)  # a restart under way
             except RayError:
                 return False
             else:
+                member.lost, member.frozen = False, None
                 return True
         return False
 
@@ -393,6 +445,9 @@ class Cluster:
                     first = time.perf_counter() - begin
                 count += 1
                 on_token(count)
+        except WorkerFrozen:
+            member.handle.cancel.remote(request.id)  # should it go on one day
+            raise
         except RayError as error:
             if isinstance(error, ActorDiedError) and info is not None:
                 self._bury(worker, info)
@@ -400,20 +455,27 @@ class Cluster:
         raise WorkerLost(f"worker {worker} ended its stream without a reply.")
 
     def _items(self, stream: Any, worker: WorkerId, stop: threading.Event) -> Iterator[tuple[str, Any]]:
-        """The stream's items. The worker ends every request at its own deadline; ours catches a frozen
-        worker."""
-        deadline = time.monotonic() + self.config.worker.request_timeout_s + 180
+        """The stream's items. The worker ends every request at its own deadline; a frozen one, which does
+        not, is noticed by `Watch`."""
+        deadline = time.monotonic() + self.config.worker.request_timeout_s + _BEYOND_DEADLINE_S
+        watch = self._watch(worker)
         while True:
-            ready, _ = ray.wait([stream], timeout=0.5, fetch_local=False)
+            ready, _ = ray.wait([stream], timeout=POLL_S, fetch_local=False)
             if stop.is_set():
                 raise Cancelled("the run has ended.")
             if not ready:
+                try:
+                    watch.check()
+                except WorkerFrozen:
+                    self._note_frozen(worker, watch)
+                    raise
                 if time.monotonic() > deadline:
                     raise DeadlineExceeded(
                         f"worker {worker} has been silent beyond the deadline of its request "
                         f"({self.config.worker.request_timeout_s:.0f} s, worker.request_timeout_s)."
                     )
                 continue
+            watch.heard()
             try:
                 ref = next(stream)
             except StopIteration:
@@ -435,7 +497,7 @@ class Cluster:
         """See executor.Workers."""
         call = self._members[worker].handle.compare.remote(request, reply, base_method, repeats)
         try:
-            return ray.get(call, timeout=(repeats + 2) * self.config.worker.request_timeout_s)
+            return self._get(worker, call, (repeats + 2) * self.config.worker.request_timeout_s)
         except RayError as error:
             raise _unwrapped(error, f'comparison of agent "{request.agent}" on {worker}') from None
 
@@ -443,7 +505,7 @@ class Cluster:
         """Prefill a template's fixed prefix into a worker's exact prefix cache; returns its tokens."""
         call = self._members[worker].handle.prepare.remote(system, prompt)
         try:
-            return ray.get(call, timeout=self.config.worker.request_timeout_s)
+            return self._get(worker, call, self.config.worker.request_timeout_s)
         except RayError as error:
             raise _unwrapped(error, f"preparing a prompt on {worker}") from None
 
@@ -451,7 +513,7 @@ class Cluster:
         """Publish on a worker what an answer known already would have left; see `AgentWorker.replay`."""
         call = self._members[worker].handle.replay.remote(request, tuple(answer))
         try:
-            return ray.get(call, timeout=self.config.worker.request_timeout_s + 60)
+            return self._get(worker, call, self.config.worker.request_timeout_s + 60)
         except RayError as error:
             raise _unwrapped(error, f'replay of agent "{request.agent}" on {worker}') from None
 
@@ -461,7 +523,7 @@ class Cluster:
         """How far methods are from full prefill on one prompt; see `workers.fidelity.distances`."""
         call = self._members[worker].handle.distances.remote(request, tuple(methods), tokens)
         try:
-            return ray.get(call, timeout=(len(methods) + 2) * self.config.worker.request_timeout_s)
+            return self._get(worker, call, (len(methods) + 2) * self.config.worker.request_timeout_s)
         except RayError as error:
             raise _unwrapped(error, f'fidelity of agent "{request.agent}" on {worker}') from None
 
@@ -476,7 +538,7 @@ class Cluster:
         """See executor.Workers."""
         call = self._members[worker].handle.shadow.remote(request, answer, timeout_s, probe)
         try:
-            return ray.get(call, timeout=timeout_s + 30)
+            return self._get(worker, call, timeout_s + 30)
         except RayError as error:
             raise _unwrapped(error, f'shadow check of agent "{request.agent}" on {worker}') from None
 
@@ -628,8 +690,10 @@ def _kill(handle: Any) -> None:
         log.warning("an actor could not be ended: %s", error)
 
 
-def _unwrapped(error: RayError, what: str) -> RelayError:
+def _unwrapped(error: RayError | RelayError, what: str) -> RelayError:
     """Our own error out of Ray's wrapping; a dead actor becomes WorkerLost."""
+    if isinstance(error, RelayError):
+        return error
     if isinstance(error, RayTaskError) and isinstance(error.cause, RelayError):
         return error.cause
     if isinstance(error, RayActorError):

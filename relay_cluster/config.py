@@ -83,12 +83,15 @@ class RuntimeSettings:
     Attributes:
         start_timeout_s: deadline for all workers to have their model loaded.
         stop_timeout_s: deadline for them to end; after it they are killed.
+        frozen_timeout_s: how long a worker's process may leave a sign of life unanswered, however busy it is;
+            after it the worker counts as frozen, and its requests are started again on another one.
         max_retries: times a request is started again after its worker died.
         max_restarts: times Ray starts a dead worker again; -1 is always.
     """
 
     start_timeout_s: Annotated[float, Gt(0)] = 180.0
     stop_timeout_s: Annotated[float, Gt(0)] = 10.0
+    frozen_timeout_s: Annotated[float, Gt(0)] = 30.0
     max_retries: Annotated[int, Ge(0)] = 2
     max_restarts: Annotated[int, Ge(-1)] = 3
 

@@ -24,6 +24,7 @@ import psutil
 from relay_cluster.access import decide, read_by_others, token_source, users_home
 from relay_cluster.config import RaySettings
 from relay_cluster.report import MachineReport
+from transport import host
 from transport.errors import ConfigError
 
 PROBE_TIMEOUT_S = 30.0
@@ -99,6 +100,7 @@ def diagnose(ray: RaySettings | None = None) -> Diagnosis:
     machine = this_machine()
     torch = _probe_torch()
     nixl = _probe_nixl(machine)
+    shared = _shared_memory()
     findings = (
         Finding("python", machine.python, sys.version_info >= (3, 11)),
         Finding("cpu", f"{machine.cpu}, {machine.cores} cores"),
@@ -111,12 +113,13 @@ def diagnose(ray: RaySettings | None = None) -> Diagnosis:
         nixl,
         _ucx_transports(),
         _rdma_devices(),
+        shared,
         _package("ucxx", "ucxx-cu12", "ucxx-cu13", note='optional: pip install "relay-cluster[ucx]"'),
         _package("flash-attn", "flash-attn", note="optional, for CUDA devices"),
         _package("triton", "triton", "pytorch-triton", note="optional, for CUDA devices"),
         _embedded_model(),
     )
-    return Diagnosis(machine, findings, _choices(torch, nixl))
+    return Diagnosis(machine, findings, _choices(torch, nixl, shared))
 
 
 def ray_access(settings: RaySettings, environment: Mapping[str, str], home: Path) -> Finding:
@@ -136,7 +139,7 @@ def ray_access(settings: RaySettings, environment: Mapping[str, str], home: Path
     return Finding(topic, "open to anybody", False, access.warning)
 
 
-def _choices(torch: Finding, nixl: Finding) -> tuple[Finding, ...]:
+def _choices(torch: Finding, nixl: Finding, shared: Finding) -> tuple[Finding, ...]:
     """What `auto` settings come to on this machine."""
     cuda = "devices:" in torch.value
     flash = cuda and bool(util.find_spec("flash_attn"))
@@ -150,11 +153,16 @@ def _choices(torch: Finding, nixl: Finding) -> tuple[Finding, ...]:
         attention = "torch"
         device = Finding("device", "cpu", True, "torch sees no CUDA device")
         dtype = Finding("dtype", "float32", None, "the fast one on most CPUs")
-    if nixl.ok:
-        backend = Finding("transport", "nixl", True, "NIXL starts and has its UCX backend")
-    else:
-        backend = Finding("transport", "tcp", None, f"slower than nixl; NIXL: {nixl.note or nixl.value}")
-    return (device, dtype, Finding("attention", attention), backend)
+    return (device, dtype, Finding("attention", attention), _transport(nixl, shared, cuda))
+
+
+def _transport(nixl: Finding, shared: Finding, cuda: bool) -> Finding:
+    over, note = "nixl", "NIXL starts and has its UCX backend"
+    if not nixl.ok:
+        over, note = "tcp", f"slower than nixl; NIXL: {nixl.note or nixl.value}"
+    if shared.ok and not cuda:  # an arena on a CUDA device is no shared memory
+        over, note = f"shm, {over}", f"shm between workers of one host, else {over}: {note}"
+    return Finding("transport", over, True if nixl.ok else None, note)
 
 
 def _cpu_name() -> str:
@@ -261,6 +269,12 @@ def _rdma_devices() -> Finding:
     folder = Path("/sys/class/infiniband")
     devices = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     return Finding("rdma devices", ", ".join(devices) or "none")
+
+
+def _shared_memory() -> Finding:
+    usable, why = host.probe()
+    note = "" if usable else "workers of this host cannot read each other's memory (shm backend)"
+    return Finding("shared memory", why, True if usable else None, note)
 
 
 def _embedded_model() -> Finding:

@@ -274,6 +274,7 @@ class Executor:
                         f'agent "{agent.name}": its worker died {attempt + 1} times ({error}). '
                         "See the worker's log; runtime.max_retries allows more tries."
                     ) from error
+                self._note(agent.name, f"started again: {error}")
                 continue
             finally:
                 with self._lock:

@@ -32,6 +32,7 @@ import torch
 import xxhash
 
 from transport.errors import ArenaFull, ConfigError
+from transport.memory import SharedMemory
 from transport.tokens import PullKey
 from transport.types import BlockId, BlockRef, Incarnation, Outcome
 
@@ -75,6 +76,26 @@ def _ranges(parts: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(zip((0, *stops[:-1]), stops, strict=True))
 
 
+def _share(nbytes: int) -> SharedMemory | None:
+    try:
+        return SharedMemory(nbytes)
+    except OSError as fault:
+        logger.info("the arena lies in ordinary memory: %s", fault)
+        return None
+
+
+def _tensor(memory: SharedMemory) -> torch.Tensor:
+    """Keeps the mapping for as long as any view of it lives."""
+    return torch.frombuffer(memory.buffer, dtype=torch.uint8)
+
+
+def _private(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Filled, so that the first transfers do not pay for page faults on both ends."""
+    raw = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device=device).zero_()
+    skip = -raw.data_ptr() % ALIGN
+    return raw[skip : skip + nbytes]
+
+
 def _bytes_of(flat: torch.Tensor) -> memoryview:
     """CPU: a view of the tensor's own memory; otherwise of a copy."""
     return memoryview(cast("Any", flat.cpu().numpy()))
@@ -89,6 +110,7 @@ class Arena:
         device: a torch device; "cuda" buffers are hashed and sent through a CPU copy.
         incarnation: which life of the worker this is; written into every header. Default: now, in ns.
         parts: bytes of every part of the payload, in order; their sum is block_nbytes. Default: one part.
+        shared: let readers of this host in (`transport.memory`), where the system has it; only on "cpu".
 
     Attributes:
         pull_key: secret of this life of the worker, with which tokens for its blocks are made.
@@ -104,6 +126,7 @@ class Arena:
         device: str = "cpu",
         incarnation: int | None = None,
         parts: Sequence[int] = (),
+        shared: bool = True,
     ) -> None:
         if block_nbytes < 1:
             raise ConfigError(f"block_nbytes is {block_nbytes}: a block must hold at least one byte.")
@@ -124,11 +147,9 @@ class Arena:
         self.pull_key = PullKey.random()
         self.device = torch.device(device)
         self.nbytes = self.num_blocks * self.stride
-        # Filled, so that the first transfers do not pay for page faults on both ends.
-        raw = torch.empty(self.nbytes + ALIGN, dtype=torch.uint8, device=self.device).zero_()
-        skip = -raw.data_ptr() % ALIGN
-        self._buffer = raw[skip : skip + self.nbytes]
         self._is_cpu = self.device.type == "cpu"
+        self._shared = _share(self.nbytes) if shared and self._is_cpu else None
+        self._buffer = _private(self.nbytes, self.device) if self._shared is None else _tensor(self._shared)
         # A flat byte view of CPU memory: sockets read and write it without a copy.
         self._view = _bytes_of(self._buffer) if self._is_cpu else None
         self.faults: Faults | None = None  # only ever set in test mode
@@ -268,6 +289,11 @@ class Arena:
     def base_address(self) -> int:
         """Raw address of block 0's header."""
         return self._buffer.data_ptr()
+
+    def shared_fd(self) -> int | None:
+        """Read-only descriptor of the whole buffer, open for as long as the arena is; None where it is not
+        shared."""
+        return None if self._shared is None else self._shared.fd
 
     def block_span(self, block: BlockId) -> tuple[int, int]:
         """Raw address and byte count of header + payload, padding included."""

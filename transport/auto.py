@@ -16,14 +16,17 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from transport.arena import Arena
-from transport.base import Transport
-from transport.errors import TransportError
+from transport.backend import Backend
+from transport.errors import ArenaFull, TransportError
 from transport.hosts import is_loopback
 from transport.inprocess import InProcessTransport
 from transport.nixl import INSTALL_HINT, NixlTransport
 from transport.nixl import probe as probe_nixl
 from transport.pulling import OnPart
 from transport.settings import TransportSettings
+from transport.sharing import SharedPull, sources
+from transport.shm import ShmTransport
+from transport.shm import probe as probe_shm
 from transport.tcp import TcpTransport
 from transport.types import BlockId, Lease, Outcome, Owner, Transfer
 from transport.ucx import UcxTransport
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 DISABLE_ENV: Final = "RELAY_DISABLE_BACKENDS"
 """Test-only: comma-separated backends to hide, as if they were not installed. Not a way to configure."""
-PREFERENCE: Final = ("inprocess", "nixl", "ucx", "tcp")
+PREFERENCE: Final = ("inprocess", "shm", "nixl", "ucx", "tcp")
 AVOID_S: Final = 30.0
 """How long a backend that failed to reach a peer is passed over for that peer."""
 _FAILED_TO_REACH: Final = (Outcome.PEER_GONE, Outcome.NO_ROUTE)
@@ -48,6 +51,7 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     """Backend name -> (can it be used here, why or why not)."""
     hidden = (False, f"hidden by {DISABLE_ENV}")
     out = {
+        "shm": hidden if "shm" in _hidden() else probe_shm(),
         "nixl": hidden if "nixl" in _hidden() else probe_nixl(),
         "ucx": hidden if "ucx" in _hidden() else probe_ucx(),
         "tcp": (True, "plain sockets, always there"),
@@ -56,26 +60,33 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     return {n: hidden if n in _hidden() else v for n, v in out.items()}
 
 
-def _make_nixl(s: TransportSettings, worker: str, host: str) -> Transport:
+def _make_shm(s: TransportSettings, worker: str, host: str) -> Backend:
+    if not s.shared_memory:
+        raise TransportError("shm: transport.shared_memory is false.")
+    return ShmTransport(s.connect_timeout_s)
+
+
+def _make_nixl(s: TransportSettings, worker: str, host: str) -> Backend:
     return NixlTransport(worker, host)
 
 
-def _make_ucx(s: TransportSettings, worker: str, host: str) -> Transport:
+def _make_ucx(s: TransportSettings, worker: str, host: str) -> Backend:
     return UcxTransport(host)
 
 
-def _make_tcp(s: TransportSettings, worker: str, host: str) -> Transport:
+def _make_tcp(s: TransportSettings, worker: str, host: str) -> Backend:
     bind = host if s.bind_host == "auto" else s.bind_host
     # A wildcard is no address to connect to: peers are told the node's own.
     advertise = host if bind in ("0.0.0.0", "::", "") else bind
     return TcpTransport(bind, advertise, s.connect_timeout_s)
 
 
-def _make_inprocess(s: TransportSettings, worker: str, host: str) -> Transport:
+def _make_inprocess(s: TransportSettings, worker: str, host: str) -> Backend:
     return InProcessTransport()
 
 
-_BACKENDS: Final[Mapping[str, Callable[[TransportSettings, str, str], Transport]]] = {
+_BACKENDS: Final[Mapping[str, Callable[[TransportSettings, str, str], Backend]]] = {
+    "shm": _make_shm,
     "nixl": _make_nixl,
     "ucx": _make_ucx,
     "tcp": _make_tcp,
@@ -83,7 +94,7 @@ _BACKENDS: Final[Mapping[str, Callable[[TransportSettings, str, str], Transport]
 }
 
 
-def make_backend(name: str, s: TransportSettings, *, worker: str, host: str) -> Transport:
+def make_backend(name: str, s: TransportSettings, *, worker: str, host: str) -> Backend:
     """One backend by name.
 
     Raises:
@@ -95,8 +106,8 @@ def make_backend(name: str, s: TransportSettings, *, worker: str, host: str) -> 
             f"unknown transport backend {name!r}; known: auto, {', '.join(sorted(_BACKENDS))}."
         )
     if name in _hidden():
-        hint = UCX_INSTALL_HINT if name == "ucx" else INSTALL_HINT
-        raise TransportError(f"transport backend {name!r} is hidden by {DISABLE_ENV}; {hint}.")
+        hint = {"nixl": f"; {INSTALL_HINT}", "ucx": f"; {UCX_INSTALL_HINT}"}.get(name, "")
+        raise TransportError(f"transport backend {name!r} is hidden by {DISABLE_ENV}{hint}.")
     return factory(s, worker, host)
 
 
@@ -112,9 +123,9 @@ def make_transport(s: TransportSettings, *, worker: str = "worker", host: str = 
     """
     if s.backend != "auto":
         return AutoTransport([make_backend(s.backend, s, worker=worker, host=host)], {})
-    backends: list[Transport] = []
+    backends: list[Backend] = []
     missing: dict[str, str] = {}
-    for name in ("nixl", "ucx", "tcp"):
+    for name in ("shm", "nixl", "ucx", "tcp"):
         if name == "ucx" and is_loopback(host):
             missing[name] = "its port would be open beyond this machine; only taken when it is asked for"
             continue
@@ -127,6 +138,26 @@ def make_transport(s: TransportSettings, *, worker: str = "worker", host: str = 
 
 
 @dataclass(frozen=True, slots=True)
+class _Ranking:
+    """The backends for one peer.
+
+    Attributes:
+        usable: best first.
+        lost: why a better one cannot be had, for which somebody should do something.
+        aside: why a better one is not for this peer.
+    """
+
+    usable: list[str]
+    lost: list[str]
+    aside: list[str]
+
+    def reason(self) -> str:
+        """Why the first one."""
+        best = "both on this host" if self.usable[0] == "shm" else "best backend of both ends"
+        return "; ".join(self.lost) or "; ".join((best, *self.aside))
+
+
+@dataclass(frozen=True, slots=True)
 class _Avoid:
     until: float
     reason: str
@@ -136,18 +167,21 @@ class AutoTransport:
     """All backends of one worker; pulls over the best that both ends have.
 
     Use `addresses()` for `Owner.addresses`. Counts of `stats()`: "pulls.<backend>", "downgrades" (a better
-    backend was passed over), "fallbacks" (a pull that failed to reach its peer and was tried over the next).
+    backend was passed over), "fallbacks" (a pull that failed to reach its peer and was tried over the next),
+    "shared" (pulls of segments that several owners hold), "moved" (runs of blocks that such a pull took from
+    another owner than it had asked first), "unshared" (such pulls that had no room for it).
     """
 
     name = "auto"
 
-    def __init__(self, backends: Sequence[Transport], missing: Mapping[str, str]) -> None:
+    def __init__(self, backends: Sequence[Backend], missing: Mapping[str, str]) -> None:
         self._backends = {b.name: b for b in backends}
         self._missing = dict(missing)
         self._lock = threading.Lock()
         self._stats: dict[str, int] = {"downgrades": 0, "fallbacks": 0}
         self._avoid: dict[tuple[str, str], _Avoid] = {}
         self._told: dict[str, tuple[str, str]] = {}
+        self._arena: Arena | None = None
 
     def register(self, arena: Arena) -> None:
         """Start every backend. One of several that does not come up is left out, and says so.
@@ -162,9 +196,11 @@ class AutoTransport:
                 self._missing[name] = str(fault)
                 del self._backends[name]
                 backend.close()
-                logger.warning("transport backend %s is left out: %s", name, fault)
+                level = logging.INFO if name == "shm" else logging.WARNING  # a CUDA device has no use for it
+                logger.log(level, "transport backend %s is left out: %s", name, fault)
         if not self._backends:
             raise TransportError(f"no transport backend came up: {self._missing}")
+        self._arena = arena
 
     def addresses(self) -> dict[str, bytes]:
         """Backend name -> address, for `Owner.addresses`."""
@@ -180,13 +216,14 @@ class AutoTransport:
 
     def chosen(self, owner: Owner) -> tuple[str | None, str]:
         """(backend, reason) for pulls from `owner`; backend is None when there is no common one."""
-        usable, passed_over = self._rank(owner)
-        if not usable:
+        ranking = self._rank(owner)
+        if not ranking.usable:
+            passed_over = "; ".join((*ranking.aside, *ranking.lost)) or "nothing was passed over"
             return None, (
                 f"no common backend: {owner.worker} has {sorted(owner.addresses)}, we have "
-                f"{sorted(self._backends)}; {'; '.join(passed_over) or 'nothing was passed over'}"
+                f"{sorted(self._backends)}; {passed_over}"
             )
-        return usable[0], "; ".join(passed_over) or "best backend of both ends"
+        return ranking.usable[0], ranking.reason()
 
     def pull(
         self,
@@ -198,14 +235,51 @@ class AutoTransport:
         on_part: OnPart | None = None,
     ) -> Transfer:
         """See `transport.base.Transport.pull`. When the best backend does not reach the peer, the next one
-        is tried within the same deadlines, unless a part was handed over already: its bytes may be in use."""
+        is tried within the same deadlines, unless a part was handed over already: its bytes may be in use.
+        A segment that several owners hold comes from all of them (`transport/sharing.py`)."""
+        leases = sources(lease)
+        if len(leases) > 1 and self._arena is not None:
+            start = time.monotonic()
+            ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
+            try:
+                shared = SharedPull(
+                    self._arena,
+                    self._pull_one,
+                    leases,
+                    into,
+                    deadline=start + timeout_s,
+                    ends=ends,
+                    on_part=on_part,
+                )
+            except ArenaFull:
+                self._count("unshared")
+            else:
+                transfer = shared.run()
+                self._count("shared")
+                self._count("moved", shared.moved)
+                return transfer
+        return self._pull_one(
+            lease, into, timeout_s=timeout_s, lease_deadline=lease_deadline, on_part=on_part
+        )
+
+    def _pull_one(
+        self,
+        lease: Lease,
+        into: Sequence[BlockId],
+        *,
+        timeout_s: float,
+        lease_deadline: float | None,
+        on_part: OnPart | None,
+    ) -> Transfer:
+        """A pull from one owner."""
         owner = lease.located.owner
         start = time.monotonic()
         ends = start + lease.ttl_s if lease_deadline is None else lease_deadline
-        usable, passed_over = self._rank(owner)
+        ranking = self._rank(owner)
+        usable = ranking.usable
         if not usable:
             return self._no_route(lease, len(into), start)
-        self._tell(owner, usable[0], passed_over)
+        self._tell(owner, ranking)
         handed_over: list[int] = []
 
         def hand_over(part: int) -> None:
@@ -232,8 +306,7 @@ class AutoTransport:
         with self._lock:
             out = dict(self._stats)
         for name, backend in self._backends.items():
-            if isinstance(backend, NixlTransport):
-                out.update({f"{name}.{k}": v for k, v in backend.stats().items()})
+            out.update({f"{name}.{k}": v for k, v in backend.stats().items()})
         return out
 
     def close(self) -> None:
@@ -243,43 +316,52 @@ class AutoTransport:
 
     # -- inside ----------------------------------------------------------------------------------------
 
-    def _rank(self, owner: Owner) -> tuple[list[str], list[str]]:
-        """Usable backends, best first, and why better ones were passed over."""
+    def _rank(self, owner: Owner) -> _Ranking:
         now = time.monotonic()
-        usable: list[str] = []
-        passed_over: list[str] = []
+        ranking = _Ranking([], [], [])
+        avoided: list[str] = []
+        lost_before = 0
         for name in PREFERENCE:
             ours, theirs = name in self._backends, name in owner.addresses
+            # Not every worker has shm, nor is it for every peer: without it nothing is lost.
+            missed = ranking.aside if name == "shm" else ranking.lost
+            said = ""
             if ours and theirs:
+                apart = self._backends[name].out_of_reach(owner)
                 avoid = self._avoid.get((self._life(owner), name))
-                if avoid is None or avoid.until <= now:
-                    usable.append(name)
+                if apart:
+                    said = f"{name}: {apart}"
+                elif avoid is None or avoid.until <= now:
+                    ranking.usable.append(name)
                 else:
-                    passed_over.append(f"{name} passed over: {avoid.reason}")
+                    lost_before = lost_before if avoided else len(ranking.lost)
+                    avoided.append(name)
+                    missed, said = ranking.lost, f"{name} passed over: {avoid.reason}"
             elif theirs:
-                passed_over.append(f"{name} missing here: {self._missing.get(name, 'not configured')}")
+                said = f"{name} missing here: {self._missing.get(name, 'not configured')}"
             elif ours:
-                passed_over.append(f"{name} missing at {owner.worker}")
-        if not usable:  # everything is being avoided: better to try again than not at all
-            usable = [n for n in PREFERENCE if n in self._backends and n in owner.addresses]
-        best = PREFERENCE.index(usable[0]) if usable else len(PREFERENCE)
-        better = set(PREFERENCE[:best])
-        return usable, [why for why in passed_over if why.split(" ", 1)[0] in better]
+                said = f"{name} missing at {owner.worker}"
+            if said and not ranking.usable:
+                missed.append(said)
+        if not ranking.usable:  # everything is being avoided: better to try again than not at all
+            ranking.usable.extend(avoided)
+            del ranking.lost[lost_before if avoided else len(ranking.lost) :]
+        return ranking
 
     @staticmethod
     def _life(owner: Owner) -> str:
         return f"{owner.worker}.{owner.incarnation}"
 
-    def _tell(self, owner: Owner, name: str, passed_over: Sequence[str]) -> None:
+    def _tell(self, owner: Owner, ranking: _Ranking) -> None:
         """Log each peer's choice once, and again when it changes; count downgrades per pull."""
-        reason = "; ".join(passed_over) or "best backend of both ends"
-        if passed_over:
+        name, reason = ranking.usable[0], ranking.reason()
+        if ranking.lost:
             self._count("downgrades")
         with self._lock:
             if self._told.get(owner.worker) == (name, reason):
                 return
             self._told[owner.worker] = (name, reason)
-        log = logger.warning if passed_over else logger.info
+        log = logger.warning if ranking.lost else logger.info
         log("pulls from %s go over %s: %s", owner.worker, name, reason)
 
     def _pass_over(self, owner: Owner, name: str, transfer: Transfer) -> None:
@@ -305,6 +387,6 @@ class AutoTransport:
             detail=reason,
         )
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, more: int = 1) -> None:
         with self._lock:
-            self._stats[name] = self._stats.get(name, 0) + 1
+            self._stats[name] = self._stats.get(name, 0) + more

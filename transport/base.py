@@ -114,8 +114,11 @@ class KVDirectory(Protocol):
         and does not count as a use for LRU. Where their owners can be reached is told with leases only."""
         ...
 
-    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:
-        """Pin segments for `holder`; absent keys are omitted. Counts as a use for LRU."""
+    def lease(
+        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float, copies: int = 1
+    ) -> Answers[Lease]:
+        """Pin segments for `holder`; absent keys are omitted. Counts as a use for LRU. copies: pin so many
+        owners' copies of each, if there are (`Lease.others`)."""
         ...
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:

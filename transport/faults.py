@@ -49,6 +49,10 @@ class FaultKind(StrEnum):
     """Nothing arrives before the pull's deadline."""
     DELAY = "delay"
     """The read begins late."""
+    LINK_DOWN = "link_down"
+    """Some of the read arrives, and then nothing more before the pull's deadline: a cable is out."""
+    LINK_UP = "link_up"
+    """Some of the read arrives, then nothing for a while, then the rest: the cable is in again."""
     CORRUPT = "corrupt"
     """Bytes of the landed payload flip between read and verify."""
     TRUNCATE = "truncate"
@@ -76,7 +80,7 @@ class FaultSpec:
 
     Attributes:
         times: pulls, allocations or calls that it hits.
-        delay_ms: of DELAY and DIRECTORY_DELAY.
+        delay_ms: of DELAY, LINK_UP and DIRECTORY_DELAY.
         nbytes: bytes that CORRUPT flips.
         calls: directory calls that DIRECTORY_DROP and DIRECTORY_DELAY wait for.
         reply: DIRECTORY_DROP loses the reply instead of the request: the shard has done what was asked.
@@ -217,7 +221,7 @@ class Faults:
             deadline: time.monotonic() instant at which the read must end; ends: at which the lease does.
 
         Raises:
-            ReadFailed: see `before_read`.
+            ReadFailed: see `before_read` and `_between`.
         """
         with closing(reading):
             self.before_read(arena, lease, into, deadline=deadline)
@@ -228,6 +232,7 @@ class Faults:
                 stop = min(stop, arena.block_nbytes)
                 self.after_read(arena, lease, piece, ends=ends, start=start, stop=stop)
                 yield landed
+                self._between(arena, lease, into, reading, deadline=deadline)
 
     def before_read(self, arena: Arena, lease: Lease, into: Sequence[BlockId], *, deadline: float) -> None:
         """Before a backend's read: DROP, HANG, DELAY.
@@ -282,6 +287,18 @@ class Faults:
             _become_another(arena, into[0])
         if self.take(FaultKind.LEASE_EXPIRY, name):
             self._sleep(ends - time.monotonic() + _PAST_EXPIRY_S)
+
+    def _between(
+        self, arena: Arena, lease: Lease, into: Sequence[BlockId], reading: Reading, *, deadline: float
+    ) -> None:
+        """After a piece has been handed on, and before the next one: LINK_DOWN, LINK_UP."""
+        name, peer = str(lease.located.segment.key), lease.located.owner.worker
+        if spec := self.take(FaultKind.LINK_UP, name):
+            self._sleep(min(spec.delay_ms / 1e3, deadline - time.monotonic()))
+        if self.take(FaultKind.LINK_DOWN, name):
+            self._sleep(deadline - time.monotonic())
+            reading.close()  # which may find by itself that it is late
+            raise time_out(arena, into, f"{peer}: nothing more arrived within the deadline (injected).")
 
     def ended(self, lease: Lease, transfer: Transfer) -> None:
         """After the pull, however it ended."""

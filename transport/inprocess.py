@@ -13,62 +13,30 @@ from collections.abc import Sequence
 from typing import Final
 
 from transport.arena import Arena
-from transport.errors import TransportError
-from transport.pulling import OnPart, ReadFailed, Reading, plan_steps, run_pull, time_out
-from transport.types import BlockId, Lease, Outcome, Transfer
+from transport.backend import Backend
+from transport.pulling import ReadFailed, Reading, plan_steps, time_out
+from transport.types import BlockId, Lease, Outcome
 
 _ARENAS: Final[dict[bytes, Arena]] = {}
 _ARENAS_LOCK: Final = threading.Lock()
 _STEP_BYTES: Final = 256 << 10  # verified while still in the processor's cache
 
 
-class InProcessTransport:
+class InProcessTransport(Backend):
     """Copies blocks between arenas that live in this process."""
 
     name = "inprocess"
 
     def __init__(self) -> None:
         self._token = secrets.token_bytes(16)
-        self._arena: Arena | None = None
 
-    def register(self, arena: Arena) -> None:
-        """Make the arena readable within this process.
-
-        Raises:
-            TransportError: an arena is registered already.
-        """
-        if self._arena is not None:
-            raise TransportError("inprocess: register() was called twice; use one transport per arena.")
-        self._arena = arena
+    def _start(self, arena: Arena) -> None:
         with _ARENAS_LOCK:
             _ARENAS[self._token] = arena
 
-    def address(self) -> bytes:
+    def _address(self) -> bytes:
         """A random token, known to this process only."""
         return self._token
-
-    def pull(
-        self,
-        lease: Lease,
-        into: Sequence[BlockId],
-        *,
-        timeout_s: float,
-        lease_deadline: float | None = None,
-        on_part: OnPart | None = None,
-    ) -> Transfer:
-        """See `transport.base.Transport.pull`."""
-        if self._arena is None:
-            raise TransportError("inprocess: pull() before register(). Register the worker's arena first.")
-        return run_pull(
-            self.name,
-            self._arena,
-            lease,
-            into,
-            self.read,
-            timeout_s=timeout_s,
-            lease_deadline=lease_deadline,
-            on_part=on_part,
-        )
 
     def close(self) -> None:
         """Withdraw the arena from the registry."""
@@ -78,10 +46,7 @@ class InProcessTransport:
     def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
         """Copy without verifying: see `transport.pulling.Read`."""
         owner = lease.located.owner
-        mine = self._arena
-        token = owner.addresses.get(self.name)
-        if mine is None or token is None:
-            raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker} has no inprocess address.")
+        mine, token = self._ends(lease)
         with _ARENAS_LOCK:
             theirs = _ARENAS.get(token)
         if theirs is None:

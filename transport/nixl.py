@@ -11,9 +11,12 @@ own deadline; a timed-out read may still land later, so its destination is quara
 is destroyed; a failed peer stays failed until its metadata is removed and added again; a read of reused
 memory succeeds, so generation and checksum are verified after every read (in `pulling`).
 
-One trap is left: over tcp, UCX ends the owner's process ("Fatal: unexpected error: Endpoint timeout") when it
-has something to send on a connection that has failed: sometimes when a reader gave up while the owner was
-stopped or its cable was out, and the owner then goes on. Readers that are merely killed do it no harm.
+One trap is only half closed: over tcp, UCX ends the *owner's* process ("Fatal: unexpected error: Endpoint
+timeout", ucp_request.inl) when it answers reads that came over a connection which has failed meanwhile; no
+setting of UCX prevents that, neither its error handling mode nor its keepalives. It happens to an owner that
+was stopped, or whose cable was out, when a reader gave up on it and closed the connection: it goes on, and
+finds what was asked of it. So a reader that has given up keeps the connection, and takes what still comes,
+for FAREWELL_S. An owner that was away for longer is ended all the same, and Ray starts its worker again.
 
 This module does not know what a lease is worth, nor what the payload means.
 """
@@ -22,31 +25,31 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
 from transport.arena import HEADER_NBYTES, Arena
+from transport.backend import Backend
 from transport.errors import TransportError
 from transport.hosts import is_loopback
 from transport.nixl_binding import INSTALL_HINT, load_bindings, make_agent, probe, register_arena
 from transport.nixl_puller import Address, Late, Posts, Puller
-from transport.pulling import OnPart, ReadFailed, Reading, check_headers, plan_steps, run_pull
-from transport.types import BlockId, Lease, Outcome, Transfer
+from transport.pulling import ReadFailed, Reading, check_headers, plan_steps
+from transport.types import BlockId, Lease, Outcome
 
 __all__ = ["INSTALL_HINT", "Address", "NixlTransport", "load_bindings", "probe"]
 
 logger = logging.getLogger(__name__)
 
-STEP_BYTES: Final = 4 << 20
-"""Bytes of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
-lock; steps let the deadline and other pulls have their turn."""
-DEPTH: Final = 8
-"""Transfers in flight: over tcp 2 MiB in all reach half the rate of a raw socket, 32 MiB nearly all of it."""
 STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
+FAREWELL_S: Final = 30.0
+"""How long a puller agent is kept after a timed-out read for what may still come; see above. Its destination
+blocks stay quarantined meanwhile."""
 
 
-class NixlTransport:
+class NixlTransport(Backend):
     """One-sided reads through NIXL.
 
     Args:
@@ -61,26 +64,20 @@ class NixlTransport:
         self._loopback = is_loopback(host)
         self._bind = load_bindings()
         self._lock = threading.Lock()
-        self._arena: Arena | None = None
         self._owner: Any = None
-        self._address = b""
+        self._packed = b""
         self._puller: Puller | None = None
         self._retiring: list[Puller] = []
         self._renewals = 0
         self._closed = False
+        self._end = threading.Event()
 
-    def register(self, arena: Arena) -> None:
-        """Create both agents and register the arena with them.
-
-        Raises:
-            TransportError: UCX does not come up, or an arena is registered already.
-        """
-        if self._arena is not None:
-            raise TransportError("nixl: register() was called twice; use one transport per arena.")
+    def _start(self, arena: Arena) -> None:
+        """Create both agents and register the arena. Raises TransportError: UCX does not come up."""
         name = f"{self._worker}.{arena.incarnation}.owner"
         owner = make_agent(self._bind, name, progress=True, loopback=self._loopback)
         register_arena(self._bind, owner, arena)
-        self._address = Address(
+        self._packed = Address(
             agent=name,
             metadata=owner.getLocalMD(),
             base=arena.base_address(),
@@ -89,41 +86,12 @@ class NixlTransport:
             kind=arena.device.type,
             device=arena.device.index or 0,
         ).pack()
-        self._owner, self._arena = owner, arena
+        self._owner = owner
         self._puller = self._new_puller(arena)
 
-    def address(self) -> bytes:
-        """See `Address`.
-
-        Raises:
-            TransportError: no arena is registered.
-        """
-        if self._arena is None:
-            raise TransportError("nixl: address() before register(). Register the worker's arena first.")
-        return self._address
-
-    def pull(
-        self,
-        lease: Lease,
-        into: Sequence[BlockId],
-        *,
-        timeout_s: float,
-        lease_deadline: float | None = None,
-        on_part: OnPart | None = None,
-    ) -> Transfer:
-        """See `transport.base.Transport.pull`."""
-        if self._arena is None or self._closed:
-            raise TransportError("nixl: pull() before register() or after close().")
-        return run_pull(
-            self.name,
-            self._arena,
-            lease,
-            into,
-            self.read,
-            timeout_s=timeout_s,
-            lease_deadline=lease_deadline,
-            on_part=on_part,
-        )
+    def _address(self) -> bytes:
+        """See `Address`."""
+        return self._packed
 
     def stats(self) -> dict[str, int]:
         """renewals: puller agents replaced after a timeout; retiring: those not yet destroyed."""
@@ -132,6 +100,7 @@ class NixlTransport:
 
     def close(self) -> None:
         """End both agents; pulls in flight end theirs when they leave."""
+        self._end.set()
         with self._lock:
             self._closed = True
             if self._puller is not None:
@@ -143,10 +112,8 @@ class NixlTransport:
 
     def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
         """Read without verifying: see `transport.pulling.Read`."""
-        owner, arena = lease.located.owner, self._arena
-        raw = owner.addresses.get(self.name)
-        if raw is None or arena is None:
-            raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker} has no nixl address.")
+        owner = lease.located.owner
+        arena, raw = self._ends(lease)
         address = Address.unpack(raw)
         if address.stride != arena.stride:
             raise ReadFailed(Outcome.LAYOUT_MISMATCH, f"strides {address.stride} and {arena.stride} differ.")
@@ -167,13 +134,14 @@ class NixlTransport:
 
     def _read_steps(self, posts: Posts, arena: Arena, lease: Lease, into: Sequence[BlockId]) -> Reading:
         """Several transfers at a time: while one is verified, the next ones travel."""
-        refs = lease.located.segment.blocks
-        steps = plan_steps(arena, len(into), STEP_BYTES, STEP_BLOCKS)
+        refs, pace = lease.located.segment.blocks, posts.peer.pace
+        steps = plan_steps(arena, len(into), pace.step_bytes, STEP_BLOCKS)
+        begin = time.monotonic()
         try:
             for step in steps:
                 part = slice(step.first, step.stop)
                 posts.start(step, refs[part], into[part], arena.part_range(step.part))
-                while posts.waiting and (len(posts.waiting) == DEPTH or posts.first_is_done()):
+                while posts.waiting and (posts.full or posts.first_is_done()):
                     if step is steps[-1] and len(posts.waiting) == 1:
                         break  # the very last one
                     yield posts.finish()
@@ -181,9 +149,12 @@ class NixlTransport:
                 yield posts.finish()
             if posts.waiting:
                 last = posts.finish()
+                landed = time.monotonic()
+                pace.learn(len(into) * arena.stride, landed - begin)
                 if last.part:  # the header came with part 0: is the block still the leased one?
                     posts.start(last, refs, into, (0, HEADER_NBYTES))
                     posts.finish()
+                    pace.round_trip_s = time.monotonic() - landed
                     check_headers(arena, lease, into)
                 yield last
         except posts.puller.faults as fault:
@@ -251,8 +222,22 @@ class NixlTransport:
             done = [p for p in self._retiring if p.pulls == 0]
             self._retiring = [p for p in self._retiring if p.pulls > 0]
         for puller in done:
-            with puller.lock:
-                puller.destroy()
-            if self._arena is not None and puller.quarantined:
-                freed = self._arena.release_quarantine(puller.quarantined)
-                logger.info("nixl: puller agent ended, %d quarantined blocks are free again", freed)
+            if puller.late and not self._closed:
+                threading.Thread(
+                    target=self._farewell, args=(puller,), name="relay-nixl-farewell", daemon=True
+                ).start()
+            else:
+                self._destroy(puller)
+
+    def _farewell(self, puller: Puller) -> None:
+        """Take what a timed-out owner may still send before the connection goes."""
+        if not puller.drain(time.monotonic() + FAREWELL_S, self._end):
+            logger.info("nixl: %d late transfers have not ended", len(puller.late))
+        self._destroy(puller)
+
+    def _destroy(self, puller: Puller) -> None:
+        with puller.lock:
+            puller.destroy()
+        if self._arena is not None and puller.quarantined:
+            freed = self._arena.release_quarantine(puller.quarantined)
+            logger.info("nixl: puller agent ended, %d quarantined blocks are free again", freed)

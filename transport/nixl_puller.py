@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgpack
@@ -26,7 +26,16 @@ logger = logging.getLogger(__name__)
 SCHEMA: Final = 2
 _SPINS: Final = 64  # polls without sleep: a small read is over by then
 _NAP_MIN_S: Final = 20e-6
+_DRAIN_NAP_S: Final = 2e-3
 _NAP_MAX_S: Final = 100e-6  # 1 ms costs two thirds of the tcp bandwidth
+
+_MOST_STEP_BYTES: Final = 4 << 20
+_LEAST_STEP_BYTES: Final = 256 << 10
+_STEP_S: Final = 4e-3
+_MOST_WINDOW_BYTES: Final = 32 << 20
+_LEAST_WINDOW_STEPS: Final = 2
+_WINDOW_S: Final = 16e-3
+_TELLING_BYTES: Final = 1 << 20  # of a pull that says something about the rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +102,62 @@ class Address:
 
 
 @dataclass(slots=True)
+class Pace:
+    """How much of a pull is in flight at a time, from what earlier pulls over the same link have shown.
+
+    Transfers that are in flight together share the link and end together. With many of them, a slow link
+    brings all parts of a segment at its end, and nothing can be computed meanwhile (1 Gbit/s, 15 MB in six
+    parts: 6 ms of 132 hidden with 32 MiB in flight). A fast one needs them: over loopback 2 MiB in flight
+    reach half the rate of a raw socket.
+
+    Attributes:
+        bytes_per_s: of the last pull that was large enough to tell; 0: none yet.
+        round_trip_s: of a read of a few bytes.
+    """
+
+    bytes_per_s: float = 0.0
+    round_trip_s: float = 0.0
+
+    @property
+    def step_bytes(self) -> int:
+        """Of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
+        lock; steps let the deadline and other pulls have their turn."""
+        if not self.bytes_per_s:
+            return _MOST_STEP_BYTES
+        return int(min(max(self.bytes_per_s * _STEP_S, _LEAST_STEP_BYTES), _MOST_STEP_BYTES))
+
+    @property
+    def window_bytes(self) -> int:
+        """In flight at a time. More than the rate times the round trip, so that it can always grow."""
+        if not self.bytes_per_s:
+            return _MOST_WINDOW_BYTES
+        wanted = self.bytes_per_s * (_WINDOW_S + 2 * self.round_trip_s)
+        return int(min(max(wanted, _LEAST_WINDOW_STEPS * self.step_bytes), _MOST_WINDOW_BYTES))
+
+    def learn(self, nbytes: int, seconds: float) -> None:
+        """Take what a pull that came whole has shown."""
+        if nbytes >= _TELLING_BYTES and seconds > 0:
+            self.bytes_per_s = nbytes / seconds
+
+
+@dataclass(slots=True)
 class Peer:
     remote: str
     in_flight: int = 0
     poisoned: bool = False
+    pace: Pace = field(default_factory=Pace)
 
 
 class Puller:
     """A puller agent and what it is connected to.
 
-        current --a read timed out--> retired --last pull leaves--> destroyed, quarantine released
+        current --a read timed out--> retired --last pull leaves--> drained --> destroyed, quarantine released
 
     `lock` guards the agent and every field: the agent itself does no locking.
+
+    Attributes:
+        pulls: that use it; retired: no further one will; quarantined: blocks that may be written late; late:
+            transfers that were given up, and may still be in flight.
     """
 
     def __init__(self, bind: Any, name: str, arena: Arena, *, loopback: bool = True) -> None:
@@ -114,6 +167,7 @@ class Puller:
         self.pulls = 0
         self.retired = False
         self.quarantined: list[BlockId] = []
+        self.late: list[Any] = []
         self._arena = arena
         self._peers: dict[str, Peer] = {}
         self._agent: Any = make_agent(bind, name, progress=False, loopback=loopback)
@@ -195,9 +249,29 @@ class Puller:
         except self.faults as fault:
             logger.debug("nixl: a transfer handle was not released: %s", fault)
 
+    def drain(self, deadline: float, closed: threading.Event) -> bool:
+        """Let late transfers end, well or badly, until `deadline` (time.monotonic()) or `closed`; whether all
+        have. Without it the connection would go from under an owner that has yet to answer."""
+        while self.late and time.monotonic() < deadline and not closed.is_set():
+            with self.lock:
+                self.late = [handle for handle in self.late if self._unfinished(handle)]
+            closed.wait(_DRAIN_NAP_S)
+        return not self.late
+
+    def _unfinished(self, handle: Any) -> bool:
+        try:
+            if self.in_progress(handle):
+                return True
+        except self.faults as fault:
+            logger.debug("nixl: a late transfer failed: %s", fault)
+        self.release(handle)
+        return False
+
     def destroy(self) -> None:
         """End the agent: after this, nothing writes into the arena any more. The caller holds the lock.
         With a stopped peer and a pending read this took 5 ms."""
+        while self.late:
+            self.release(self.late.pop())
         for name in list(self._peers):
             self._drop(name)
         self._agent = None
@@ -222,12 +296,16 @@ class Posts:
 
     Args:
         deadline: time.monotonic() instant at which waiting ends.
+
+    Attributes:
+        nbytes: in flight.
     """
 
     def __init__(self, puller: Puller, peer: Peer, address: Address, deadline: float) -> None:
         self.puller, self.peer, self.address = puller, peer, address
         self._deadline = deadline
-        self.waiting: deque[tuple[Landed, Any]] = deque()
+        self.waiting: deque[tuple[Landed, int, Any]] = deque()
+        self.nbytes = 0
 
     def start(
         self, step: Landed, refs: Sequence[BlockRef], into: Sequence[BlockId], span: tuple[int, int]
@@ -235,12 +313,19 @@ class Posts:
         """Post the read of a step."""
         with self.puller.lock:
             handle = self.puller.post(self.peer.remote, self.address, refs, into, span)
-        self.waiting.append((step, handle))
+        nbytes = len(into) * (span[1] - span[0])
+        self.waiting.append((step, nbytes, handle))
+        self.nbytes += nbytes
+
+    @property
+    def full(self) -> bool:
+        """Whether the oldest should have landed before more is asked for."""
+        return len(self.waiting) >= _LEAST_WINDOW_STEPS and self.nbytes >= self.peer.pace.window_bytes
 
     def first_is_done(self) -> bool:
         """Whether the oldest has ended: over shared memory, that is when `start` returns."""
         with self.puller.lock:
-            return not self.puller.in_progress(self.waiting[0][1])
+            return not self.puller.in_progress(self.waiting[0][-1])
 
     def finish(self) -> Landed:
         """Wait for the oldest.
@@ -248,7 +333,7 @@ class Posts:
         Raises:
             Late: not within the deadline; it stays in flight.
         """
-        step, handle = self.waiting[0]
+        step, _, handle = self.waiting[0]
         if not _poll(self.puller, handle, self._deadline):
             raise Late
         self._drop_first()
@@ -267,12 +352,15 @@ class Posts:
         return True
 
     def abandon(self) -> None:
-        """Give up all handles; what is in flight may still land."""
-        while self.waiting:
-            self._drop_first()
+        """Leave all handles to the puller; what is in flight may still land."""
+        with self.puller.lock:
+            self.puller.late.extend(handle for _, _, handle in self.waiting)
+        self.waiting.clear()
+        self.nbytes = 0
 
     def _drop_first(self) -> None:
-        _, handle = self.waiting.popleft()
+        _, nbytes, handle = self.waiting.popleft()
+        self.nbytes -= nbytes
         with self.puller.lock:
             self.puller.release(handle)
 

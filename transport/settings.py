@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt, Le
 MIB = 1 << 20
 
 WireFormat = Literal["raw", "bf16", "int8"]
-Backend = Literal["auto", "nixl", "ucx", "tcp", "inprocess"]
+Backend = Literal["auto", "shm", "nixl", "ucx", "tcp", "inprocess"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,8 @@ class FaultSettings:
     """Faults on purpose, refused unless the environment has RELAY_TEST_MODE=1; see `transport/faults.py`.
 
     Attributes:
-        drop, hang, delay, corrupt, truncate, stale, lease_expiry: probability that a pull meets it.
+        drop, hang, delay, link_down, link_up, corrupt, truncate, stale, lease_expiry: probability that a pull
+            meets it.
         arena_full: that an allocation of blocks fails.
         disk_full: that a write to disk fails.
         directory_drop, directory_delay: that a directory call is lost or late.
@@ -54,6 +55,8 @@ class FaultSettings:
     drop: Probability = 0.0
     hang: Probability = 0.0
     delay: Probability = 0.0
+    link_down: Probability = 0.0
+    link_up: Probability = 0.0
     corrupt: Probability = 0.0
     truncate: Probability = 0.0
     stale: Probability = 0.0
@@ -80,9 +83,12 @@ class TransportSettings:
     """How blocks are held and moved.
 
     Attributes:
-        backend: "auto" takes nixl where both ends have it, else ucx, else tcp, and says why.
+        backend: "auto" takes shm between workers of one host, else nixl where both ends have it, else ucx,
+            else tcp, and says why.
         arena_bytes: hard budget for published and landing blocks of one worker.
         block_tokens: tokens per block.
+        shared_memory: the arena of a worker on the CPU lies in memory that workers of the same host and user
+            may read (Linux). False: in memory of its own, and there is no shm backend.
         layer_groups: parts in which a block travels, each with some of the layers: computing starts when the
             first one is there. 1 = a block travels whole.
         pull_timeout_s: deadline of one pull, verification included.
@@ -91,18 +97,23 @@ class TransportSettings:
         connect_timeout_s: deadline for reaching a peer the first time.
         bind_host: address on which the tcp backend listens. "auto": loopback for a one-node cluster,
             otherwise the node's own address.
+        keep_pulled: a worker that has pulled a segment of which more readers are expected offers its copy to
+            them, as long as its arena has room to spare: a reader then takes parts from two owners at once,
+            and can do without one of them. Off: only what a worker has made itself can be pulled from it.
         spill: where evicted segments go.
         faults: for tests only.
     """
 
     backend: Backend = "auto"
     arena_bytes: Annotated[int, Ge(1 * MIB)] = 512 * MIB
+    shared_memory: bool = True
     block_tokens: Annotated[int, Ge(1)] = 64
     layer_groups: Annotated[int, Ge(1)] = 6
     wire: WireFormat | Literal["auto"] = "auto"
     pull_timeout_s: Annotated[float, Gt(0)] = 5.0
     connect_timeout_s: Annotated[float, Gt(0)] = 3.0
     bind_host: str = "auto"
+    keep_pulled: bool = True
     spill: SpillSettings = field(default_factory=SpillSettings)
     faults: FaultSettings = field(default_factory=FaultSettings)
 

@@ -21,11 +21,11 @@ from typing import Any, Final
 import msgpack
 
 from transport.arena import Arena
-from transport.errors import TransportError
+from transport.backend import Backend
 from transport.frames import MAX_BLOCKS, Asking, FrameError, decode_body, expect_data
-from transport.pulling import Landed, OnPart, ReadFailed, Reading, run_pull, time_out
+from transport.pulling import Landed, ReadFailed, Reading, time_out
 from transport.tcp_server import TcpServer, recv_exact, recv_frame, shut, tune
-from transport.types import BlockId, Lease, Outcome, Transfer
+from transport.types import BlockId, Lease, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def _parse_address(data: bytes) -> _Address:
     return _Address(host, port)
 
 
-class TcpTransport:
+class TcpTransport(Backend):
     """Reads blocks over TCP; serves its own arena.
 
     Args:
@@ -69,56 +69,20 @@ class TcpTransport:
         self._bind_host = bind_host
         self._advertise_host = advertise_host or bind_host
         self._connect_timeout_s = connect_timeout_s
-        self._arena: Arena | None = None
         self._server: TcpServer | None = None
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, int], list[socket.socket]] = {}
         self._closed = False
 
-    def register(self, arena: Arena) -> None:
-        """Start the server for this arena.
-
-        Raises:
-            TransportError: the address cannot be bound, or an arena is registered already.
-        """
-        if self._server is not None:
-            raise TransportError("tcp: register() was called twice; use one transport per arena.")
+    def _start(self, arena: Arena) -> None:
+        """Start the server. Raises TransportError: the address cannot be bound."""
         self._server = TcpServer(arena, self._bind_host)
-        self._arena = arena
 
-    def address(self) -> bytes:
-        """Host and port as msgpack.
-
-        Raises:
-            TransportError: no arena is registered.
-        """
-        if self._server is None:
-            raise TransportError("tcp: address() before register(). Register the worker's arena first.")
+    def _address(self) -> bytes:
+        """Host and port as msgpack."""
+        assert self._server is not None
         fields = {"host": self._advertise_host, "port": self._server.port}
         return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
-
-    def pull(
-        self,
-        lease: Lease,
-        into: Sequence[BlockId],
-        *,
-        timeout_s: float,
-        lease_deadline: float | None = None,
-        on_part: OnPart | None = None,
-    ) -> Transfer:
-        """See `transport.base.Transport.pull`."""
-        if self._arena is None:
-            raise TransportError("tcp: pull() before register(). Register the worker's arena first.")
-        return run_pull(
-            self.name,
-            self._arena,
-            lease,
-            into,
-            self.read,
-            timeout_s=timeout_s,
-            lease_deadline=lease_deadline,
-            on_part=on_part,
-        )
 
     def close(self) -> None:
         """Stop the server and close every connection."""
@@ -133,17 +97,14 @@ class TcpTransport:
 
     def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
         """Receive without verifying: see `transport.pulling.Read`."""
-        owner = lease.located.owner
-        raw = owner.addresses.get(self.name)
-        if raw is None or self._arena is None:
-            raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker} has no tcp address.")
+        arena, raw = self._ends(lease)
         peer = _parse_address(raw)
-        where = f"{owner.worker} at {peer.host}:{peer.port}"
+        where = f"{lease.located.owner.worker} at {peer.host}:{peer.port}"
         try:
-            yield from self._receive(self._arena, peer, lease, into, deadline)
+            yield from self._receive(arena, peer, lease, into, deadline)
         except TimeoutError as fault:
             # Nobody but this thread writes into the destination and its socket is closed: no late writes.
-            raise time_out(self._arena, into, f"{where} did not answer within the deadline.") from fault
+            raise time_out(arena, into, f"{where} did not answer within the deadline.") from fault
         except OSError as fault:
             raise ReadFailed(Outcome.PEER_GONE, f"{where}: {fault}") from fault
         except FrameError as fault:

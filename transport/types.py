@@ -145,6 +145,8 @@ class Lease:
         ttl_s: seconds, counted by the directory from the grant and by the holder from *before* the
             request, so that clocks of different nodes are never compared.
         token: proof for the owner, see `transport.tokens`; empty where the directory does not know its key.
+        others: leases of the same holder on other owners' copies of the same variant, which may give parts
+            of it (`transport/sharing.py`). Each is released by its own id.
     """
 
     id: LeaseId
@@ -152,6 +154,7 @@ class Lease:
     holder: WorkerId
     ttl_s: float
     token: bytes = field(default=b"", repr=False)
+    others: tuple[Lease, ...] = ()
 
 
 class Outcome(StrEnum):
@@ -182,6 +185,7 @@ class Transfer:
         seconds: wall time of read plus verification.
         outcome: see Outcome.
         detail: one line for people; empty when PULLED.
+        shares: where several owners had a part in it, what each of them gave, or how it failed to.
     """
 
     source: WorkerId
@@ -192,6 +196,7 @@ class Transfer:
     seconds: float
     outcome: Outcome
     detail: str = ""
+    shares: tuple[Transfer, ...] = ()
 
     @property
     def gb_s(self) -> float:

@@ -22,11 +22,12 @@ import msgpack
 import numpy as np
 
 from transport.arena import Arena
+from transport.backend import Backend
 from transport.errors import TransportError
 from transport.frames import MAX_BLOCKS, Asking, FrameError, decode_body, expect_data
 from transport.hosts import is_loopback
-from transport.pulling import Landed, OnPart, ReadFailed, Reading, plan_steps, run_pull, time_out
-from transport.types import BlockId, Lease, Outcome, Transfer
+from transport.pulling import Landed, ReadFailed, Reading, plan_steps, time_out
+from transport.types import BlockId, Lease, Outcome
 from transport.ucx_binding import Binding, close_endpoint, load_binding
 from transport.ucx_server import UcxServer, frame_of, tag_of
 
@@ -164,7 +165,7 @@ def _parse_address(data: bytes) -> _Address:
     return _Address(host, port)
 
 
-class UcxTransport:
+class UcxTransport(Backend):
     """Reads blocks with UCX messages; serves its own arena.
 
     Args:
@@ -180,57 +181,21 @@ class UcxTransport:
         self._binding = load_binding()
         self._advertise_host = advertise_host
         self._loopback = is_loopback(advertise_host)
-        self._arena: Arena | None = None
         self._server: UcxServer | None = None
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, int], list[_Connection]] = {}
         self._lost: list[_Connection] = []
         self._closed = False
 
-    def register(self, arena: Arena) -> None:
-        """Start the server for this arena.
-
-        Raises:
-            TransportError: UCX does not come up, or an arena is registered already.
-        """
-        if self._server is not None:
-            raise TransportError("ucx: register() was called twice; use one transport per arena.")
+    def _start(self, arena: Arena) -> None:
+        """Start the server. Raises TransportError: UCX does not come up."""
         self._server = UcxServer(self._binding, arena, loopback=self._loopback)
-        self._arena = arena
 
-    def address(self) -> bytes:
-        """Host and port as msgpack.
-
-        Raises:
-            TransportError: no arena is registered.
-        """
-        if self._server is None:
-            raise TransportError("ucx: address() before register(). Register the worker's arena first.")
+    def _address(self) -> bytes:
+        """Host and port as msgpack."""
+        assert self._server is not None
         fields = {"host": self._advertise_host, "port": self._server.port}
         return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
-
-    def pull(
-        self,
-        lease: Lease,
-        into: Sequence[BlockId],
-        *,
-        timeout_s: float,
-        lease_deadline: float | None = None,
-        on_part: OnPart | None = None,
-    ) -> Transfer:
-        """See `transport.base.Transport.pull`."""
-        if self._arena is None:
-            raise TransportError("ucx: pull() before register(). Register the worker's arena first.")
-        return run_pull(
-            self.name,
-            self._arena,
-            lease,
-            into,
-            self.read,
-            timeout_s=timeout_s,
-            lease_deadline=lease_deadline,
-            on_part=on_part,
-        )
 
     def close(self) -> None:
         """Stop the server and close every connection."""
@@ -245,17 +210,14 @@ class UcxTransport:
 
     def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
         """Receive without verifying: see `transport.pulling.Read`."""
-        owner = lease.located.owner
-        raw = owner.addresses.get(self.name)
-        if raw is None or self._arena is None:
-            raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker} has no ucx address.")
+        arena, raw = self._ends(lease)
         peer = _parse_address(raw)
-        where = f"{owner.worker} at {peer.host}:{peer.port}"
+        where = f"{lease.located.owner.worker} at {peer.host}:{peer.port}"
         try:
-            yield from self._receive(self._arena, peer, lease, into, deadline)
+            yield from self._receive(arena, peer, lease, into, deadline)
         except _Late:
             # Late bytes land in buffers of the connection, never in the arena.
-            raise time_out(self._arena, into, f"{where} did not answer within the deadline.") from None
+            raise time_out(arena, into, f"{where} did not answer within the deadline.") from None
         except (OSError, RuntimeError, ValueError, self._binding.api.UCXError) as fault:
             raise ReadFailed(Outcome.PEER_GONE, f"{where}: {fault!r}") from fault
         except FrameError as fault:

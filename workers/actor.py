@@ -26,6 +26,7 @@ from workers.settings import DEFAULT_MODEL, WorkerSettings
 if TYPE_CHECKING:  # the driver handles these classes without loading torch
     from transport.faults import FaultSpec
     from workers.faults import FaultFacts
+    from workers.store import SegmentStore
 
 log = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ class Worker:
             lease_ttl_s=spec.directory.lease_ttl_s,
             pull_timeout_s=spec.transport.pull_timeout_s,
             spill=spill,
+            keep_pulled=spec.transport.keep_pulled,
             ask_owner=OwnerCalls(spec.worker, timeout_s=spill.promote_timeout_s),
         )
         self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store)
@@ -148,6 +150,11 @@ class Worker:
             block_nbytes=loaded.layout.block_nbytes,
             load_s=time.perf_counter() - begin,
         )
+
+    @property
+    def store(self) -> SegmentStore:
+        """For what runs in this process beside requests, such as a benchmark."""
+        return self._store
 
     @ray.method(concurrency_group=CONTROL)
     def info(self) -> WorkerInfo:
@@ -279,6 +286,7 @@ def _arena(spec: WorkerSpec, layout: Any, incarnation: Incarnation, device: Any)
         device=str(device),
         incarnation=incarnation,
         parts=layout.parts,
+        shared=spec.transport.shared_memory,
     )
 
 

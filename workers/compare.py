@@ -39,6 +39,7 @@ def compare_methods(
     forced = base.token_ids[: min(POSITIONS, len(base.token_ids)) - 1]
     notes: list[str] = []
     found = Agreement((), ())
+    agent.store.holding.withdraw_copies(reply.relayed_keys)  # what the run itself had to pull
     for i in range(max(1, repeats - 1)):
         ours = agent.score(replace(again, id=f"{request.id}-again{i}"), forced)
         theirs = agent.score(replace(other, id=f"{request.id}-base{i}"), forced)

@@ -111,6 +111,7 @@ def open_desk(
         device=str(loaded.device),
         incarnation=incarnation,
         parts=loaded.layout.parts,
+        shared=False,
     )
     transport_settings = TransportSettings(backend="inprocess")
     transport = make_transport(transport_settings, worker=name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Final
 
 from transport.arena import Arena
 from transport.base import KVDirectory
@@ -16,6 +17,8 @@ from transport.faults import FaultEvent, FaultKind, Faults, FaultSpec, require_t
 from workers.store import SegmentStore
 
 log = logging.getLogger(__name__)
+
+_FLUSH_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,9 @@ def inject(
         directory.stats()  # who answers is no longer left alone
     elif spec.kind is FaultKind.REUSE:
         reuse_blocks(store, arena, directory)
+    elif spec.kind is FaultKind.DISK_FULL:
+        faults.arm(spec)
+        spill_all(store)
     else:
         faults.arm(spec)
 
@@ -67,6 +73,14 @@ def fault_facts(faults: Faults | None, store: SegmentStore, arena: Arena) -> Fau
     stats = arena.stats()
     held = sum(len(segment.blocks) for segment in store.segments())
     return FaultFacts(faults.events(), stats.used, stats.quarantined, held)
+
+
+def spill_all(store: SegmentStore) -> None:
+    """Make room, as for something as large as all that this worker holds: what may be wanted again goes to
+    the spill, and this waits until it has been written or lost."""
+    store.evict(sum(len(segment.blocks) for segment in store.segments()))
+    if not store.holding.flush(_FLUSH_S):
+        log.warning("the spill has not been written within %.0f s", _FLUSH_S)
 
 
 def reuse_blocks(store: SegmentStore, arena: Arena, directory: KVDirectory) -> int:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from transport.arena import Arena
@@ -30,6 +30,7 @@ from transport.types import (
     Located,
     Outcome,
     Owner,
+    Segment,
     SegmentKey,
     Transfer,
     WorkerId,
@@ -75,10 +76,12 @@ class Acquired:
         pulled: their bytes.
         transfers: every pull that was tried and told how it ended, in the order of their ends.
         misses: keys that were wanted and are not there.
+        keep: copies of what was pulled may stay.
         lookup_s, lease_s: where the time went; pull_s: for how long the caller had to wait for bytes;
             moving_s: from the beginning of the first pull to the end of the last.
         leases, landing, pins: what is to be given back; lost: owners that did not answer, and how the pull
-            ended; running: pulls that have not ended; unsettled: keys of which nothing is known yet; closed,
+            ended; running: pulls that have not ended; unsettled: keys of which nothing is known yet;
+            given_up: keys that nobody waits for any more, because their pull overran its deadline; closed,
             unleased: whether bytes, or leases, go back as soon as the pulls end. The fetching's own business,
             guarded by `changed`.
     """
@@ -87,6 +90,7 @@ class Acquired:
     pulled: dict[SegmentKey, PulledSegment] = field(default_factory=dict[SegmentKey, PulledSegment])
     transfers: list[tuple[Located, Transfer]] = field(default_factory=list[tuple[Located, Transfer]])
     misses: dict[SegmentKey, Miss] = field(default_factory=dict[SegmentKey, Miss])
+    keep: bool = True
     lookup_s: float = 0.0
     lease_s: float = 0.0
     pull_s: float = 0.0
@@ -97,6 +101,7 @@ class Acquired:
     lost: dict[Life, Outcome] = field(default_factory=dict[Life, Outcome])
     running: int = 0
     unsettled: set[SegmentKey] = field(default_factory=set[SegmentKey])
+    given_up: set[SegmentKey] = field(default_factory=set[SegmentKey])
     closed: bool = False
     unleased: bool = False
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -126,7 +131,9 @@ class Fetching:
         holding: Holding,
         *,
         pull_timeout_s: float,
+        keep_pulled: bool = False,
     ) -> None:
+        self._keep_pulled = keep_pulled
         self._owner = owner
         self._layout = layout
         self._arena = arena
@@ -147,8 +154,8 @@ class Fetching:
     # -- bringing ------------------------------------------------------------------------------------------
 
     def keep(self, got: Acquired, leases: Iterable[Lease]) -> None:
-        """Leases that `release_leases` is to give back."""
-        new = list(leases)
+        """Leases that `release_leases` is to give back, those of other copies included."""
+        new = [each for lease in leases for each in (lease, *lease.others)]
         with got.changed:
             got.leases.extend(new)
         with self._lock:
@@ -197,6 +204,7 @@ class Fetching:
                 log.error("%d pulls have not ended within %.0f s", got.running, limit_s)
                 for key in got.unsettled:
                     got.misses[key] = Miss(Outcome.TIMED_OUT, "the pull did not end by its deadline")
+                got.given_up |= got.unsettled
                 got.unsettled = set()
 
     def _life(self, lease: Lease) -> Life:
@@ -228,6 +236,7 @@ class Fetching:
         ours = True
         try:
             with got.changed:
+                pull.lease = self._of_the_living(pull.lease, got)
                 before = got.lost.get(self._life(pull.lease))
                 gone = "the request has ended" if got.closed else ""
             if gone or before is not None:
@@ -259,6 +268,14 @@ class Fetching:
             if ours:
                 self._holding.free(blocks)
             self._count_down(pull, got)
+        if pull.copy is not None:
+            self._offer(pull.copy)
+
+    def _of_the_living(self, lease: Lease, got: Acquired) -> Lease:
+        """The lease without owners that did not answer just before; as it is when there is no other."""
+        every = (replace(lease, others=()), *lease.others)
+        live = [x for x in every if self._life(x) not in got.lost]
+        return replace(live[0], others=tuple(live[1:])) if live else lease
 
     def _landed(self, pull: _Pull, got: Acquired, blocks: Sequence[BlockId], part: int) -> None:
         """A part has come and is verified."""
@@ -267,7 +284,7 @@ class Fetching:
             return
         if part == 0:
             with got.changed:
-                if not got.closed:
+                if not self._unwanted(pull, got):
                     self._enter(pull, got, blocks)
         if pull.on_landed is not None:
             pull.on_landed()
@@ -279,6 +296,11 @@ class Fetching:
         got.unsettled.discard(pull.key)
         got.changed.notify_all()
 
+    @staticmethod
+    def _unwanted(pull: _Pull, got: Acquired) -> bool:
+        """Whether nobody waits for the segment any more. The caller holds `got.changed`."""
+        return got.closed or pull.key in got.given_up
+
     def _ended(self, pull: _Pull, got: Acquired, blocks: list[BlockId], transfer: Transfer) -> bool:
         """Take the outcome; whether the blocks are to be freed now."""
         located = pull.lease.located
@@ -286,23 +308,46 @@ class Fetching:
         whole = pull.arrival.layers == self._layout.num_layers and transfer.outcome is not Outcome.TIMED_OUT
         if transfer.outcome is Outcome.PULLED or (pull.pipelined and whole):
             with got.changed:
-                got.transfers.append((located, transfer))
-                if got.closed:
+                if pull.key in got.given_up:  # it was told as a miss, and must not be a hit as well
+                    detail = f"came after {transfer.seconds:.1f} s, when it had been given up"
+                    transfer = replace(transfer, outcome=Outcome.TIMED_OUT, nbytes=0, detail=detail)
+                self._tell(pull, got, transfer)
+                if self._unwanted(pull, got):
                     return True
                 if pull.key not in got.pulled:
                     self._enter(pull, got, blocks)
-                got.landing.extend(blocks)
+                pull.copy = self._adopt(got, located.segment, blocks, transfer)
+                if pull.copy is None:
+                    got.landing.extend(blocks)
+                else:
+                    got.pins.append(pull.copy.blocks)
             return False
         # Not reported to the directory: one reader's broken link is no proof that the owner is dead, and a
         # dropped owner stays fenced. Its silence, or whoever saw its process die, ends it.
         owner = located.owner.worker
         log.warning("pull from %s failed: %s (%s)", owner, transfer.outcome, transfer.detail)
         with got.changed:
-            got.transfers.append((located, transfer))
+            self._tell(pull, got, transfer)
             if transfer.outcome in (Outcome.TIMED_OUT, Outcome.PEER_GONE):
-                got.lost[self._life(pull.lease)] = transfer.outcome
+                for lease in (pull.lease, *pull.lease.others):
+                    got.lost[self._life(lease)] = transfer.outcome
         self._miss(pull, got, Miss(transfer.outcome, transfer.detail))
         return True
+
+    @staticmethod
+    def _tell(pull: _Pull, got: Acquired, transfer: Transfer) -> None:
+        """Note how it ended; where several owners had a part in it, each of their parts. The caller holds
+        `got.changed`."""
+        owners = {x.located.owner.worker: x.located for x in (pull.lease, *pull.lease.others)}
+        got.transfers.extend((owners[t.source], t) for t in transfer.shares or (transfer,))
+
+    def _adopt(
+        self, got: Acquired, segment: Segment, blocks: list[BlockId], transfer: Transfer
+    ) -> Segment | None:
+        """Keep a copy of what others are going to read as well."""
+        wanted = self._keep_pulled and got.keep and segment.consumers > 1
+        whole = transfer.outcome is Outcome.PULLED and segment.complete
+        return self._holding.adopt(segment, blocks) if wanted and whole else None
 
     def _miss(self, pull: _Pull, got: Acquired, miss: Miss) -> None:
         """The segment will not come, or not all of it: told before its blocks are freed, so that nobody
@@ -325,6 +370,13 @@ class Fetching:
         self._unlease(got, leases)
         if pull.on_landed is not None:
             pull.on_landed()
+
+    def _offer(self, copy: Segment) -> None:
+        """Tell the directory of a copy. Nobody waits for it."""
+        try:
+            self._threads.submit(self._holding.enter_copy, copy)
+        except RuntimeError:  # this worker closes
+            self._holding.enter_copy(copy)
 
     def close(self) -> None:
         """Begin no more pulls; those that run end by themselves. Idempotent."""
@@ -358,8 +410,10 @@ class Fetching:
             return
         with self._lock:
             self._leased -= len(leases)
-        read = [x for x in leases if x.located.segment.key in got.hits]
-        rest = [x for x in leases if x.located.segment.key not in got.hits]
+        # One reader, however many copies it had leased.
+        first = {x.located.segment.key: x.id for x in reversed(leases)}
+        read = [x for x in leases if (k := x.located.segment.key) in got.hits and first[k] == x.id]
+        rest = [x for x in leases if x not in read]
         try:
             if read:
                 self._directory.release(read, read=True)
@@ -371,7 +425,8 @@ class Fetching:
 
 @dataclass(slots=True)
 class _Pull:
-    """One pull that runs. asked_at, begun: time.monotonic() before the lease request, and now."""
+    """One pull that runs. asked_at, begun: time.monotonic() before the lease request, and now; copy: what
+    this worker holds of it afterwards."""
 
     lease: Lease
     asked_at: float
@@ -379,6 +434,7 @@ class _Pull:
     pipelined: bool
     on_landed: Callable[[], None] | None
     arrival: Arrival = field(default_factory=Arrival)
+    copy: Segment | None = None
 
     @property
     def key(self) -> SegmentKey:

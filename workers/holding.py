@@ -80,6 +80,8 @@ class Holding:
         # `segments` under the client's own lock.
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
+        self._adopted = 0
+        self._copies: dict[SegmentKey, Segment] = {}
         settings = spill or SpillSettings()
         self._promote_timeout_s = settings.promote_timeout_s
         self._spilling = Spilling(owner, arena, directory, settings, self._spill_lost)
@@ -224,6 +226,62 @@ class Holding:
         with self._lock:
             return [*self._held.values(), *(s for s in spilled if s.key not in self._held)]
 
+    # -- copies ------------------------------------------------------------------------------------------
+
+    def adopt(self, segment: Segment, blocks: Sequence[BlockId]) -> Segment | None:
+        """Hold blocks into which another owner's segment has been pulled, pinned for whoever pulled it until
+        `unpin`; `enter_copy` tells the directory. It counts as read by all its readers already, so that it is
+        evicted before everything else, and never spilled: it costs only room that nobody needs.
+
+        Returns:
+            The copy; None when this worker holds something under that key, and the blocks stay the caller's.
+        """
+        if self._spilling.get(segment.key) is not None:
+            return None
+        refs = tuple(
+            # The payload was verified against these checksums.
+            replace(ref, block=block, generation=self._arena.generation(block))
+            for block, ref in zip(blocks, segment.blocks, strict=True)
+        )
+        copy = replace(segment, blocks=refs, consumers=1, reads=1)
+        with self._lock:
+            if segment.key in self._held:
+                return None
+            self._held[segment.key] = copy
+            self._pins[refs] += 1
+            self._adopted += 1
+            self._copies = {k: s for k, s in self._copies.items() if self._held.get(k) is s}
+            self._copies[segment.key] = copy
+        return copy
+
+    def withdraw_copies(self, keys: Iterable[SegmentKey]) -> None:
+        """Take back those of `keys` that are only copies: who measures a pull wants to pull again."""
+        for key in keys:
+            with self._lock:
+                copy = self._copies.pop(key, None)
+                held = copy is not None and self._held.get(key) is copy
+            if held:
+                self.withdraw(key)
+
+    def enter_copy(self, copy: Segment) -> None:
+        """Tell the directory of an adopted copy, or stop holding it where that fails. Never raises for a
+        fault of the cluster."""
+        if not self.pin(copy):
+            return  # evicted or replaced already
+        try:
+            self._directory.publish(self._owner, [copy])
+        except RelayError as error:
+            log.warning("a copy of %s is not offered to others: %s", copy.key, error)
+            with self._lock:
+                if self._held.get(copy.key) is copy:
+                    del self._held[copy.key]
+                    self._doomed.add(copy.blocks)
+        with self._lock:
+            gone = self._held.get(copy.key) is not copy
+        if gone:
+            self._retract(copy)
+        self.unpin([copy.blocks])
+
     # -- room ----------------------------------------------------------------------------------------------
 
     def allocate(self, blocks: int) -> list[BlockId]:
@@ -351,6 +409,10 @@ class Holding:
         deadline = time.monotonic() + self._promote_timeout_s
         return frozenset(key for key in keys if self._promote(key, deadline))
 
+    def flush(self, timeout_s: float) -> bool:
+        """See `Spill.flush`."""
+        return self._spilling.flush(timeout_s)
+
     def _promote(self, key: SegmentKey, deadline: float) -> bool:
         # A publish that goes on meanwhile waits for the engine.
         if not self._publishing.acquire(timeout=max(0.0, deadline - time.monotonic())):
@@ -419,6 +481,7 @@ class Holding:
                 "evictions": {cause.value: self._evictions[cause] for cause in Cause},
                 "backpressure": self._backpressure,
                 "promotions": self._promotions,
+                "adopted": self._adopted,
                 "not_promoted": dict(self._not_promoted),
             }
 

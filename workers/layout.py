@@ -18,7 +18,7 @@ import torch
 
 from workers.wire import KVView, LayerBytes, WireFormat
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 _ALIGN: Final = 64
 """Bytes to which the fields of a block are aligned: whole cache lines, and vector loads of any kernel."""
 
@@ -30,7 +30,8 @@ class BlockViews:
     Attributes:
         kv: keys and values of all layers.
         window: [bytes] uint8; where they lie, for what is no KV but travels like it.
-        checkpoint: [block_tokens, hidden_size], model dtype; input of layer `checkpoint_layer`.
+        checkpoint: [block_tokens, hidden_size]; input of layer `checkpoint_layer`, in the model's dtype, or
+            in bfloat16 where keys and values are not exact either.
         mass: [block_tokens] float32; context mass per token.
     """
 
@@ -78,6 +79,10 @@ class KVLayout:
         return self.layer_bytes.lossy
 
     @property
+    def checkpoint_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.lossy else self.torch_dtype
+
+    @property
     def window_nbytes(self) -> int:
         """Bytes of all layers' keys and values in a block."""
         return self.num_layers * self._layer_stride
@@ -117,12 +122,12 @@ class KVLayout:
     def views(self, payload: torch.Tensor) -> BlockViews:
         """Windows into `payload`, a uint8 tensor of `block_nbytes` bytes, aligned to 64."""
         start = self._checkpoint_start
-        stop = start + self.checkpoint_numel * self.torch_dtype.itemsize
+        stop = start + self._checkpoint_nbytes
         window = payload[self._kv_start : self.block_nbytes]
         return BlockViews(
             kv=KVView(window, self.num_layers, self._layer_stride, self.layer_bytes),
             window=window,
-            checkpoint=payload[start:stop].view(self.torch_dtype).view(self.block_tokens, self.hidden_size),
+            checkpoint=payload[start:stop].view(self.checkpoint_dtype).unflatten(0, (self.block_tokens, -1)),
             mass=payload[: self.block_tokens * 4].view(torch.float32),
         )
 
@@ -136,7 +141,11 @@ class KVLayout:
 
     @property
     def _kv_start(self) -> int:
-        return _aligned(self._checkpoint_start + self.checkpoint_numel * self.torch_dtype.itemsize)
+        return _aligned(self._checkpoint_start + self._checkpoint_nbytes)
+
+    @property
+    def _checkpoint_nbytes(self) -> int:
+        return self.checkpoint_numel * self.checkpoint_dtype.itemsize
 
 
 def _aligned(nbytes: int) -> int:

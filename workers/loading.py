@@ -110,6 +110,7 @@ class Loading:
             # Anchors are compared with whole segments.
             pipelined=pipelined and not isinstance(method, KVComm),
             on_landed=self._loop.wake,
+            keep=request.publish,
         )
         self._start(turn)
 

@@ -387,7 +387,9 @@ class Prefill:
                 f"a band cannot start at layer {start}: rows join at layer 0 or at the checkpoint "
                 f"(layer {self._model.checkpoint_layer} in this model's profile)."
             )
-        checkpoint = pulled.rows("checkpoint", wanted) if wanted.numel() and start > 0 else None
+        checkpoint = None
+        if wanted.numel() and start > 0:
+            checkpoint = pulled.rows("checkpoint", wanted).to(self.cache.checkpoint.dtype)
         return _Relayed(plan, selected, checkpoint, detection, drift=drift, mass=mass)
 
     def _select(self, plan: SpanPlan, scores: torch.Tensor) -> tuple[torch.Tensor, Drift | None]:

@@ -26,6 +26,8 @@ from workers.layout import BlockViews, KVLayout
 log = logging.getLogger(__name__)
 
 _NO_ANSWER: Final = "the directory shard of this key does not answer"
+_COPIES: Final = 2
+"""Owners of one segment that are asked for parts of it."""
 AskOwner = Callable[[Owner, Sequence[SegmentKey]], Collection[SegmentKey]]
 """Have the owner promote segments; those that are in its arena then. Bounded in time; raises RelayError."""
 
@@ -36,6 +38,7 @@ class SegmentStore:
     Args:
         spill: tiers behind the arena.
         ask_owner: reaches the owner of a spilled segment; None: only this worker's own ones are promoted.
+        keep_pulled: offer what was pulled to others as well; see `TransportSettings`.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class SegmentStore:
         pull_timeout_s: float,
         spill: SpillSettings | None = None,
         ask_owner: AskOwner | None = None,
+        keep_pulled: bool = False,
     ) -> None:
         self.owner = owner
         self._layout = layout
@@ -58,7 +62,14 @@ class SegmentStore:
         self._ask_owner = ask_owner
         self.holding = Holding(owner, layout, arena, directory, spill)
         self._fetching = Fetching(
-            owner, layout, arena, transport, directory, self.holding, pull_timeout_s=pull_timeout_s
+            owner,
+            layout,
+            arena,
+            transport,
+            directory,
+            self.holding,
+            pull_timeout_s=pull_timeout_s,
+            keep_pulled=keep_pulled,
         )
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -70,8 +81,9 @@ class SegmentStore:
         *,
         pipelined: bool = False,
         on_landed: Callable[[], None] | None = None,
+        keep: bool = True,
     ) -> Acquired:
-        """Find, lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
+        """Lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
         `misses`, and the caller computes it.
 
         Args:
@@ -80,18 +92,22 @@ class SegmentStore:
                 hit nor a miss. None: all.
             pipelined: return when every segment has begun to come; `PulledSegment.arrival` tells the rest.
             on_landed: called, on another thread, whenever more layers have come, or will not.
+            keep: leave copies behind for others, where this store does that.
         """
-        got = Acquired()
+        got = Acquired(keep=keep)
         if not wanted:
             return got
         try:
-            found = self._lookup(wanted, got)
+            granted = {g.lease.located.segment.key: g for g in self._lease(list(wanted), got)}
+            spilled = self._find_spilled(granted, got)
+            found = {**{key: g.lease.located for key, g in granted.items()}, **spilled}
             usable = [k for k, located in found.items() if self._fits(k, located, wanted[k], got)]
             if worth is not None and usable:
                 chosen = worth({k: found[k] for k in usable})
+                # Leases of the others go back with the rest, unread.
                 usable = [k for k in usable if k in chosen]
-            leases = self._lease([k for k in usable if not found[k].segment.spilled], got)
-            leases += self._lease_spilled([found[k] for k in usable if found[k].segment.spilled], got)
+            leases = [granted[k] for k in usable if k not in spilled]
+            leases += self._lease_spilled([spilled[k] for k in usable if k in spilled], got)
             begin = time.perf_counter()
             self._fetching.begin(got, leases, pipelined=pipelined, on_landed=on_landed)
             self._fetching.wait(got, pipelined=pipelined)
@@ -123,20 +139,31 @@ class SegmentStore:
         self._fetching.release_bytes(got)
         self._fetching.release_leases(got)
 
-    def _lookup(self, wanted: Mapping[SegmentKey, int], got: Acquired) -> Answers[Located]:
+    def _find_spilled(
+        self, granted: Mapping[SegmentKey, Granted], got: Acquired
+    ) -> dict[SegmentKey, Located]:
+        """Segments that their owner has to bring back first: of the keys that no lease was granted for (the
+        others are held by nobody, as a rule), and exact copies where the leased one is not. Asked for only
+        now: a hit takes one call, not two."""
+        left = [key for key, miss in got.misses.items() if miss.reason != "directory_down"]
+        left += [key for key, g in granted.items() if g.lease.located.segment.rectified]
+        if not left:
+            return {}
         begin = time.perf_counter()
         detail = _NO_ANSWER
         try:
-            found = self._directory.lookup(list(wanted), near=self.owner.worker)
+            found = self._directory.lookup(left, near=self.owner.worker)
         except RelayError as error:
-            found, detail = Answers[Located](unanswered=wanted), str(error)
+            found, detail = Answers[Located](unanswered=left), str(error)
         got.lookup_s = time.perf_counter() - begin
-        for key in wanted:
+        for key in [key for key in left if key in got.misses]:
             if key in found.unanswered:
                 got.misses[key] = Miss("directory_down", detail)
             elif key not in found:
                 got.misses[key] = Miss("not_found", "no worker holds it")
-        return found
+            elif found[key].segment.spilled:
+                del got.misses[key]
+        return {key: located for key, located in found.items() if located.segment.spilled}
 
     def _fits(self, key: SegmentKey, located: Located, tokens: int, got: Acquired) -> bool:
         segment = located.segment
@@ -157,7 +184,9 @@ class SegmentStore:
         begin = time.perf_counter()
         detail = _NO_ANSWER
         try:
-            leases = self._directory.lease(keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s)
+            leases = self._directory.lease(
+                keys, holder=self.owner.worker, ttl_s=self._lease_ttl_s, copies=_COPIES
+            )
         except RelayError as error:
             leases, detail = Answers[Lease](unanswered=keys), str(error)
         got.lease_s += time.perf_counter() - begin

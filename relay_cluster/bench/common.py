@@ -27,6 +27,7 @@ from relay_cluster import __version__, console
 from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.pull_rows import PullRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
 from transport.errors import ConfigError
@@ -219,9 +220,12 @@ ROWS: Mapping[str, type] = {
     "faults": FaultRow,
     "link": LinkRow,
     "decode": DecodeRow,
+    "pull": PullRow,
 }
 
-Row = TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow | LinkRow | DecodeRow
+Row = (
+    TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow | LinkRow | DecodeRow | PullRow
+)
 
 
 # --- document -----------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ HELD_MS: Final = 500.0
 _SEEN_TIMEOUT_S: Final = 30.0
 _SETTLE_S: Final = 0.05
 _RESTART_TIMEOUT_S: Final = 90.0
+_EVERY_WRITE: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,9 @@ KINDS: Final[Mapping[str, Kind]] = {
         _inside(FaultKind.DROP),
         _inside(FaultKind.HANG),
         _inside(FaultKind.DELAY, pull_fails=False, delay_ms=300.0),
+        # Where nobody may pull a real cable; tests/multihost does that.
+        _inside(FaultKind.LINK_DOWN),
+        _inside(FaultKind.LINK_UP, pull_fails=False, delay_ms=600.0),
         _inside(FaultKind.CORRUPT),
         _inside(FaultKind.TRUNCATE),
         _inside(FaultKind.STALE),
@@ -78,6 +82,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         _inside(FaultKind.ARENA_FULL, times=2),
         _inside(FaultKind.DIRECTORY_DROP, pull_fails=False),
         _inside(FaultKind.DIRECTORY_DELAY, pull_fails=False, delay_ms=300.0),
+        Kind("disk_full", pull_fails=True),
         Kind("owner_kill", (BEFORE_LOOKUP, IN_PULL, IN_READ)),
         Kind("owner_stop", (BEFORE_LOOKUP, IN_PULL)),
         Kind("owner_restart"),
@@ -208,7 +213,7 @@ class Stagehand:
             seed=self._trial.seed,
             nbytes=chance.choice((1, 4096)),
             reply=chance.random() < 0.5,
-            calls=(chance.choice(("lookup", "lease")),),
+            calls=("lease",),  # what every hit goes through; look-ups come behind it, for what was not leased
         )
         worker = self.owner if spec.kind is FaultKind.REUSE else self.target
         assert worker is not None  # the upstream agent has answered
@@ -243,6 +248,12 @@ class Stagehand:
         at = self._kill(pid)
         self._cluster.await_life(self.owner, pid, _RESTART_TIMEOUT_S)
         return at
+
+    def _disk_full(self) -> float:
+        """The owner runs out of memory and then of disk: all that it has published is lost."""
+        assert self.owner is not None  # its agent has answered
+        self._cluster.inject(self.owner, FaultSpec(kind=FaultKind.DISK_FULL, times=_EVERY_WRITE))
+        return time.monotonic()
 
     def _upstream_kill(self) -> float:
         return self._kill(self._owner_pid())

@@ -90,6 +90,9 @@ class FaultsSettings:
                     "backend": backend,
                     "arena_bytes": 128 << 20,
                     "pull_timeout_s": self.pull_timeout_s,
+                    "spill": {"disk_bytes": 64 << 20},
+                    # The clean room has every segment where its producer was, and nowhere else.
+                    "keep_pulled": False,
                 },
                 "directory": {"lease_ttl_s": self.lease_ttl_s, "call_timeout_s": self.call_timeout_s},
                 "ray": {"num_cpus": 2},

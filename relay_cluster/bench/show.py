@@ -15,6 +15,7 @@ from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, Li
 from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
 from relay_cluster.bench.transfer_rows import TransferRow
 
 Column = tuple[str, Callable[[Any], str]]
@@ -45,6 +46,8 @@ def _method(row: Row) -> tuple[str, str]:
         return row.backend, row.path
     if isinstance(row, DecodeRow):
         return f"batch {row.batch}", ""
+    if isinstance(row, PullRow):
+        return row.backend, ""
     return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
 
 
@@ -110,6 +113,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     DirectoryRow: DIRECTORY_COLUMNS,
     LinkRow: _LINK,
     DecodeRow: DECODE_COLUMNS,
+    PullRow: PULL_COLUMNS,
 }
 
 

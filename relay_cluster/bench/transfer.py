@@ -21,7 +21,7 @@ from relay_cluster.bench.transfer_rows import TransferRow
 from transport.auto import available_backends
 from transport.errors import ConfigError, TransportError
 
-PATHS: Final = {"nixl": ("shm", "tcp"), "ucx": ("shm", "tcp"), "tcp": ("tcp",)}
+PATHS: Final = {"shm": ("shm",), "nixl": ("shm", "tcp"), "ucx": ("shm", "tcp"), "tcp": ("tcp",)}
 """Backend -> the paths that it is measured over."""
 DEFAULT_SIZES: Final = "4KiB,64KiB,1MiB,64MiB"
 _UNITS: Final = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_COLORS: Final = {"nixl": "#1d4ed8", "ucx": "#0d9488", "tcp": "#f59e0b"}
+_COLORS: Final = {"shm": "#7c3aed", "nixl": "#1d4ed8", "ucx": "#0d9488", "tcp": "#f59e0b"}
 _INK: Final = "#0f172a"
 _FAINT: Final = "#64748b"
 _PATHS: Final = {"shm": "shared memory of one machine", "tcp": "TCP over loopback"}

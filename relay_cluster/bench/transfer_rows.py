@@ -10,7 +10,7 @@ class TransferRow:
     """One backend over one path at one size.
 
     Attributes:
-        backend: "nixl", "ucx" or "tcp".
+        backend: "shm", "nixl", "ucx" or "tcp".
         path: "shm" (processes of one machine that share memory) or "tcp" (loopback).
         size_bytes: payload bytes of one pull.
         blocks: in how many blocks; parts: in how many parts each.

@@ -34,8 +34,7 @@ def test_full_prefill_through_the_cluster_gives_the_tokens_of_plain_transformers
         values[agent.name] = SlotValue(token_ids=result[agent.name].tokens)
 
 
-@pytest.mark.nixl
-def test_a_relay_run_moves_kv_over_nixl_between_processes_and_adds_up(cluster: Cluster) -> None:
+def test_a_relay_run_moves_kv_over_shm_between_processes_and_adds_up(cluster: Cluster) -> None:
     result = cluster.run(
         PIPELINE, question=QUESTION, method="auto", max_new_tokens=40, compare="full_prefill", repeats=2
     )
@@ -46,7 +45,7 @@ def test_a_relay_run_moves_kv_over_nixl_between_processes_and_adds_up(cluster: C
     moved = [t for t in critic.transfers if t.bytes]
     assert moved
     for transfer in moved:
-        assert (transfer.backend, transfer.outcome) == ("nixl", "pulled")
+        assert (transfer.backend, transfer.outcome) == ("shm", "pulled")
         assert pids[transfer.source] != pids[transfer.destination]
         assert transfer.bytes == transfer.blocks * sizes.copy().pop()
     for agent in (solver, critic):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multihost.rig import ENVIRONMENT, Lan, in_private_network
+from tests.multihost.rig import ENVIRONMENT, Lan, RayOnHosts, in_private_network
 
 HERE = Path(__file__).parent
 
@@ -41,3 +41,10 @@ def _cables_are_in(lan: Lan) -> Iterator[None]:
     """Whatever a test did to the network, the next one finds it whole and fast."""
     yield
     lan.restore()
+
+
+@pytest.fixture(scope="session")
+def nodes(lan: Lan) -> Iterator[RayOnHosts]:
+    """A Ray node on every host. A test that ends a host starts it again."""
+    with RayOnHosts(lan) as nodes:
+        yield nodes

@@ -72,7 +72,7 @@ def reader(backend: str) -> Iterator[Reader]:
     reader = Reader(backend, 40 << 20, BIG, PARTS)
     yield reader
     reader.transport.close()
-    assert reader.arena.stats().quarantined == 0, "quarantined blocks were never released"
+    wait_for(lambda: reader.arena.stats().quarantined == 0, "quarantined blocks are released")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -92,7 +92,7 @@ class TestFaults:
 
     def test_cable_cut_during_a_pull(self, lan: Lan, backend: str, reader: Reader) -> None:
         """It ends by its deadline, nothing lands late in reused memory, and once the cable is in again pulls
-        work. From the same owner, unless UCX has ended its process (see `transport/nixl.py`)."""
+        work, from the same owner: UCX must not have ended its process (see `transport/nixl.py`)."""
         side = self._owner(lan, backend)
         try:
             refs = side.publish(16, seed=1)
@@ -109,20 +109,16 @@ class TestFaults:
             assert outcome in ENDED
             assert time.monotonic() - start < TIMEOUT_S + SLACK_S
             assert handed == [0]
-            wait_for(lambda: reader.arena.stats().quarantined == 0, "the quarantine is released")
-            reuse = reader.arena.allocate(reader.arena.num_blocks)
+            reuse = reader.arena.allocate(reader.arena.stats().free - 2)
             for block in reuse:
                 reader.arena.payload(block).numpy()[:] = 7
             lan.restore()
+            outcomes = self._until_pulled(reader, side, refs[:2])
+            wait_for(lambda: reader.arena.stats().quarantined == 0, "the quarantine is released", 20)
             time.sleep(1.0)  # give a late write its chance
             assert all((reader.arena.payload(b).numpy() == 7).all() for b in reuse)
             reader.arena.free(reuse)
-            outcomes = self._until_pulled(reader, side, refs)
-            if backend != "tcp" and not side.process.is_alive():
-                assert set(outcomes) == {Outcome.PEER_GONE}
-                side.close()
-                side = self._owner(lan, backend)
-                outcomes = self._until_pulled(reader, side, side.publish(2, seed=2))
+            assert side.process.is_alive(), "the owner was ended by UCX"
             assert outcomes[-1] is Outcome.PULLED, outcomes
         finally:
             side.close()

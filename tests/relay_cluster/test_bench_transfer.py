@@ -29,7 +29,7 @@ def test_backends_default_to_what_is_installed() -> None:
     found = available_backends()
     assert choose_backends(None) == tuple(name for name in PATHS if name in found and found[name][0])
     assert choose_backends("tcp,tcp") == ("tcp",)
-    with pytest.raises(ConfigError, match='"rdma" is not one of nixl, ucx, tcp'):
+    with pytest.raises(ConfigError, match='"rdma" is not one of shm, nixl, ucx, tcp'):
         choose_backends("rdma")
 
 

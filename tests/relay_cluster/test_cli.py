@@ -391,7 +391,7 @@ def test_doctor_tells_what_and_why() -> None:
     assert topics >= {"gpus", "nixl", "ucx transports", "flash-attn", "triton", "ray", "embedded model"}
     choices = {choice["topic"]: choice for choice in facts["choices"]}
     assert set(choices) == {"device", "dtype", "attention", "transport"}
-    assert choices["transport"]["value"] in ("nixl", "tcp")
+    assert choices["transport"]["value"] in ("nixl", "tcp", "shm, nixl", "shm, tcp")
     assert all(choice["note"] for choice in choices.values() if choice["topic"] != "attention")
 
 
@@ -436,7 +436,7 @@ def test_doctor_survives_a_broken_library(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(doctor, "_TORCH_PROBE", "import os; os.abort()")
     diagnosis = doctor.diagnose()
     choices = {choice.topic: choice for choice in diagnosis.choices}
-    assert choices["transport"].value == "tcp"
+    assert choices["transport"].value in ("tcp", "shm, tcp")
     assert choices["device"].value == "cpu"
 
 

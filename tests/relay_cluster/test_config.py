@@ -57,7 +57,8 @@ direktory: {}
     assert faults(path) == [
         "file.yaml:2 workers: a cluster needs at least one worker, got 0. "
         'Write 1 or more, or "auto": one per agent',
-        "file.yaml:4 transport.backend: must be 'auto', 'nixl', 'ucx', 'tcp' or 'inprocess', got \"tpc\". "
+        "file.yaml:4 transport.backend: must be 'auto', 'shm', 'nixl', 'ucx', 'tcp' or 'inprocess', "
+        'got "tpc". '
         'Did you mean "tcp"?',
         'file.yaml:5 transport.arena_byte: is not a setting of "transport". Did you mean "arena_bytes"?',
         'file.yaml:6 transport.arena_bytes: "12 parsecs" is not a size; '

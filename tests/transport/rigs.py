@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -109,13 +110,14 @@ class LocalOwner:
         parts: Sequence[int] = (),
         incarnation: int = 7,
         host: str = "127.0.0.1",
+        name: str = "owner",
     ) -> None:
         self.arena = Arena(budget, block_nbytes, incarnation=incarnation, parts=parts)
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
-        self.transport = make_transport(settings, worker="owner", host=host)
+        self.transport = make_transport(settings, worker=name, host=host)
         self.transport.register(self.arena)
         addresses, key = self.transport.addresses(), self.arena.pull_key
-        self.owner = Owner(WorkerId("owner"), Incarnation(incarnation), NodeId("n0"), addresses, key)
+        self.owner = Owner(WorkerId(name), Incarnation(incarnation), NodeId("n0"), addresses, key)
 
     def publish(self, n: int, seed: int, valid: int | None = None) -> list[BlockRef]:
         ids = self.arena.allocate(n)
@@ -131,6 +133,12 @@ class LocalOwner:
 
     def close(self) -> None:
         self.transport.close()
+
+
+def _threads_are_stopped(pid: int) -> bool:
+    """By the state behind the name, which may contain spaces; where there is no /proc: hopefully."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def _serve(conn: Connection, env: dict[str, str], args: tuple[Any, ...]) -> None:
@@ -157,12 +165,17 @@ class RemoteOwner:
     """The owner in another process, which tests may stop and kill."""
 
     def __init__(
-        self, backend: str, budget: int, block_nbytes: int, env: dict[str, str], parts: Sequence[int] = ()
+        self,
+        backend: str,
+        budget: int,
+        block_nbytes: int,
+        env: dict[str, str],
+        parts: Sequence[int] = (),
+        name: str = "owner",
     ) -> None:
         self._conn, theirs = _context().Pipe()
-        self.process = _context().Process(
-            target=_serve, args=(theirs, env, (backend, budget, block_nbytes, parts)), daemon=True
-        )
+        args = (backend, budget, block_nbytes, parts, 7, name)
+        self.process = _context().Process(target=_serve, args=(theirs, env, args), daemon=True)
         self.process.start()
         theirs.close()
         self.owner: Owner = self._reply()
@@ -186,7 +199,10 @@ class RemoteOwner:
         self._ask("corrupt", ref, at)
 
     def signal(self, number: int) -> None:
-        os.kill(int(self.process.pid or 0), number)
+        pid = int(self.process.pid or 0)
+        os.kill(pid, number)
+        if number == signal.SIGSTOP:  # on a busy machine its threads may go on for a moment
+            wait_for(lambda: _threads_are_stopped(pid), f"process {pid} has stopped")
 
     def kill(self) -> None:
         self.process.kill()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.transport.rigs import LocalOwner, make_lease, own_address
-from transport import auto, ucx_binding
+from transport import auto, shm, ucx_binding
 from transport.arena import Arena
 from transport.errors import TransportError
 from transport.inprocess import InProcessTransport
@@ -25,6 +25,7 @@ from transport.types import Outcome
 HAS_NIXL, WHY = probe()
 needs_nixl = pytest.mark.skipif(not HAS_NIXL, reason=WHY)
 HAS_UCX, WHY_NO_UCX = ucx_binding.probe()
+HAS_SHM, WHY_NO_SHM = shm.probe()
 needs_ucx = pytest.mark.skipif(not HAS_UCX, reason=WHY_NO_UCX)
 
 
@@ -42,7 +43,8 @@ def tcp_owner() -> Iterator[LocalOwner]:
 
 def test_available_backends_tell_why(monkeypatch: pytest.MonkeyPatch) -> None:
     found = auto.available_backends()
-    assert set(found) == {"nixl", "ucx", "tcp", "inprocess"}
+    assert set(found) == {"shm", "nixl", "ucx", "tcp", "inprocess"}
+    assert found["shm"] == (HAS_SHM, WHY_NO_SHM)
     assert found["ucx"] == (HAS_UCX, WHY_NO_UCX)
     assert found["tcp"] == (True, "plain sockets, always there")
     assert found["nixl"] == (HAS_NIXL, WHY)
@@ -66,7 +68,7 @@ def test_required_nixl_that_is_missing_says_what_to_install(monkeypatch: pytest.
 def test_auto_without_nixl_is_tcp(
     monkeypatch: pytest.MonkeyPatch, arena: Arena, tcp_owner: LocalOwner
 ) -> None:
-    monkeypatch.setenv(auto.DISABLE_ENV, "nixl,ucx")
+    monkeypatch.setenv(auto.DISABLE_ENV, "shm,nixl,ucx")
     t = auto.make_transport(TransportSettings())
     t.register(arena)
     assert set(t.addresses()) == {"tcp"}
@@ -80,7 +82,8 @@ def test_auto_without_nixl_is_tcp(
 
 @needs_nixl
 @pytest.mark.nixl
-def test_auto_takes_nixl_where_both_have_it(arena: Arena) -> None:
+def test_auto_takes_nixl_where_both_have_it(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(auto.DISABLE_ENV, "shm")
     side = LocalOwner("auto", 1 << 20, 1000)
     t = auto.make_transport(TransportSettings(), worker="reader")
     t.register(arena)
@@ -136,7 +139,7 @@ def test_auto_takes_ucx_before_tcp_where_nixl_is_missing(
     if host is None:
         pytest.skip("this machine has no address but loopback")
     side = LocalOwner("auto", 1 << 20, 1000, host=host)
-    monkeypatch.setenv(auto.DISABLE_ENV, "nixl")
+    monkeypatch.setenv(auto.DISABLE_ENV, "shm,nixl")
     t = auto.make_transport(TransportSettings(), worker="reader", host=host)
     t.register(arena)
     try:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.transport.conformance import Conformance, RemoteConformance
 from tests.transport.conformance_parts import PartsConformance, RemotePartsConformance
+from transport import shm as shm_backend
 from transport import ucx_binding
 from transport.nixl import probe
 
@@ -13,6 +14,8 @@ HAS_NIXL, WHY = probe()
 nixl = pytest.mark.skipif(not HAS_NIXL, reason=WHY)
 HAS_UCX, WHY_NOT = ucx_binding.probe()
 ucx = pytest.mark.skipif(not HAS_UCX, reason=WHY_NOT)
+HAS_SHM, WHY_NO_SHM = shm_backend.probe()
+shm = pytest.mark.skipif(not HAS_SHM, reason=WHY_NO_SHM)
 
 
 class TestInProcess(Conformance):
@@ -117,4 +120,28 @@ class TestNixlInOneProcess(Conformance):
 @pytest.mark.ucx
 class TestUcxInOneProcess(Conformance):
     backend = "ucx"
+    remote = False
+
+
+@shm
+class TestShm(RemoteConformance):
+    """A stopped owner stalls the first pull; see `test_shm` for those that have its memory already."""
+
+    backend = "shm"
+
+
+@shm
+class TestShmParts(PartsConformance):
+    backend = "shm"
+
+
+@shm
+class TestShmInOneProcess(Conformance):
+    backend = "shm"
+    remote = False
+
+
+@shm
+class TestShmPartsInOneProcess(PartsConformance):
+    backend = "shm"
     remote = False

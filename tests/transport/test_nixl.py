@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from tests.transport.conformance import Reader
 from tests.transport.rigs import RemoteOwner, wait_for
 from transport import nixl
 from transport.arena import Arena
+from transport.nixl_puller import Pace, Posts
 from transport.pulling import ReadFailed
 from transport.types import Outcome
 
@@ -46,6 +48,48 @@ def test_quarantine_lasts_as_long_as_a_pull_keeps_the_agent_alive(monkeypatch: p
         wait_for(lambda: reader.arena.stats().quarantined == 0, "its end releases the quarantine")
         assert reader.outcome(side, refs) is Outcome.PULLED, "over a new agent"
         assert reader.transport.stats()["nixl.renewals"] == 1
+    finally:
+        reader.transport.close()
+        side.close()
+
+
+def test_an_owner_that_was_stopped_while_it_was_read_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX would end its process: the reader had given up and closed the connection. So it must not, yet."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    side = RemoteOwner("nixl", 36 << 20, BIG, {"UCX_TLS": "tcp"})
+    reader = Reader("nixl", 40 << 20, BIG)
+    try:
+        refs = side.publish(32, seed=1)
+        for _ in range(2):
+            assert reader.outcome(side, refs) is Outcome.PULLED
+            side.signal(signal.SIGSTOP)
+            assert reader.outcome(side, refs, timeout_s=0.3) is Outcome.TIMED_OUT
+            assert reader.arena.stats().quarantined == 32, "for what may still come"
+            side.signal(signal.SIGCONT)
+            wait_for(lambda: reader.arena.stats().quarantined == 0, "all has come, and is thrown away")
+            assert side.process.is_alive()
+        assert reader.outcome(side, refs) is Outcome.PULLED, "from the same process"
+    finally:
+        reader.transport.close()
+        side.close()
+
+
+@pytest.mark.parametrize("ended_by", ["time", "the owner's death", "our own close"])
+def test_a_farewell_ends(monkeypatch: pytest.MonkeyPatch, ended_by: str) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setattr(nixl, "FAREWELL_S", 0.3 if ended_by == "time" else 60.0)
+    side = RemoteOwner("nixl", 36 << 20, BIG, {"UCX_TLS": "tcp"})
+    reader = Reader("nixl", 40 << 20, BIG)
+    try:
+        refs = side.publish(16, seed=1)
+        side.signal(signal.SIGSTOP)
+        assert reader.outcome(side, refs, timeout_s=0.3) is Outcome.TIMED_OUT
+        assert reader.arena.stats().quarantined == 16
+        if ended_by == "the owner's death":
+            side.kill()
+        elif ended_by == "our own close":
+            reader.transport.close()
+        wait_for(lambda: reader.arena.stats().quarantined == 0, "the quarantine is released")
     finally:
         reader.transport.close()
         side.close()
@@ -84,3 +128,51 @@ def test_loading_sets_ucx_defaults_and_leaves_logging_alone() -> None:
     assert os.environ["UCX_TCP_USER_TIMEOUT"]
     assert logging.raiseExceptions
     assert logging.getLogger("nixl").handlers == []
+
+
+def test_a_slow_link_has_little_in_flight_and_a_fast_one_much() -> None:
+    """What is in flight together ends together: on a slow link all parts of a segment at its end."""
+    pace = Pace()
+    assert (pace.step_bytes, pace.window_bytes) == (4 << 20, 32 << 20), "nothing is known yet"
+    pace.learn(64 << 10, 1.0)
+    assert pace.bytes_per_s == 0, "a small pull tells how long a round trip takes, not the rate"
+    pace.learn(15_000_000, 0.12)
+    assert 2 * pace.step_bytes <= pace.window_bytes < 4 << 20
+    pace.learn(64 << 20, 0.02)
+    assert (pace.step_bytes, pace.window_bytes) == (4 << 20, 32 << 20)
+
+
+@given(rate=st.floats(1e5, 1e11), round_trip_s=st.floats(1e-5, 0.5))
+def test_the_window_never_keeps_the_rate_down(rate: float, round_trip_s: float) -> None:
+    """A link that brings a window per round trip must get a larger one next time, up to the most."""
+    pace = Pace(rate, round_trip_s)
+    window = pace.window_bytes
+    pace.learn(64 << 20, (64 << 20) * round_trip_s / window)
+    assert pace.window_bytes > window or window == 32 << 20 or pace.bytes_per_s * 0.016 > window
+
+
+def test_a_pull_over_a_slow_link_comes_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rate that was learned, parts land one by one, not all behind the last."""
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    side = RemoteOwner("nixl", 36 << 20, BIG, {"UCX_TLS": "tcp"})
+    reader = Reader("nixl", 40 << 20, BIG)
+    most: list[int] = []
+    start = Posts.start
+
+    def watched(self: Posts, *args: Any) -> None:
+        start(self, *args)
+        most.append(self.nbytes)
+
+    monkeypatch.setattr(Posts, "start", watched)
+    try:
+        refs = side.publish(16, seed=1)
+        assert reader.outcome(side, refs) is Outcome.PULLED
+        assert max(most) >= 15 * BIG, "a first pull takes all it can get"
+        monkeypatch.setattr(Pace, "learn", lambda self, nbytes, seconds: setattr(self, "bytes_per_s", 1e8))
+        assert reader.outcome(side, refs) is Outcome.PULLED
+        most.clear()
+        assert reader.outcome(side, refs) is Outcome.PULLED
+        assert max(most) <= 4 * BIG
+    finally:
+        reader.transport.close()
+        side.close()

@@ -130,14 +130,14 @@ def compare(begin: Footprint, end: Footprint) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend", ["inprocess", "tcp", pytest.param("nixl", marks=[pytest.mark.nixl, pytest.mark.slow])]
+    "backend", ["inprocess", "shm", "tcp", pytest.param("nixl", marks=[pytest.mark.nixl, pytest.mark.slow])]
 )
 def test_three_hundred_cycles_leave_nothing_behind(backend: str, tmp_path: Path) -> None:
     soak(backend, tmp_path, warm=100, cycles=300)
 
 
 @pytest.mark.bench
-@pytest.mark.parametrize("backend", ["inprocess", "tcp", pytest.param("nixl", marks=pytest.mark.nixl)])
+@pytest.mark.parametrize("backend", ["inprocess", "shm", "tcp", pytest.param("nixl", marks=pytest.mark.nixl)])
 def test_two_thousand_cycles_leave_nothing_behind(backend: str, tmp_path: Path) -> None:
     soak(backend, tmp_path, warm=200, cycles=2000)
 

@@ -62,6 +62,13 @@ def test_bytes_of_a_block() -> None:
     assert len({raw.fingerprint, bf16.fingerprint, int8.fingerprint}) == 3
     for layout in (raw, bf16, int8):
         assert sum(layout.parts) == layout.block_nbytes
+    # Where keys and values are not exact, the checkpoint need not be either: readers wait for the first part.
+    dtypes = [
+        layout.views(torch.zeros(layout.block_nbytes, dtype=torch.uint8)).checkpoint.dtype
+        for layout in (raw, bf16, int8)
+    ]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert raw.block_nbytes - raw.window_nbytes > 1.9 * (int8.block_nbytes - int8.window_nbytes)
 
 
 def test_the_model_s_own_format_loses_nothing() -> None:

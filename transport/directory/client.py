@@ -57,13 +57,15 @@ class DirectoryClient:
         """See KVDirectory."""
         return self._read("lookup", keys, lambda part: (wire.pack_keys(part), near), wire.unpack_located)
 
-    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:
+    def lease(
+        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float, copies: int = 1
+    ) -> Answers[Lease]:
         """See KVDirectory."""
         return self._read(
             "lease",
             keys,
-            lambda part: (wire.pack_keys(part), holder, float(ttl_s)),
-            lambda result, part: wire.unpack_leases(result, part, holder),
+            lambda part: (wire.pack_keys(part), holder, float(ttl_s), copies),
+            lambda result, part: wire.unpack_shared(result, part, holder),
         )
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:

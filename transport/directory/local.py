@@ -79,10 +79,12 @@ class LocalDirectory:
         with self._lock:
             return Answers(self._table.lookup(keys, self._clock(), near=near))
 
-    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:
+    def lease(
+        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float, copies: int = 1
+    ) -> Answers[Lease]:
         """See KVDirectory."""
         with self._lock:
-            return Answers(self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s))
+            return Answers(self._table.lease(keys, self._clock(), holder=holder, ttl_s=ttl_s, copies=copies))
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:
         """See KVDirectory."""

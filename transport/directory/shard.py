@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PAGE: Final = 1_000
 """Rows of one page of an operator's call; a larger limit is cut to it."""
+MAX_COPIES: Final = 4
+"""Owners' copies of one segment that one lease names at most."""
 
 
 def resident_bytes() -> int:
@@ -122,11 +124,16 @@ class Shard:
         reader = None if near is None else WorkerId(wire.expect(near, str))
         return wire.pack_located(self._table.lookup(wanted, self._clock(), near=reader), wanted)
 
-    def _lease(self, keys: Any, holder: Any, ttl_s: Any) -> Any:
+    def _lease(self, keys: Any, holder: Any, ttl_s: Any, copies: Any = 1) -> Any:
         wanted = wire.unpack_keys(keys)
-        reader = WorkerId(wire.expect(holder, str))
-        granted = self._table.lease(wanted, self._clock(), holder=reader, ttl_s=_seconds(ttl_s))
-        return wire.pack_leases(granted, wanted)
+        granted = self._table.lease(
+            wanted,
+            self._clock(),
+            holder=WorkerId(wire.expect(holder, str)),
+            ttl_s=_seconds(ttl_s),
+            copies=min(wire.expect(copies, int), MAX_COPIES),
+        )
+        return wire.pack_shared(granted, wanted)
 
     def _renew(self, leases: Any, ttl_s: Any) -> Any:
         ids = [LeaseId(wire.expect(x, str)) for x in wire.array(leases)]

@@ -180,10 +180,11 @@ class Table:
         return {key: self._shown(copy) for key, copy in found.items() if copy is not None}
 
     def lease(
-        self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float
+        self, keys: Iterable[SegmentKey], now: float, *, holder: WorkerId, ttl_s: float, copies: int = 1
     ) -> dict[SegmentKey, Lease]:
         """Lease the best complete copy of each key, as `lookup` finds it, never a spilled one; absent keys
-        are omitted, and so is what exceeds the holder's limit."""
+        are omitted, and so is what exceeds the holder's limit. copies: lease so many copies of the best one's
+        variant; but one that the holder has itself needs no other."""
         self.tick(now)
         node = self._node(holder)
         ttl_s = min(ttl_s, self._max_lease_s)
@@ -197,9 +198,32 @@ class Table:
             if lease_id is None:
                 continue
             self._touch(copy, now)
-            token = self._token(copy, holder, now, ttl_s)
-            out[key] = Lease(lease_id, self._located(copy), holder, ttl_s, token=token)
+            others: list[Lease] = []
+            for twin in self._twins(copy, holder, node)[: copies - 1]:
+                twin_id = self._leases.grant(twin, holder, life, now, ttl_s)
+                if twin_id is not None:
+                    self._touch(twin, now)
+                    others.append(self._lease_of(twin, twin_id, holder, now, ttl_s))
+            lease = self._lease_of(copy, lease_id, holder, now, ttl_s)
+            out[key] = replace(lease, others=tuple(others)) if others else lease
         return out
+
+    def _twins(self, copy: _Copy, holder: WorkerId, node: NodeId | None) -> list[_Copy]:
+        """Other owners' copies of the same variant, which can be read beside it; best first."""
+        copies = self._segments[copy.segment.key]
+        if len(copies) == 1 or copy.worker == holder:
+            return []
+        variant = copy.segment.variant
+        twins = [
+            c
+            for c in copies
+            if c is not copy
+            and c.worker != holder
+            and c.segment.variant == variant
+            and c.segment.complete
+            and not c.segment.spilled
+        ]
+        return sorted(twins, key=lambda c: self._rank(c, holder, node))
 
     def renew(self, leases: Iterable[LeaseId], now: float, *, ttl_s: float) -> dict[LeaseId, bool]:
         """Extend live leases to `now + ttl_s`; never shortens one."""
@@ -208,13 +232,13 @@ class Table:
         return {lease_id: self._leases.renew(lease_id, now + ttl_s) for lease_id in leases}
 
     def release(self, leases: Iterable[LeaseId], now: float, *, read: bool = False) -> None:
-        """Unpin. Unknown leases are ignored. read: the holders have the bytes; each counts as one read."""
+        """Unpin. Unknown leases are ignored. read: the holders have the bytes; each counts as one read, of
+        every copy of that variant, whichever the bytes came from."""
         self.tick(now)
         for lease_id in leases:
             copy = self._leases.copy_of(lease_id) if read else None
             if copy is not None:
-                copy.reads += 1
-                self._note_consumed(copy)
+                self._count_read(copy)
             self._leases.end(lease_id)
 
     # -- eviction --------------------------------------------------------------------------------------
@@ -388,6 +412,12 @@ class Table:
             self._remove(copy)
         del self._owners[worker]
 
+    def _count_read(self, read: _Copy) -> None:
+        for copy in self._segments[read.segment.key]:
+            if copy.segment.variant == read.segment.variant:
+                copy.reads += 1
+                self._note_consumed(copy)
+
     def _note_consumed(self, copy: _Copy) -> None:
         consumed, copy_id = self._owners[copy.worker].consumed, (copy.segment.key, copy.segment.variant)
         if copy.consumed:
@@ -449,6 +479,10 @@ class Table:
 
     def _shown(self, copy: _Copy) -> Located:
         return Located(copy.segment, self._owners[copy.worker].shown)
+
+    def _lease_of(self, copy: _Copy, lease_id: LeaseId, holder: WorkerId, now: float, ttl_s: float) -> Lease:
+        token = self._token(copy, holder, now, ttl_s)
+        return Lease(lease_id, self._located(copy), holder, ttl_s, token=token)
 
     def _token(self, copy: _Copy, holder: WorkerId, now: float, ttl_s: float) -> bytes:
         granter = self._owners[copy.worker].granter

@@ -341,6 +341,27 @@ def unpack_leases(value: Any, keys: Sequence[SegmentKey], holder: Any) -> dict[S
     }
 
 
+def pack_shared(granted: Mapping[SegmentKey, Lease], keys: Sequence[SegmentKey]) -> list[Any]:
+    """Leases and their `others`: one `pack_leases` for the first copies, one for the second ones, and so on.
+    Most segments have no second one."""
+    rounds = [pack_leases(granted, keys)]
+    for at in range(max((len(lease.others) for lease in granted.values()), default=0)):
+        rounds.append(pack_leases({k: x.others[at] for k, x in granted.items() if at < len(x.others)}, keys))
+    return rounds
+
+
+def unpack_shared(value: Any, keys: Sequence[SegmentKey], holder: Any) -> dict[SegmentKey, Lease]:
+    """Raises MalformedMessage."""
+    rounds = [unpack_leases(x, keys, holder) for x in array(value)]
+    if not rounds:
+        raise MalformedMessage("a directory reply has no leases")
+    others = {key: tuple(more[key] for more in rounds[1:] if key in more) for key in rounds[0]}
+    return {
+        key: dataclasses.replace(lease, others=others[key]) if others[key] else lease
+        for key, lease in rounds[0].items()
+    }
+
+
 def pack_page(page: Page) -> list[Any]:
     rows = [LISTED.pack(x) for x in page.rows]
     return [pack_keys([x.key for x in page.rows]), rows, None if page.after is None else list(page.after)]

@@ -1,0 +1,379 @@
+"""Backend between workers of one host: the reader copies straight out of the owner's memory.
+
+The owner's arena is a sealed memfd (`memory`), of which its server hands a read-only descriptor to readers of
+the same kernel and user (`shm_server`). From then on the owner takes no part: a leased block is one `pread`
+into the reader's own arena, verified there like any other.
+
+An owner that stops, or dies in the middle of a pull, does not end it: its memory outlives it for as long as
+a reader holds the descriptor, nobody can write there any more, and generation and checksum say what the bytes
+are worth. Its death is told by the connection, at once: then no new pull begins (PEER_GONE), and the memory
+is given back when the last one under way has ended.
+
+This module does not know what a lease is worth, nor what the payload means.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import msgpack
+
+from transport.arena import HEADER_NBYTES, Arena
+from transport.backend import Backend
+from transport.errors import TransportError
+from transport.host import Host, probe, this_host
+from transport.memory import is_sealed
+from transport.pulling import Landed, ReadFailed, Reading, check_headers, plan_steps, time_out
+from transport.shm_server import (
+    ACCEPTED,
+    ANSWER,
+    BUSY,
+    HELLO,
+    MAGIC,
+    SCHEMA,
+    WRONG_LIFE,
+    WRONG_TOKEN,
+    ShmServer,
+    abstract,
+    peer_uid,
+)
+from transport.types import BlockId, Lease, Outcome, Owner
+
+__all__ = ["Address", "ShmTransport", "probe"]
+
+logger = logging.getLogger(__name__)
+
+STEP_BYTES: Final = 256 << 10
+"""Copied at once, and verified while still in the processor's cache."""
+MAX_PEERS: Final = 64
+"""Owners whose memory is kept open; the least recently used is closed first."""
+_SHUT: Final = "this worker's shm transport is closed."
+_REFUSALS: Final = {
+    WRONG_TOKEN: (Outcome.PEER_GONE, "wrong token"),
+    WRONG_LIFE: (Outcome.STALE, "another life of this worker"),
+    BUSY: (Outcome.PEER_GONE, "too many readers"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an arena is.
+
+    Attributes:
+        host: the owner's.
+        name: of its server's socket, new in every life; token: what to present there.
+        stride: bytes of a block with header; blocks: their number.
+    """
+
+    host: Host
+    name: str
+    token: bytes
+    stride: int
+    blocks: int
+
+    def pack(self) -> bytes:
+        """As msgpack."""
+        host = (self.host.boot, self.host.network, self.host.uid)
+        fields = (SCHEMA, *host, self.name, self.token, self.stride, self.blocks)
+        return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Address:
+        """Raises ReadFailed(NO_ROUTE) for bytes that are not such an address."""
+        try:
+            fields = msgpack.unpackb(
+                data, raw=False, use_list=False, max_bin_len=64, max_str_len=256, max_ext_len=0
+            )
+        except (ValueError, RecursionError, msgpack.UnpackException) as fault:
+            raise ReadFailed(Outcome.NO_ROUTE, f"unreadable shm address: {fault}") from fault
+        types = (int, str, str, int, str, bytes, int, int)
+        if not isinstance(fields, tuple) or [type(f) for f in fields] != list(types) or fields[0] != SCHEMA:
+            raise ReadFailed(Outcome.NO_ROUTE, f"this is no shm address of schema {SCHEMA}.")
+        _, boot, network, uid, name, token, stride, blocks = fields
+        if len(token) != 16 or not name:
+            raise ReadFailed(Outcome.NO_ROUTE, "a shm address needs a name and a token of 16 bytes.")
+        return cls(Host(boot, network, uid), name, token, stride, blocks)
+
+
+class ShmTransport(Backend):
+    """Reads the memory of workers on the same host; lets them read its own.
+
+    Args:
+        connect_timeout_s: deadline for a peer's answer, the first time.
+
+    Raises:
+        TransportError: this system has nothing of the kind.
+    """
+
+    name = "shm"
+
+    def __init__(self, connect_timeout_s: float = 3.0) -> None:
+        usable, why = probe()
+        if not usable:
+            raise TransportError(f"shm: {why}. Set transport.backend: auto.")
+        self._connect_timeout_s = connect_timeout_s
+        self._server: ShmServer | None = None
+        self._peers: Peers | None = None
+        self._packed = b""
+
+    def _start(self, arena: Arena) -> None:
+        """Start the server. Raises TransportError: the arena does not lie in shared memory."""
+        fd = arena.shared_fd()
+        if fd is None:
+            raise TransportError(
+                f"shm: an arena on {arena.device} in memory of its own cannot be shared. It needs the CPU, "
+                "and transport.shared_memory: true."
+            )
+        self._server = ShmServer(arena, fd)
+        self._peers = Peers(self._server, self._connect_timeout_s)
+        self._packed = Address(
+            this_host(), self._server.name, self._server.token, arena.stride, arena.num_blocks
+        ).pack()
+
+    def _address(self) -> bytes:
+        """See `Address`."""
+        return self._packed
+
+    def out_of_reach(self, owner: Owner) -> str:
+        """See `Backend.out_of_reach`."""
+        try:
+            return Address.unpack(owner.addresses[self.name]).host.apart(this_host())
+        except (KeyError, ReadFailed):
+            return ""  # the pull says what is wrong
+
+    def stats(self) -> dict[str, int]:
+        """peers: owners whose memory is open here."""
+        return {"peers": 0 if self._peers is None else len(self._peers)}
+
+    def close(self) -> None:
+        """Stop the server and give the peers' memory back; pulls in flight give it back when they leave."""
+        if self._server is not None and self._peers is not None:
+            self._peers.shut()
+            self._server.close()
+            self._peers.close()
+
+    def read(self, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
+        """Copy without verifying: see `transport.pulling.Read`."""
+        arena, raw = self._ends(lease)
+        address, owner = Address.unpack(raw), lease.located.owner
+        if apart := address.host.apart(this_host()):
+            raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker} is on {apart}.")
+        if address.stride != arena.stride:
+            raise ReadFailed(Outcome.LAYOUT_MISMATCH, f"strides {address.stride} and {arena.stride} differ.")
+        if any(not 0 <= r.block < address.blocks for r in lease.located.segment.blocks):
+            raise ReadFailed(Outcome.STALE, f"{owner.worker} has no such block.")
+        if self._peers is None:
+            raise TransportError("shm: read before register()")
+        try:
+            with self._peers.attached(address, owner, deadline) as peer:
+                yield from _copy(arena, peer.fd, lease, into, deadline)
+        except TimeoutError as fault:
+            # Nobody but this thread writes into the destination: no late writes.
+            raise time_out(arena, into, f"{owner.worker}: not within the deadline ({fault}).") from fault
+        except OSError as fault:
+            raise ReadFailed(Outcome.PEER_GONE, f"{owner.worker}: {fault}.") from fault
+
+
+def _copy(arena: Arena, fd: int, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
+    """Raises TimeoutError: the deadline passed; OSError: the memory cannot be read."""
+    refs = lease.located.segment.blocks
+    steps = plan_steps(arena, len(into), STEP_BYTES, len(into) or 1)
+    for step in steps:
+        start, stop = arena.part_range(step.part)
+        for at in range(step.first, step.stop):
+            if time.monotonic() >= deadline:
+                raise TimeoutError("the copy")
+            _read_at(arena, fd, refs[at].block, into[at], start, stop)
+        if step.part and step is steps[-1]:  # the header came with part 0: is it still the leased block?
+            for at, ref in enumerate(refs):
+                _read_at(arena, fd, ref.block, into[at], 0, HEADER_NBYTES)
+            check_headers(arena, lease, into)
+        yield Landed(*step)
+
+
+def _read_at(arena: Arena, fd: int, source: BlockId, target: BlockId, start: int, stop: int) -> None:
+    view = arena.landing(target, start, stop)
+    if os.preadv(fd, [view], source * arena.stride + start) != stop - start:
+        raise OSError("its memory ends too early")
+    arena.landed(target, view, start)
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """An owner's memory, open here.
+
+    Attributes:
+        fd: read-only descriptor.
+        sock: connection to its server.
+        users: pulls that read it now; `gone`: nobody may begin to.
+    """
+
+    name: str
+    fd: int
+    sock: socket.socket
+    users: int = 0
+    gone: bool = False
+    closed: bool = False
+
+
+class Peers:
+    """The owners whose memory is open here.
+
+        attached --its end is heard, or it is the least recently used--> gone --last pull leaves--> closed
+
+    Args:
+        connect_timeout_s: longest wait for an owner's answer.
+    """
+
+    def __init__(self, server: ShmServer, connect_timeout_s: float) -> None:
+        self._server = server
+        self._connect_timeout_s = connect_timeout_s
+        self._lock = threading.Lock()
+        self._peers: OrderedDict[str, Peer] = OrderedDict()
+        self._open: set[Peer] = set()
+        self._shut = False
+
+    def __len__(self) -> int:
+        """Descriptors held."""
+        return len(self._open)
+
+    @contextmanager
+    def attached(self, address: Address, owner: Owner, deadline: float) -> Iterator[Peer]:
+        """The owner's memory, for as long as the block lasts.
+
+        Raises:
+            ReadFailed: the owner refused.
+            TimeoutError: it did not answer before the time.monotonic() deadline.
+            OSError: it cannot be reached.
+        """
+        peer = self._enter(address.name) or self._add(self._attach(address, owner, deadline))
+        try:
+            yield peer
+        finally:
+            with self._lock:
+                peer.users -= 1
+                self._close_if_unused(peer)
+
+    def shut(self) -> None:
+        """Let nobody in any more."""
+        with self._lock:
+            self._shut = True
+            for peer in list(self._peers.values()):
+                self._dismiss(peer)
+
+    def close(self) -> None:
+        """After `shut`, when the server's thread has ended: close what is not in use."""
+        with self._lock:
+            peers = list(self._open)
+        for peer in peers:
+            self._lost(peer)
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _enter(self, name: str) -> Peer | None:
+        with self._lock:
+            if self._shut:
+                raise ReadFailed(Outcome.NO_ROUTE, _SHUT)
+            peer = self._peers.get(name)
+            if peer is not None:
+                peer.users += 1
+                self._peers.move_to_end(name)
+            return peer
+
+    def _add(self, peer: Peer) -> Peer:
+        """The new one, or the one that another pull has attached meanwhile."""
+        known = self._enter_or_insert(peer)
+        if known is peer:
+            self._server.watch(peer.sock, lambda: self._lost(peer))
+        else:
+            peer.sock.close()
+            os.close(peer.fd)
+        if known is None:
+            raise ReadFailed(Outcome.NO_ROUTE, _SHUT)
+        return known
+
+    def _enter_or_insert(self, peer: Peer) -> Peer | None:
+        with self._lock:
+            if self._shut:
+                return None
+            known = self._peers.setdefault(peer.name, peer)
+            known.users += 1
+            self._open.add(known)
+            idle = [p for p in self._peers.values() if not p.users]
+            for other in idle[: max(0, len(self._peers) - MAX_PEERS)]:
+                self._dismiss(other)
+            return known
+
+    def _attach(self, address: Address, owner: Owner, deadline: float) -> Peer:
+        limit = time.monotonic() + self._connect_timeout_s
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            try:
+                sock.settimeout(max(min(limit, deadline) - time.monotonic(), 1e-3))
+                sock.connect(abstract(address.name))
+                if peer_uid(sock) != os.geteuid():
+                    raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker}: its socket is of another user.")
+                sock.sendall(HELLO.pack(MAGIC, SCHEMA, owner.incarnation, address.token))
+                answer, fds, _, _ = socket.recv_fds(sock, ANSWER.size + 1, 1, socket.MSG_CMSG_CLOEXEC)
+            except TimeoutError as fault:
+                if time.monotonic() >= deadline:
+                    raise
+                raise ConnectionError(f"no answer within {self._connect_timeout_s:g} s") from fault
+            try:
+                _judge(answer, fds, address, owner)
+            except ReadFailed:
+                for fd in fds:
+                    os.close(fd)
+                raise
+            sock.setblocking(False)
+            return Peer(address.name, fds[0], socket.socket(fileno=sock.detach()))
+
+    def _dismiss(self, peer: Peer) -> None:
+        """Let nobody enter; the server's thread hears the end of the connection and closes the rest. The
+        caller holds the lock."""
+        self._peers.pop(peer.name, None)
+        peer.gone = True
+        try:
+            peer.sock.shutdown(socket.SHUT_RDWR)
+        except OSError as fault:  # the owner was faster
+            logger.debug("shm: shutdown: %s", fault)
+
+    def _lost(self, peer: Peer) -> None:
+        """The connection has ended."""
+        with self._lock:
+            if self._peers.get(peer.name) is peer:
+                del self._peers[peer.name]
+            peer.gone = True
+            peer.sock.close()
+            self._close_if_unused(peer)
+
+    def _close_if_unused(self, peer: Peer) -> None:
+        if peer.gone and not peer.users and not peer.closed and peer.sock.fileno() < 0:
+            peer.closed = True
+            self._open.discard(peer)
+            os.close(peer.fd)
+
+
+def _judge(answer: bytes, fds: Sequence[int], address: Address, owner: Owner) -> None:
+    """Raises ReadFailed: the owner refused, or what it handed over is not its arena."""
+    if len(answer) != ANSWER.size:
+        raise ReadFailed(Outcome.PEER_GONE, f"{owner.worker} closed the connection.")
+    magic, status, incarnation, nbytes = ANSWER.unpack(answer)
+    if magic != MAGIC:
+        raise ReadFailed(Outcome.PEER_GONE, f"{owner.worker}: this is not a relay_cluster peer.")
+    if status != ACCEPTED:
+        outcome, why = _REFUSALS.get(status, (Outcome.PEER_GONE, "malformed request"))
+        raise ReadFailed(outcome, f"{owner.worker} refused: {why}.")
+    needed = address.blocks * address.stride
+    if incarnation != owner.incarnation or len(fds) != 1 or nbytes < needed:
+        raise ReadFailed(Outcome.STALE, f"{owner.worker} handed over something else.")
+    if not is_sealed(fds[0]) or os.fstat(fds[0]).st_size < needed:
+        raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker}: its memory is not sealed.")
