@@ -109,8 +109,8 @@ class LocalOwner:
         block_nbytes: int,
         parts: Sequence[int] = (),
         incarnation: int = 7,
-        host: str = "127.0.0.1",
         name: str = "owner",
+        host: str = "127.0.0.1",
     ) -> None:
         self.arena = Arena(budget, block_nbytes, incarnation=incarnation, parts=parts)
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
