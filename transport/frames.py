@@ -143,14 +143,15 @@ class Asking:
 
     def __init__(self, lease: Lease, arena: Arena) -> None:
         segment, owner = lease.located.segment, lease.located.owner
-        if len(segment.blocks) > MAX_LEASED:
+        self._first = lease.first
+        if len(lease.leased) > MAX_LEASED:
             raise ReadFailed(
                 Outcome.NO_ROUTE,
-                f"{len(segment.blocks)} blocks are too many for one request, which names {MAX_LEASED} at "
+                f"{len(lease.leased)} blocks are too many for one request, which names {MAX_LEASED} at "
                 "most. Raise transport.block_tokens.",
             )
         try:
-            leased = pack_blocks(segment.blocks)
+            leased = pack_blocks(lease.leased)
         except ValueError as fault:
             raise ReadFailed(Outcome.STALE, f"{owner.worker} has no such block: {fault}.") from fault
         self._of_lease: dict[str, Any] = {
@@ -164,11 +165,12 @@ class Asking:
         }
 
     def encode(self, blocks: tuple[int, int], start: int, stop: int, **more: int) -> bytes:
-        """A READ frame for bytes [start, stop) of the leased blocks [blocks[0], blocks[1]).
+        """A READ frame for bytes [start, stop) of blocks [blocks[0], blocks[1]) that the lease shows.
 
         `more`: fields that a backend needs besides.
         """
-        body = {**self._of_lease, "first": blocks[0], "last": blocks[1], "start": start, "stop": stop, **more}
+        first, last = (self._first + at for at in blocks)
+        body = {**self._of_lease, "first": first, "last": last, "start": start, "stop": stop, **more}
         return encode(KIND_READ, body)
 
 
