@@ -17,6 +17,7 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -43,6 +44,14 @@ class Access:
 
     mode: Mode
     warning: str = ""
+
+
+def users_home() -> Path:
+    """Home of this user; the root folder for one who has none, as in some containers."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.sep)
 
 
 def ensure_token(environment: Mapping[str, str], home: Path) -> None:
@@ -104,10 +113,10 @@ def use(access: Access) -> None:
     """Have Ray in this process, and in what it starts, do as decided. Ray has read its variables when it was
     imported, and would not look again."""
     os.environ[MODE_ENV] = access.mode
-    # As Ray itself does where it turns its authentication on; a module in C, without stubs.
-    from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
-
-    Config.initialize("")
+    # As Ray itself does where it turns its authentication on.
+    config: Any = getattr(import_module("ray._raylet"), "Config", None)
+    if config is not None:
+        config.initialize("")
 
 
 def start_options(settings: RaySettings) -> dict[str, Any]:

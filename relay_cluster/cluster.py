@@ -31,7 +31,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from relay_cluster.access import decide, ensure_token, start_options, use, warn_of
+from relay_cluster.access import decide, ensure_token, start_options, use, users_home, warn_of
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
@@ -189,9 +189,9 @@ class Cluster:
 
     def _init_ray(self) -> None:
         settings = self.config.ray
-        access = decide(settings, os.environ, Path.home())
+        access = decide(settings, os.environ, users_home())
         if access.mode == "token" and settings.address is None:
-            ensure_token(os.environ, Path.home())
+            ensure_token(os.environ, users_home())
         # Set explicitly: token authentication turns itself on where a token file lies about.
         use(access)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

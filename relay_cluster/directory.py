@@ -10,12 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
-from relay_cluster.access import decide, use
+from relay_cluster.access import decide, use, users_home
 from relay_cluster.config import RaySettings
 from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shard, find_names, shard_name
@@ -46,7 +45,7 @@ def attached(settings: RaySettings, prefix: str | None = None) -> Iterator[Attac
         DirectoryUnavailable: its shards do not answer.
     """
     here = replace(settings, address=settings.address or "auto")
-    use(decide(here, os.environ, Path.home()))
+    use(decide(here, os.environ, users_home()))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     joined = not ray.is_initialized()
     if joined:

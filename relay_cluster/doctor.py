@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from relay_cluster.access import decide, read_by_others, token_source
+from relay_cluster.access import decide, read_by_others, token_source, users_home
 from relay_cluster.config import RaySettings
 from relay_cluster.report import MachineReport
 from transport import host
@@ -109,7 +109,7 @@ def diagnose(ray: RaySettings | None = None) -> Diagnosis:
         torch,
         _package("transformers", "transformers", needed=True),
         _package("ray", "ray", needed=True),
-        ray_access(ray or RaySettings(), os.environ, Path.home()),
+        ray_access(ray or RaySettings(), os.environ, users_home()),
         nixl,
         _ucx_transports(),
         _rdma_devices(),

@@ -122,7 +122,8 @@ class KVDirectory(Protocol):
         ...
 
     def renew(self, leases: Sequence[Lease], *, ttl_s: float) -> dict[str, bool]:
-        """Lease id -> still held."""
+        """Lease id -> still held. The blocks stay for longer; the lease's token ends when it was to end, so
+        who wants to read for longer leases again. (Nothing in the product renews.)"""
         ...
 
     def release(self, leases: Sequence[Lease], *, read: bool = False) -> None:

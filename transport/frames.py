@@ -143,16 +143,15 @@ class Asking:
 
     def __init__(self, lease: Lease, arena: Arena) -> None:
         segment, owner = lease.located.segment, lease.located.owner
-        blocks = lease.whole or segment.blocks
         self._first = lease.first
-        if len(blocks) > MAX_LEASED:
+        if len(lease.leased) > MAX_LEASED:
             raise ReadFailed(
                 Outcome.NO_ROUTE,
-                f"{len(blocks)} blocks are too many for one request, which names {MAX_LEASED} at "
+                f"{len(lease.leased)} blocks are too many for one request, which names {MAX_LEASED} at "
                 "most. Raise transport.block_tokens.",
             )
         try:
-            leased = pack_blocks(blocks)
+            leased = pack_blocks(lease.leased)
         except ValueError as fault:
             raise ReadFailed(Outcome.STALE, f"{owner.worker} has no such block: {fault}.") from fault
         self._of_lease: dict[str, Any] = {
@@ -166,7 +165,7 @@ class Asking:
         }
 
     def encode(self, blocks: tuple[int, int], start: int, stop: int, **more: int) -> bytes:
-        """A READ frame for bytes [start, stop) of the segment's blocks [blocks[0], blocks[1]).
+        """A READ frame for bytes [start, stop) of blocks [blocks[0], blocks[1]) that the lease shows.
 
         `more`: fields that a backend needs besides.
         """

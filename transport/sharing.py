@@ -27,7 +27,7 @@ import numpy as np
 from transport.arena import HEADER_NBYTES, Arena
 from transport.errors import ArenaFull
 from transport.pulling import OnPart, ReadFailed, time_out
-from transport.types import BlockId, Lease, Located, Outcome, Segment, Transfer
+from transport.types import BlockId, Lease, Outcome, Segment, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -282,15 +282,7 @@ class SharedPull:
     def _begin(self, share: _Share, source: int, landing: list[BlockId]) -> None:
         """The caller holds `_changed`."""
         lease = self._leases[source]
-        segment = lease.located.segment
-        part = replace(segment, blocks=segment.blocks[share.first : share.stop])
-        own = replace(
-            lease,
-            located=Located(part, lease.located.owner),
-            others=(),
-            whole=segment.blocks,
-            first=share.first,
-        )
+        own = lease.part(share.first, share.stop)
         attempt = _Attempt(share, own, source, landing, time.monotonic())
         share.attempts.append(attempt)
         name = f"relay-share-{lease.located.owner.worker}"

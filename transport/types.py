@@ -6,7 +6,8 @@ msgpack frame. This module does not know what the bytes of a block mean, nor wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NewType
 
@@ -147,8 +148,9 @@ class Lease:
         token: proof for the owner, see `transport.tokens`; empty where the directory does not know its key.
         others: leases of the same holder on other owners' copies of the same variant, which may give parts
             of it (`transport/sharing.py`). Each is released by its own id.
-        whole, first: the blocks for which the token was made, where the segment here is only a run of them,
-            and the index of the run's first one; () where it is all of them.
+        whole: every block that was leased, where `located` shows only some of them: see `part`. The token is
+            for all of them.
+        first: index in `whole` of the first block that is shown.
     """
 
     id: LeaseId
@@ -157,8 +159,19 @@ class Lease:
     ttl_s: float
     token: bytes = field(default=b"", repr=False)
     others: tuple[Lease, ...] = ()
-    whole: tuple[BlockRef, ...] = ()
+    whole: Sequence[BlockRef] | None = field(default=None, repr=False)
     first: int = 0
+
+    @property
+    def leased(self) -> Sequence[BlockRef]:
+        """Every block that was leased, in order."""
+        return self.located.segment.blocks if self.whole is None else self.whole
+
+    def part(self, first: int, stop: int) -> Lease:
+        """The same lease, to pull blocks [first, stop) of those that it shows, from this owner alone."""
+        segment = self.located.segment
+        shown = Located(replace(segment, blocks=segment.blocks[first:stop]), self.located.owner)
+        return replace(self, located=shown, others=(), whole=self.leased, first=self.first + first)
 
 
 class Outcome(StrEnum):

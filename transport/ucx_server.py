@@ -78,9 +78,8 @@ class _Connection:
         self.sending: list[Any] = []
         self.sending_until = float("inf")
         self.refused = False
-        self.stranger_until = (
-            time.monotonic() + _STRANGER_TIMEOUT_S
-        )  # infinite once it has shown a good token
+        # Infinite once it has shown a good token.
+        self.stranger_until = time.monotonic() + _STRANGER_TIMEOUT_S
 
 
 class UcxServer:
@@ -159,9 +158,8 @@ class UcxServer:
         had = len(connection.sending)
         connection.sending = [sent for sent in connection.sending if not sent.completed]
         now = time.monotonic()
-        late = (
-            bool(connection.sending) and now > connection.sending_until
-        ) or now > connection.stranger_until
+        stuck = bool(connection.sending) and now > connection.sending_until
+        late = stuck or now > connection.stranger_until
         if not endpoint.alive or late or (connection.refused and not connection.sending):
             self._drop(connection)
             return True

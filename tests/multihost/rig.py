@@ -26,6 +26,8 @@ from typing import Any, Self
 
 import psutil
 
+from relay_cluster.access import Access, use
+
 ROOT = Path(__file__).parents[2]
 TOOLS = ("unshare", "nsenter", "ip", "tc", "mount")
 WORLD_ENV = "RELAY_TEST_PRIVATE_NETWORK"
@@ -290,6 +292,8 @@ class RayOnHosts:
         self._started: list[subprocess.Popen[Any]] = []
 
     def __enter__(self) -> Self:
+        # This process asks the cluster as well, and had imported Ray before `ENVIRONMENT` held.
+        use(Access("token"))
         try:
             for number in self._lan.hosts:
                 self.join(number)

@@ -1,11 +1,10 @@
 """Hostile bytes at every parser of what a network or a disk brings: typed errors, bounded memory and time.
 
-`test_tcp_frames.py` has more on frames and `test_tokens.py` on tokens, `test_directory_wire.py` on messages.
+`test_tcp_frames.py` has more on frames, `test_tokens.py` on tokens, `test_hostile_calls.py` on the directory.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import socket
 import struct
@@ -21,21 +20,20 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.transport.directory_rigs import ME, segment
+from tests.transport.directory_rigs import segment
 from tests.transport.rigs import LocalOwner, make_lease, wait_for
-from transport import frames, tcp, tcp_server, ucx, ucx_server
+from transport import frames, tcp, tcp_server, ucx, ucx_binding, ucx_server
 from transport.arena import HEADER_NBYTES, Arena
-from transport.directory import wire
-from transport.directory.catalogue import Filter
-from transport.directory.shard import Shard
 from transport.nixl_puller import Address
 from transport.pulling import ReadFailed
-from transport.settings import DirectorySettings
 from transport.spill_files import SpillDamaged, SpillFolder
 from transport.types import BlockId, BlockRef, Incarnation, Lease, Outcome, WorkerId
+from transport.ucx_binding import load_binding
+
+HAS_UCX, WHY_NOT = ucx_binding.probe()
 
 SCALARS = (
     st.none()
@@ -387,119 +385,44 @@ def test_a_frame_that_comes_byte_by_byte_is_cut_off(
         assert sent < len(frame)
 
 
-# -- the directory -----------------------------------------------------------------------------------------
-
-CALLS: dict[str, list[Any]] = {
-    "announce": [wire.pack_announcing(ME, 5)],
-    "publish": [wire.pack_announcing(ME, 5), wire.pack_segments([segment(1), segment(2)])],
-    "lookup": [wire.pack_keys([segment(1).key]), "w1"],
-    "lease": [wire.pack_keys([segment(1).key]), "w1", 5.0, 1],
-    "renew": [["a:1:1"], 5.0],
-    "release": [["a:1:1"], True],
-    "candidates": [wire.OWNER.pack(ME), 100],
-    "evict_copies": [wire.OWNER.pack(ME), wire.pack_copies([(segment(1).key, "")])],
-    "retire": [wire.OWNER.pack(ME), wire.pack_copies([(segment(1).key, "")])],
-    "retract": [wire.OWNER.pack(ME), wire.pack_segments([segment(1)])],
-    "drop_owner": ["w0", 1],
-    "page": [wire.FILTER.pack(Filter()), None, 10],
-    "wish": ["w0", wire.pack_copies([(segment(1).key, "")])],
-    "pin": [wire.FILTER.pack(Filter()), "p", 5.0, None, 10],
-    "unpin": [wire.FILTER.pack(Filter()), "p", None, 10],
-    "pin_copies": ["w0", wire.pack_copies([(segment(1).key, "")]), "p", 5.0],
-    "stats": [],
-    "settings": [],
-    "view": [],
-    "set_view": [[1, ["a"]]],
-}
-
-
-def test_every_call_of_a_shard_is_tried() -> None:
-    assert set(CALLS) == set(Shard("a", DirectorySettings())._methods)
-
-
-def _spoilt(draw: Callable[[st.SearchStrategy[Any]], Any], value: Any) -> Any:
-    """`value` with one thing in it replaced, left out or doubled, at any depth."""
-    if isinstance(value, list) and value and draw(st.integers(0, 4)):
-        at = draw(st.integers(0, len(value) - 1))
-        how = draw(st.integers(0, 5))
-        if how == 0:
-            return [*value[:at], *value[at + 1 :]]
-        if how == 1:
-            return [*value[: at + 1], *value[at:]]
-        return [*value[:at], _spoilt(draw, value[at]), *value[at + 1 :]]
-    return draw(VALUES)
-
-
-@pytest.mark.parametrize("method", list(CALLS))
-@given(data=st.data())
-@settings(max_examples=20, deadline=None)
-def test_any_call_is_answered_or_refused_and_the_shard_lives(method: str, data: st.DataObject) -> None:
-    """A right call with something spoilt in it, to a shard that holds something."""
-    shard = Shard("a", DirectorySettings())
-    shard.serve("publish", wire.pack_request(0, CALLS["publish"]))
-    try:
-        wire.unpack_reply(shard.serve(method, wire.pack(_spoilt(data.draw, [0, CALLS[method]]))))
-    except wire.MalformedMessage:
-        event("refused")
-    wire.unpack_reply(shard.serve("stats", wire.pack_request(9, [])))
-    other = replace(ME, worker=WorkerId("w9"), incarnation=Incarnation(2**62))
-    told = shard.serve("announce", wire.pack_request(9, [wire.pack_announcing(other, 5)]))
-    assert wire.unpack_reply(told).status == wire.OK
-
-
-@given(st.binary(max_size=200) | VALUES.map(lambda v: bytes(msgpack.packb(v) or b"")))
-def test_any_reply_of_a_shard_is_read_or_refused(data: bytes) -> None:
-    """What a reader makes of what a shard sends."""
-    keys = [segment(i).key for i in range(3)]
-    readers: list[Callable[[Any], Any]] = [
-        lambda r: wire.unpack_leases(r, keys, WorkerId("w")),
-        lambda r: wire.unpack_located(r, keys),
-        wire.unpack_announced,
-        wire.unpack_candidates,
-        wire.unpack_page,
-        wire.unpack_view,
-        wire.unpack_announcing,
-        lambda r: wire.unpack_segments(r, packed=False),
-        wire.SETTINGS.unpack,
+@pytest.mark.ucx
+@pytest.mark.skipif(not HAS_UCX, reason=WHY_NOT)
+def test_any_active_message_is_refused_and_the_ucx_server_lives() -> None:
+    """Random bytes, headers that lie, requests without a ticket, and a request with a token of nobody."""
+    side = LocalOwner("ucx", 64 * 4096, 1000)
+    arena = Arena(64 * 4096, 1000)
+    reader = ucx.UcxTransport()
+    reader.register(arena)
+    draw = random.Random(7)
+    lease = serve_lease(side)
+    stranger = replace(lease, token=bytes(41))
+    asking = frames.Asking(stranger, side.arena)
+    binding, peer = load_binding(), ucx._parse_address(side.owner.addresses["ucx"])
+    messages = [
+        *(draw.randbytes(draw.randint(1, 300)) for _ in range(4)),
+        frames.FRAME.pack(frames.MAGIC, frames.SCHEMA, frames.KIND_READ, 0, 2**32 - 1),
+        frames.encode(frames.KIND_READ, {"ticket": 1}),
+        asking.encode((0, 1), 0, 64),
+        asking.encode((0, 1), 0, 64, ticket=5),
     ]
     try:
-        result = wire.unpack(data)
-    except wire.MalformedMessage:
-        return
-    for read in readers:
-        try:
-            read(result)
-        except wire.MalformedMessage:
-            continue
-    try:
-        wire.unpack_reply(data)
-    except wire.MalformedMessage:
-        return
-
-
-@pytest.mark.parametrize("seconds", [math.nan, -1.0, -math.inf])
-def test_a_lease_cannot_be_made_to_last_for_ever(seconds: float) -> None:
-    """A time to live that is no number never compares as over, and would hold up every expiry behind it."""
-    now = [0.0]
-    shard = Shard("a", DirectorySettings(max_lease_s=60.0), clock=lambda: now[0])
-    shard.serve("publish", wire.pack_request(0, CALLS["publish"]))
-    keys = CALLS["lease"][0]
-    for method, arguments in (
-        ("lease", [keys, "w1", seconds, 1]),
-        ("renew", [["a:1:1"], seconds]),
-        ("pin", [wire.FILTER.pack(Filter()), "p", seconds, None, 10]),
-        ("pin_copies", ["w0", wire.pack_copies([(segment(1).key, "")]), "p", seconds]),
-    ):
-        with pytest.raises(wire.MalformedMessage, match="seconds"):
-            shard.serve(method, wire.pack_request(0, arguments))
-    shard.serve("lease", wire.pack_request(0, [keys, "w1", math.inf, 1]))
-    assert wire.unpack_reply(shard.serve("stats", wire.pack_request(0, []))).result["leases"] == 1
-    now[0] = 9.9  # before the owner is dropped for its silence
-    shard.serve("announce", wire.pack_request(0, CALLS["announce"]))
-    for at in range(10, 70, 5):
-        now[0] = float(at)
-        shard.serve("announce", wire.pack_request(0, CALLS["announce"]))
-    assert wire.unpack_reply(shard.serve("stats", wire.pack_request(0, []))).result["leases"] == 0
+        for message in messages:
+            connection = ucx._Connection(binding, peer.host, peer.port, loopback=True)
+            try:
+                connection.ask(message, 5, None, 1, 0)
+                with pytest.raises((ReadFailed, ConnectionError, binding.api.UCXError)) as refused:
+                    connection.finish(time.monotonic() + 10)
+                if message is messages[-1]:
+                    assert isinstance(refused.value, ReadFailed)
+                    assert refused.value.outcome is Outcome.REFUSED
+            finally:
+                connection.close()
+            into = arena.allocate(1)
+            assert reader.pull(lease, into, timeout_s=10).outcome is Outcome.PULLED
+            arena.free(into)
+    finally:
+        reader.close()
+        side.close()
 
 
 # -- spill files -------------------------------------------------------------------------------------------

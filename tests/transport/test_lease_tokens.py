@@ -13,7 +13,7 @@ import pytest
 
 from tests.transport.conformance import Reader
 from tests.transport.directory_rigs import SETTINGS, Rig
-from tests.transport.rigs import LocalOwner, make_lease, wait_for
+from tests.transport.rigs import LocalOwner, content, make_lease, wait_for
 from transport import ucx_binding
 from transport.directory import wire
 from transport.directory.catalogue import Filter
@@ -72,7 +72,9 @@ def test_a_lease_of_the_directory_opens_its_blocks(side: LocalOwner, reader: Rea
     for directory in (LocalDirectory(), Rig().client):
         directory.announce(side.owner)
         directory.publish(side.owner, [segment(side.publish(3, seed=1))])
-        assert pull(reader, leased(directory)) is Outcome.PULLED
+        lease, found = leased(directory), directory.lookup([key("x")])[key("x")]
+        assert (lease.located.owner.pull_key, found.owner.pull_key) == (None, None)
+        assert pull(reader, lease) is Outcome.PULLED
 
 
 def test_what_is_found_cannot_be_read_without_a_lease(side: LocalOwner, reader: Reader) -> None:
@@ -98,6 +100,26 @@ def test_a_token_opens_no_other_segment(side: LocalOwner, reader: Reader) -> Non
         assert pull(reader, forged) is Outcome.REFUSED, blocks
     assert pull(reader, replace(lease, holder=WorkerId("thief"))) is Outcome.REFUSED
     assert pull(reader, lease) is Outcome.PULLED
+
+
+def test_a_part_of_a_lease_is_read_with_its_token(side: LocalOwner, reader: Reader) -> None:
+    """As when several owners give parts of one segment; a part of a part as well."""
+    directory = Rig().client
+    refs = side.publish(5, seed=1)
+    directory.announce(side.owner)
+    directory.publish(side.owner, [segment(refs)])
+    lease = leased(directory)
+    assert lease.part(0, 5).located == lease.located
+    for part, wanted in ((lease.part(1, 3), refs[1:3]), (lease.part(1, 5).part(2, 4), refs[3:5])):
+        assert list(part.located.segment.blocks) == wanted
+        into = reader.arena.allocate(2)
+        assert reader.transport.pull(part, into, timeout_s=10).outcome is Outcome.PULLED
+        for at, block in enumerate(into):
+            expected = content(BLOCK, seed=1 + refs.index(wanted[at]))
+            assert (reader.arena.payload(block).numpy() == expected).all()
+        reader.arena.free(into)
+    stolen = replace(lease.part(1, 3), first=2)
+    assert pull(reader, stolen) is Outcome.STALE, "the reader sees that these are not the blocks it names"
 
 
 def test_a_tenant_reads_nothing_of_another(side: LocalOwner, reader: Reader) -> None:

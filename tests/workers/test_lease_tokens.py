@@ -18,8 +18,10 @@ class Spoiling(LocalDirectory):
 
     spoilt: frozenset[str] = frozenset()
 
-    def lease(self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float) -> Answers[Lease]:
-        granted = super().lease(keys, holder=holder, ttl_s=ttl_s)
+    def lease(
+        self, keys: Sequence[SegmentKey], *, holder: WorkerId, ttl_s: float, copies: int = 1
+    ) -> Answers[Lease]:
+        granted = super().lease(keys, holder=holder, ttl_s=ttl_s, copies=copies)
         return Answers(
             {
                 k: replace(x, token=bytes(41)) if k.digest.decode() in self.spoilt else x

@@ -88,7 +88,7 @@ class Shard:
             "view": self._view,
             "set_view": self._set_view,
         }
-        self._arity = {name: len(inspect.signature(call).parameters) for name, call in self._methods.items()}
+        self._arity = {name: _arity(call) for name, call in self._methods.items()}
         self._resident_at_start = resident_bytes()
 
     def serve(self, method: str, request: bytes) -> bytes:
@@ -216,6 +216,12 @@ class Shard:
         if told.epoch > self.view.epoch:
             self.view = told
         return wire.pack_view(self.view)
+
+
+def _arity(call: Callable[..., Any]) -> int:
+    """How many arguments a call takes. Ray adds a keyword of its own to the methods of an actor."""
+    parameters = inspect.signature(call).parameters.values()
+    return sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
 def _seconds(value: Any) -> float:
