@@ -258,9 +258,14 @@ class Arena:
             PULLED, STALE (freed, reused or made by another life of the owner), CORRUPT (no header) or
             LAYOUT_MISMATCH (blocks of another size or in other parts).
         """
-        magic, index, generation, incarnation, nbytes, parts = self._read_header(block)
+        header = bytes(self.outgoing(block, 0, HEADER_NBYTES))
         with self._lock:
             self._write_header(block)
+        return self.judge_header(header, ref, owner_incarnation)
+
+    def judge_header(self, header: bytes, ref: BlockRef, owner_incarnation: int) -> Outcome:
+        """Judge the first HEADER_NBYTES of a block, wherever they are: see `verify_header`."""
+        magic, index, generation, incarnation, nbytes, parts = _HEADER.unpack(header)
         if not self.fits(ref):
             return Outcome.LAYOUT_MISMATCH
         if magic != _MAGIC:
@@ -370,9 +375,6 @@ class Arena:
             return
         host = torch.frombuffer(bytearray(_HEADER.pack(*fields)), dtype=torch.uint8)
         self._buffer[start : start + HEADER_NBYTES].copy_(host)
-
-    def _read_header(self, block: BlockId) -> tuple[bytes, int, int, int, int, int]:
-        return _HEADER.unpack(self.outgoing(block, 0, HEADER_NBYTES))
 
     def _checksum(self, block: BlockId, part: int) -> int:
         start, stop = self._ranges[part]
