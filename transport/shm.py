@@ -23,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Final
 
 import msgpack
@@ -89,6 +89,7 @@ class Address:
         return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
 
     @classmethod
+    @lru_cache(maxsize=256)  # every pull asks
     def unpack(cls, data: bytes) -> Address:
         """Raises ReadFailed(NO_ROUTE) for bytes that are not such an address."""
         try:
