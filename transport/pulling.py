@@ -195,19 +195,19 @@ def landed_parts(
 
     ready = 0
     fetchable: list[Landed] = []
-    for landed in reading:
-        if landed.fetch is None:
-            settle(landed)
-        else:
-            fetchable.append(landed)
-        if landed.stop == len(into):
-            try:
+    try:
+        for landed in reading:
+            if landed.fetch is None:
+                settle(landed)
+            else:
+                fetchable.append(landed)
+            if landed.stop == len(into):
                 together(partial(settle, one) for one in fetchable)
-            except TimeoutError as fault:
-                raise time_out(arena, into, f"{lease.located.owner.worker}: {fault}") from fault
-            fetchable.clear()
-            yield landed.part
-            ready += 1
+                fetchable.clear()
+                yield landed.part
+                ready += 1
+    except TimeoutError as fault:  # of a `fetch`: nothing runs any more that could write
+        raise time_out(arena, into, f"{lease.located.owner.worker}: {fault}") from fault
     if into and ready != len(arena.parts):
         raise RuntimeError(f"a backend read {ready} parts of {len(arena.parts)} and said that it was done")
 
