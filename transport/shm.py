@@ -48,13 +48,13 @@ from transport.shm_server import (
     abstract,
     peer_uid,
 )
-from transport.types import BlockId, Lease, Outcome, Owner
+from transport.types import BlockId, BlockRef, Lease, Outcome, Owner
 
 __all__ = ["Address", "ShmTransport", "probe"]
 
 logger = logging.getLogger(__name__)
 
-STEP_BYTES: Final = 256 << 10
+STEP_BYTES: Final = 512 << 10
 """Copied at once, and verified while still in the processor's cache."""
 MAX_PEERS: Final = 64
 """Owners whose memory is kept open; the least recently used is closed first."""
@@ -194,25 +194,35 @@ def _fetch(
     """Copy one step.
 
     Args:
-        memory: [bytes] of the owner's arena.
+        memory: [blocks, stride] of the owner's arena.
 
     Raises:
         TimeoutError: the time.monotonic() deadline has passed.
         ReadFailed: a block is not the leased one any more.
     """
     refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
-    start, stop = arena.part_range(step.part)
-    for at in range(step.first, step.stop):
+    columns = slice(*arena.part_range(step.part))
+    for first, stop in _runs(refs, into, step):
         if time.monotonic() >= deadline:
             raise TimeoutError("the copy did not end within the deadline.")
-        base = refs[at].block * arena.stride
-        view = arena.landing(into[at], start, stop)
-        # numpy lets other threads run while it copies
-        np.copyto(np.frombuffer(view, dtype=np.uint8), memory[base + start : base + stop])
-        arena.landed(into[at], view, start)
-        if step.part:  # the header came with part 0: is it still the leased block?
-            header = memory[base : base + HEADER_NBYTES].tobytes()
-            expect_pulled(arena.judge_header(header, refs[at], incarnation), refs[at], lease)
+        source, target, n = refs[first].block, into[first], stop - first
+        # One call for many blocks: numpy lets other threads run until it has copied them all.
+        np.copyto(arena.rows[target : target + n, columns], memory[source : source + n, columns])
+    if step.part and step.part + 1 == len(arena.parts):
+        # The header came with part 0: is it still the leased block?
+        for ref in refs[step.first : step.stop]:
+            header = memory[ref.block, :HEADER_NBYTES].tobytes()
+            expect_pulled(arena.judge_header(header, ref, incarnation), ref, lease)
+
+
+def _runs(refs: Sequence[BlockRef], into: Sequence[BlockId], step: Landed) -> Iterator[tuple[int, int]]:
+    """[first, stop) of blocks that follow one another on both sides."""
+    first = step.first
+    for at in range(step.first + 1, step.stop):
+        if refs[at].block - refs[at - 1].block != 1 or into[at] - into[at - 1] != 1:
+            yield first, at
+            first = at
+    yield first, step.stop
 
 
 @dataclass(slots=True, eq=False)
@@ -220,7 +230,7 @@ class Peer:
     """An owner's memory, open here.
 
     Attributes:
-        memory: [bytes] of its arena, mapped read-only; unmapped when the last view is gone.
+        memory: [blocks, stride] of its arena, mapped read-only; unmapped when the last view is gone.
         sock: connection to its server.
         users: pulls that read it now; `gone`: nobody may begin to.
     """
@@ -383,4 +393,4 @@ def _accept(answer: bytes, fds: Sequence[int], address: Address, owner: Owner) -
     needed = address.blocks * address.stride
     if incarnation != owner.incarnation or len(fds) != 1 or nbytes < needed:
         raise ReadFailed(Outcome.STALE, f"{owner.worker} handed over something else.")
-    return map_readonly(fds[0], needed)
+    return map_readonly(fds[0], needed).reshape(address.blocks, address.stride)

@@ -183,7 +183,8 @@ def test_a_dropped_read_is_not_saved_by_the_next_backend(test_mode: None) -> Non
         refs = side.publish(1, seed=1)
         faults.arm(FaultSpec(kind=FaultKind.DROP))
         assert reader.outcome(side, refs) is Outcome.PEER_GONE
-        assert [e.what for e in faults.events()].count(ENDED) == 2, "nixl, then tcp"
+        common = set(reader.transport.addresses()) & set(side.owner.addresses)
+        assert [e.what for e in faults.events()].count(ENDED) == len(common) >= 2, "one after another"
     finally:
         reader.transport.close()
         side.close()
