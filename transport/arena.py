@@ -147,9 +147,6 @@ class Arena:
         self._buffer = _private(self.nbytes, self.device) if self._shared is None else _tensor(self._shared)
         # A flat byte view of CPU memory: sockets read and write it without a copy.
         self._view = _bytes_of(self._buffer) if self._is_cpu else None
-        self._rows = (
-            None if self._view is None else np.frombuffer(self._view, np.uint8).reshape(-1, self.stride)
-        )
         self.faults: Faults | None = None  # only ever set in test mode
         self._lock = threading.Lock()
         self._state = bytearray(self.num_blocks)
@@ -293,11 +290,10 @@ class Arena:
         """Raw address of block 0's header."""
         return self._buffer.data_ptr()
 
-    @property
     def rows(self) -> np.ndarray:
         """[blocks, stride] of CPU memory, headers included."""
-        assert self._rows is not None, "an arena on a device has no rows"
-        return self._rows
+        assert self._view is not None, "an arena on a device has no rows"
+        return np.frombuffer(self._view, dtype=np.uint8).reshape(-1, self.stride)
 
     def shared_fd(self) -> int | None:
         """Read-only descriptor of the whole buffer, open for as long as the arena is; None where it is not

@@ -201,13 +201,13 @@ def _fetch(
         ReadFailed: a block is not the leased one any more.
     """
     refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
-    columns = slice(*arena.part_range(step.part))
+    rows, columns = arena.rows(), slice(*arena.part_range(step.part))
     for first, stop in _runs(refs, into, step):
         if time.monotonic() >= deadline:
             raise TimeoutError("the copy did not end within the deadline.")
         source, target, n = refs[first].block, into[first], stop - first
         # One call for many blocks: numpy lets other threads run until it has copied them all.
-        np.copyto(arena.rows[target : target + n, columns], memory[source : source + n, columns])
+        np.copyto(rows[target : target + n, columns], memory[source : source + n, columns])
     if step.part and step.part + 1 == len(arena.parts):
         # The header came with part 0: is it still the leased block?
         for ref in refs[step.first : step.stop]:
