@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -13,9 +15,9 @@ from tests.multihost.far import FarOwner
 from tests.multihost.rig import Lan
 from tests.transport.conformance import BLOCK, BUDGET, Reader, RemoteConformance
 from tests.transport.conformance_parts import PartsConformance
-from tests.transport.rigs import OwnerSide, wait_for
+from tests.transport.rigs import OwnerSide, content, make_lease, wait_for
 from transport.auto import available_backends
-from transport.types import BlockId, Outcome
+from transport.types import BlockId, LeaseId, Outcome
 
 BIG = 1 << 20
 PARTS = (BIG // 4, BIG // 4, BIG // 2)
@@ -129,6 +131,39 @@ class TestFaults:
         while len(outcomes) < TRIES and Outcome.PULLED not in outcomes:
             outcomes.append(reader.outcome(side, refs, timeout_s=TIMEOUT_S))
         return outcomes
+
+    def test_two_owners_one_of_which_is_slow_or_out_of_reach(
+        self, lan: Lan, backend: str, reader: Reader
+    ) -> None:
+        """The good one gives its half and then the other one's as well, long before the deadline."""
+        blocks = 8
+        sides = [FarOwner(lan.hosts[n], backend, 20 << 20, BIG, {}, PARTS, f"host{n}") for n in (2, 3)]
+        try:
+            leases = [make_lease(side.owner, side.publish(blocks, seed=1)) for side in sides]
+            both = replace(leases[0], others=(replace(leases[1], id=LeaseId("l2")),))
+            for fault in ("", "slow", "cut"):
+                if fault == "slow":
+                    lan.slow_sender(3, "4mbit")  # half of the blocks take 8 s
+                elif fault == "cut":
+                    lan.cut(3)
+                into = reader.arena.allocate(blocks)
+                transfer = reader.transport.pull(both, into, timeout_s=TIMEOUT_S * 2, on_part=None)
+                assert transfer.outcome is Outcome.PULLED
+                for at, block in enumerate(into):
+                    assert bytes(reader.arena.payload(block).numpy()) == content(BIG, 1 + at).tobytes()
+                reader.arena.free(into)
+                given = Counter({s.source: s.nbytes for s in transfer.shares})
+                assert sum(s.nbytes for s in transfer.shares) == blocks * BIG
+                if fault == "":
+                    assert min(given.values()) > 0
+                elif fault == "cut":
+                    moved = reader.transport.stats()["moved"]
+                    assert [s.nbytes for s in transfer.shares if s.source == "host3"] == [0]
+                    assert moved >= 2, "once for the slow one, once for the lost one"
+        finally:
+            lan.restore()
+            for side in sides:
+                side.close()
 
     def test_a_host_without_a_cable_costs_the_deadline_and_no_more(
         self, lan: Lan, backend: str, reader: Reader
