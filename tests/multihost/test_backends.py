@@ -143,11 +143,11 @@ class TestFaults:
             both = replace(leases[0], others=(replace(leases[1], id=LeaseId("l2")),))
             for fault in ("", "slow", "cut"):
                 if fault == "slow":
-                    lan.slow_sender(3, "4mbit")  # half of the blocks take 8 s
+                    lan.slow_sender(3, "1mbit")  # half of the blocks take 32 s
                 elif fault == "cut":
                     lan.cut(3)
                 into = reader.arena.allocate(blocks)
-                transfer = reader.transport.pull(both, into, timeout_s=TIMEOUT_S * 2, on_part=None)
+                transfer = reader.transport.pull(both, into, timeout_s=20.0, on_part=None)
                 assert transfer.outcome is Outcome.PULLED
                 for at, block in enumerate(into):
                     assert bytes(reader.arena.payload(block).numpy()) == content(BIG, 1 + at).tobytes()
