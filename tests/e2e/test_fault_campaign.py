@@ -57,7 +57,7 @@ W0, W1 = WORKERS
 SETTINGS = FaultsSettings(
     seed=5,
     backends=("auto",),
-    max_new_tokens=4,
+    max_new_tokens=6,
     lease_ttl_s=4.0,
     pull_timeout_s=3.0,
     call_timeout_s=3.0,
@@ -243,9 +243,10 @@ class Relay:
         """What the directory knows of the relay, with the owner's arena behind it."""
         keys = [p.key for p in self.upstream.published]
         assert len(keys) == 2, "the notes and the answer"
-        found = self.cluster.directory.lookup(keys).values()
-        self.owner = next(iter(found)).owner
-        return [located.segment for located in found]
+        found = self.cluster.directory.lease(keys, holder=W1, ttl_s=5.0).values()
+        self.cluster.directory.release(list(found))
+        self.owner = next(iter(found)).located.owner  # a look-up does not tell where it is reached
+        return [lease.located.segment for lease in found]
 
     def enter(self, segments: list[Segment]) -> None:
         """Let the directory name these as w0's, as after a bug or a race of its own."""
