@@ -17,7 +17,7 @@ EPILOG = examples(
     "relay bench faults --kinds owner_kill,owner_stop --trials 20",
 )
 _QUICK_TRIALS = 34
-_BACKENDS = ("auto", "nixl", "tcp")
+_BACKENDS = ("auto", "shm", "nixl", "tcp")
 
 
 @command
@@ -35,7 +35,7 @@ def faults(
     backends: Annotated[
         str,
         typer.Option(
-            "--backends", metavar="A,B,...", help="Each takes its share of the trials: auto, nixl, tcp."
+            "--backends", metavar="A,B,...", help="Each takes its share of the trials: auto, shm, nixl, tcp."
         ),
     ] = "auto,tcp",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer trials.")] = False,

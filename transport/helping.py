@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
 _POOL: Final = ThreadPoolExecutor(1, thread_name_prefix="pull-helper")
@@ -23,6 +23,13 @@ def _cores() -> int:
 
 
 _ALONE: Final = _cores() < 2
+
+
+def _submit(work: Callable[[], None]) -> Future[None] | None:
+    try:
+        return _POOL.submit(work)
+    except RuntimeError:  # the interpreter is on its way out
+        return None
 
 
 def together(jobs: Iterable[Callable[[], None]]) -> None:
@@ -49,12 +56,12 @@ def together(jobs: Iterable[Callable[[], None]]) -> None:
         work()
     else:
         try:
-            helper = _POOL.submit(work)
+            helper = _submit(work)
             try:
                 work()
             finally:  # whatever came in between: the helper must not go on behind the caller's back
                 waiting.clear()
-                if not helper.cancel():
+                if helper is not None and not helper.cancel():
                     helper.result()
         finally:
             _FREE.release()

@@ -69,3 +69,19 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
         assert row["gb_s"] == pytest.approx(row["size_bytes"] / row["seconds_p50"] / 1e9, rel=1e-3)
         assert row["ratio"] == pytest.approx(row["gb_s"] / row["baseline_gb_s"], rel=1e-3)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(not available_backends()["shm"][0], reason=available_backends()["shm"][1])
+def test_shared_memory_is_measured_beside_memcpy(tmp_path: Path) -> None:
+    out = tmp_path / "t.json"
+    options = ["--backends", "shm", "--sizes", "64KiB,2MiB", "--quick", "--json", str(out)]
+    result = CliRunner().invoke(app, ["bench", "transfer", *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert {(r["backend"], r["path"], r["baseline"]) for r in rows} == {("shm", "shm", "memcpy")}
+    assert [(r["size_bytes"], r["blocks"], r["verified"]) for r in rows] == [
+        (64 << 10, 1, True),
+        (64 << 10, 1, False),
+        (2 << 20, 2, True),
+        (2 << 20, 2, False),
+    ]
