@@ -43,8 +43,6 @@ logger = logging.getLogger(__name__)
 STEP_BYTES: Final = 4 << 20
 """Bytes of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
 lock; steps let the deadline and other pulls have their turn."""
-DEPTH: Final = 8
-"""Transfers in flight: over tcp 2 MiB in all reach half the rate of a raw socket, 32 MiB nearly all of it."""
 STEP_BLOCKS: Final = 1024
 """Descriptors of one posted transfer."""
 FAREWELL_S: Final = 30.0
@@ -179,7 +177,7 @@ class NixlTransport:
             for step in steps:
                 part = slice(step.first, step.stop)
                 posts.start(step, refs[part], into[part], arena.part_range(step.part))
-                while posts.waiting and (len(posts.waiting) == DEPTH or posts.first_is_done()):
+                while posts.waiting and (posts.full or posts.first_is_done()):
                     if step is steps[-1] and len(posts.waiting) == 1:
                         break  # the very last one
                     yield posts.finish()
