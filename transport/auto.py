@@ -245,6 +245,7 @@ class AutoTransport:
                 shared = SharedPull(
                     self._arena,
                     self._pull_one,
+                    lambda owner: self.chosen(owner)[0] or "none",
                     leases,
                     into,
                     deadline=start + timeout_s,

@@ -18,7 +18,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -27,7 +27,7 @@ import numpy as np
 from transport.arena import HEADER_NBYTES, Arena
 from transport.errors import ArenaFull
 from transport.pulling import OnPart, ReadFailed, time_out
-from transport.types import BlockId, Lease, Outcome, Segment, Transfer
+from transport.types import BlockId, Lease, Outcome, Owner, Segment, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +76,13 @@ class _Share:
 
 @dataclass(slots=True)
 class _Attempt:
-    """lease: of these blocks alone; source: index of the owner; nbytes: that have been used; transfer: how
-    it ended."""
+    """lease: of these blocks alone; source: index of the owner; backend: over which it is asked; nbytes: that
+    have been used; transfer: how it ended."""
 
     share: _Share
     lease: Lease
     source: int
+    backend: str
     landing: list[BlockId]
     began: float
     nbytes: int = 0
@@ -106,7 +107,7 @@ class SharedPull:
     """See the module. For one use.
 
     Args:
-        pull: from one owner, over whatever backend.
+        pull: from one owner, over whatever backend; chosen: the backend that it takes.
         leases: of the same bytes, best owner first.
         into: destination blocks, as for `Transport.pull`.
         deadline: time.monotonic() instant at which the pull must end; ends: at which the leases do.
@@ -123,6 +124,7 @@ class SharedPull:
         self,
         arena: Arena,
         pull: PullOne,
+        chosen: Callable[[Owner], str],
         leases: Sequence[Lease],
         into: Sequence[BlockId],
         *,
@@ -132,6 +134,7 @@ class SharedPull:
     ) -> None:
         self._arena = arena
         self._pull = pull
+        self._chosen = chosen
         self._leases = leases
         self._into = into
         self._deadline = deadline
@@ -283,7 +286,8 @@ class SharedPull:
         """The caller holds `_changed`."""
         lease = self._leases[source]
         own = lease.part(share.first, share.stop)
-        attempt = _Attempt(share, own, source, landing, time.monotonic())
+        backend = self._chosen(lease.located.owner)
+        attempt = _Attempt(share, own, source, backend, landing, time.monotonic())
         share.attempts.append(attempt)
         name = f"relay-share-{lease.located.owner.worker}"
         threading.Thread(target=self._attempt, args=(attempt,), name=name, daemon=True).start()
@@ -360,7 +364,7 @@ def _ended(attempt: _Attempt, outcome: Outcome, detail: str) -> Transfer:
     return Transfer(
         source=attempt.lease.located.owner.worker,
         destination=attempt.lease.holder,
-        backend="none",
+        backend=attempt.backend,
         nbytes=attempt.nbytes,
         blocks=len(attempt.landing),
         seconds=time.monotonic() - attempt.began,

@@ -413,7 +413,8 @@ class Fetching:
         # One reader, however many copies it had leased.
         first = {x.located.segment.key: x.id for x in reversed(leases)}
         read = [x for x in leases if (k := x.located.segment.key) in got.hits and first[k] == x.id]
-        rest = [x for x in leases if x not in read]
+        counted = {x.id for x in read}
+        rest = [x for x in leases if x.id not in counted]
         try:
             if read:
                 self._directory.release(read, read=True)

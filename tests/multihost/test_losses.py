@@ -139,10 +139,20 @@ def _shards_on(cluster: Cluster, nodes: RayOnHosts, hosts: list[str]) -> Iterato
     try:
         known = {n["NodeManagerAddress"]: n["NodeID"] for n in ray.nodes() if n["Alive"]}
         for name, host in zip(names, hosts, strict=True):
+            # Preferred, not insisted on: it is to be started elsewhere when the host is gone.
             where = NodeAffinitySchedulingStrategy(known[host], soft=True)
-            shard = create_shard(name, settings, first=names, options={"scheduling_strategy": where})
-            node = ray.get(shard.__ray_call__.remote(_node_of_this), timeout=JOIN_S)
-            assert node == host
+
+            def placed(name: str = name, host: str = host, where: Any = where) -> bool:
+                shard = create_shard(name, settings, first=names, options={"scheduling_strategy": where})
+                try:
+                    if ray.get(shard.__ray_call__.remote(_node_of_this), timeout=JOIN_S) == host:
+                        return True
+                except ray.exceptions.RayActorError:  # one that we have just ended
+                    return False
+                ray.kill(shard)  # Ray does not prefer a node that it has only just heard of
+                return False
+
+            wait_until(placed, f"{name} is on {host}", JOIN_S)
         yield
     finally:
         ray.shutdown()
