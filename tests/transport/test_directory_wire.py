@@ -144,7 +144,7 @@ def serve(method: str, *arguments: object) -> bytes:
         ("lookup", ([["s"], [[0, "x"]]], None)),  # a text is no digest
         ("lookup", ([["s"]], None)),
         ("lookup", (wire.pack_keys(KEYS), 7)),
-        ("lease", (wire.pack_keys(KEYS), "w", "5")),
+        ("lease", (wire.pack_keys(KEYS), "w", "5", 1)),
         ("renew", ([1], 5.0)),
         ("announce", ([["w0", "1", "n", {}], b"", 1],)),
         ("announce", ([["w0", 1, "n", {"tcp": "text"}], b"", 1],)),

@@ -220,7 +220,7 @@ def test_a_dropped_read_is_not_saved_by_the_next_backend(test_mode: None) -> Non
         refs = side.publish(1, seed=1)
         faults.arm(FaultSpec(kind=FaultKind.DROP))
         assert reader.outcome(side, refs) is Outcome.PEER_GONE
-        assert [e.what for e in faults.events()].count(ENDED) == 2, "nixl, then tcp"
+        assert [e.what for e in faults.events()].count(ENDED) == 3, "shm, then nixl, then tcp"
     finally:
         reader.transport.close()
         side.close()

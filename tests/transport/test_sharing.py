@@ -309,6 +309,9 @@ class TestOwnersElsewhere:
         try:
             pulled = _Pulled(reader, lease, timeout_s=6.0)
             pulled.expect_all()
+            if backend == "shm":  # its memory is read without its help
+                assert pulled.given == dict.fromkeys("ab", BLOCKS * BLOCK // 2)
+                return
             assert pulled.given == {"a": 0, "b": BLOCKS * BLOCK}
             assert pulled.transfer.seconds < 5.0, "it does not wait for the frozen one's deadline"
             told = {s.source: s for s in pulled.transfer.shares if s.outcome is not Outcome.PULLED}
