@@ -263,9 +263,14 @@ class Arena:
             PULLED, STALE (freed, reused or made by another life of the owner), CORRUPT (no header) or
             LAYOUT_MISMATCH (blocks of another size or in other parts).
         """
-        magic, index, generation, incarnation, nbytes, parts = self._read_header(block)
+        header = bytes(self.outgoing(block, 0, HEADER_NBYTES))
         with self._lock:
             self._write_header(block)
+        return self.judge_header(header, ref, owner_incarnation)
+
+    def judge_header(self, header: bytes, ref: BlockRef, owner_incarnation: int) -> Outcome:
+        """Judge the first HEADER_NBYTES of a block, wherever they are: see `verify_header`."""
+        magic, index, generation, incarnation, nbytes, parts = _HEADER.unpack(header)
         if not self.fits(ref):
             return Outcome.LAYOUT_MISMATCH
         if magic != _MAGIC:
@@ -289,6 +294,11 @@ class Arena:
     def base_address(self) -> int:
         """Raw address of block 0's header."""
         return self._buffer.data_ptr()
+
+    def rows(self) -> np.ndarray:
+        """[blocks, stride] of CPU memory, headers included."""
+        assert self._view is not None, "an arena on a device has no rows"
+        return np.frombuffer(self._view, dtype=np.uint8).reshape(-1, self.stride)
 
     def shared_fd(self) -> int | None:
         """Read-only descriptor of the whole buffer, open for as long as the arena is; None where it is not
@@ -375,9 +385,6 @@ class Arena:
             return
         host = torch.frombuffer(bytearray(_HEADER.pack(*fields)), dtype=torch.uint8)
         self._buffer[start : start + HEADER_NBYTES].copy_(host)
-
-    def _read_header(self, block: BlockId) -> tuple[bytes, int, int, int, int, int]:
-        return _HEADER.unpack(self.outgoing(block, 0, HEADER_NBYTES))
 
     def _checksum(self, block: BlockId, part: int) -> int:
         start, stop = self._ranges[part]

@@ -225,7 +225,8 @@ class Faults:
         """
         with closing(reading):
             self.before_read(arena, lease, into, deadline=deadline)
-            for landed in reading:
+            for step in reading:
+                landed = step.fetched()
                 # Parts are counted from the header on, and the last one has padding behind the payload.
                 start, stop = (max(0, at - HEADER_NBYTES) for at in arena.part_range(landed.part))
                 piece = into[landed.first : landed.stop]

@@ -11,20 +11,35 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import NamedTuple
 
 from transport.arena import Arena
+from transport.helping import together
 from transport.types import BlockId, BlockRef, Lease, Outcome, Transfer
 
 logger = logging.getLogger(__name__)
 
 
 class Landed(NamedTuple):
-    """One part of the destination blocks into[first:stop] has been read."""
+    """One part of the destination blocks into[first:stop] has been read, or can be by any thread.
+
+    Attributes:
+        fetch: reads them now; to be called once. None: they are there. Raises ReadFailed, and TimeoutError
+            after the read's deadline; nothing else writes into the destination.
+    """
 
     part: int
     first: int
     stop: int
+    fetch: Callable[[], None] | None = None
+
+    def fetched(self) -> Landed:
+        """The same, there."""
+        if self.fetch is None:
+            return self
+        self.fetch()
+        return self._replace(fetch=None)
 
 
 Reading = Generator[Landed, None, None]
@@ -82,7 +97,7 @@ def run_pull(
         if arena.faults is not None:
             reading = arena.faults.disturb(arena, lease, into, reading, deadline=start + timeout_s, ends=ends)
         with closing(reading):
-            for part in _verified(arena, lease, into, reading):
+            for part in landed_parts(arena, lease, into, reading):
                 _check_lease(lease, ends)
                 if on_part is not None:
                     on_part(part)
@@ -132,7 +147,7 @@ def check_headers(arena: Arena, lease: Lease, into: Sequence[BlockId]) -> None:
     """
     owner = lease.located.owner
     for block, ref in zip(into, lease.located.segment.blocks, strict=True):
-        _expect_pulled(arena.verify_header(block, ref, owner.incarnation), ref, lease)
+        expect_pulled(arena.verify_header(block, ref, owner.incarnation), ref, lease)
 
 
 def _check_before(arena: Arena, lease: Lease, now: float, ends: float) -> None:
@@ -161,23 +176,52 @@ def _check_lease(lease: Lease, ends: float) -> None:
         )
 
 
-def _verified(arena: Arena, lease: Lease, into: Sequence[BlockId], reading: Reading) -> Iterator[int]:
-    """Verify what lands; yields each part when all its blocks are the sealed ones."""
-    refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
+def landed_parts(
+    arena: Arena, lease: Lease, into: Sequence[BlockId], reading: Reading, *, verify: bool = True
+) -> Iterator[int]:
+    """Read, verify, and yield each part when all its blocks are the sealed ones.
+
+    Args:
+        verify: False: only read, for measuring.
+
+    Raises:
+        ReadFailed: they are not, or the read failed.
+    """
+
+    def settle(landed: Landed) -> None:
+        here = landed.fetched()
+        if verify:
+            _verify(arena, lease, into, here)
+
     ready = 0
-    for part, first, stop in reading:
-        for at in range(first, stop):
-            if part == 0:
-                _expect_pulled(arena.verify_header(into[at], refs[at], incarnation), refs[at], lease)
-            _expect_pulled(arena.verify_part(into[at], refs[at], part), refs[at], lease)
-        if stop == len(into):
-            yield part
-            ready += 1
+    fetchable: list[Landed] = []
+    try:
+        for landed in reading:
+            if landed.fetch is None:
+                settle(landed)
+            else:
+                fetchable.append(landed)
+            if landed.stop == len(into):
+                together(partial(settle, one) for one in fetchable)
+                fetchable.clear()
+                yield landed.part
+                ready += 1
+    except TimeoutError as fault:  # of a `fetch`: nothing runs any more that could write
+        raise time_out(arena, into, f"{lease.located.owner.worker}: {fault}") from fault
     if into and ready != len(arena.parts):
         raise RuntimeError(f"a backend read {ready} parts of {len(arena.parts)} and said that it was done")
 
 
-def _expect_pulled(verdict: Outcome, ref: BlockRef, lease: Lease) -> None:
+def _verify(arena: Arena, lease: Lease, into: Sequence[BlockId], landed: Landed) -> None:
+    refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
+    for at in range(landed.first, landed.stop):
+        if landed.part == 0:
+            expect_pulled(arena.verify_header(into[at], refs[at], incarnation), refs[at], lease)
+        expect_pulled(arena.verify_part(into[at], refs[at], landed.part), refs[at], lease)
+
+
+def expect_pulled(verdict: Outcome, ref: BlockRef, lease: Lease) -> None:
+    """Raises ReadFailed: the verdict on a block is another."""
     if verdict is not Outcome.PULLED:
         raise ReadFailed(
             verdict,

@@ -99,7 +99,7 @@ def same_bytes(a: Segment, b: Segment) -> bool:
 def sources(lease: Lease) -> tuple[Lease, ...]:
     """The lease and those of its `others` that are of the same bytes."""
     own = lease.located.segment
-    return (lease, *(x for x in lease.others if same_bytes(own, x.located.segment)))
+    return (lease, *(x for x in lease.others if own.blocks and same_bytes(own, x.located.segment)))
 
 
 class SharedPull:

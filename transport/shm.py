@@ -1,8 +1,8 @@
 """Backend between workers of one host: the reader copies straight out of the owner's memory.
 
 The owner's arena is a sealed memfd (`memory`), of which its server hands a read-only descriptor to readers of
-the same kernel and user (`shm_server`). From then on the owner takes no part: a leased block is one `pread`
-into the reader's own arena, verified there like any other.
+the same kernel and user (`shm_server`). From then on the owner takes no part: a leased block is one copy from
+a read-only mapping into the reader's own arena, verified there while it is still in the processor's cache.
 
 An owner that stops, or dies in the middle of a pull, does not end it: its memory outlives it for as long as
 a reader holds the descriptor, nobody can write there any more, and generation and checksum say what the bytes
@@ -23,16 +23,18 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Final
 
 import msgpack
+import numpy as np
 
 from transport.arena import HEADER_NBYTES, Arena
 from transport.backend import Backend
 from transport.errors import TransportError
 from transport.host import Host, probe, this_host
-from transport.memory import is_sealed
-from transport.pulling import Landed, ReadFailed, Reading, check_headers, plan_steps, time_out
+from transport.memory import map_readonly
+from transport.pulling import Landed, ReadFailed, Reading, expect_pulled, plan_steps, time_out
 from transport.shm_server import (
     ACCEPTED,
     ANSWER,
@@ -46,13 +48,13 @@ from transport.shm_server import (
     abstract,
     peer_uid,
 )
-from transport.types import BlockId, Lease, Outcome, Owner
+from transport.types import BlockId, BlockRef, Lease, Outcome, Owner
 
 __all__ = ["Address", "ShmTransport", "probe"]
 
 logger = logging.getLogger(__name__)
 
-STEP_BYTES: Final = 256 << 10
+STEP_BYTES: Final = 512 << 10
 """Copied at once, and verified while still in the processor's cache."""
 MAX_PEERS: Final = 64
 """Owners whose memory is kept open; the least recently used is closed first."""
@@ -87,6 +89,7 @@ class Address:
         return bytes(msgpack.packb(fields, use_bin_type=True) or b"")
 
     @classmethod
+    @lru_cache(maxsize=256)  # every pull asks
     def unpack(cls, data: bytes) -> Address:
         """Raises ReadFailed(NO_ROUTE) for bytes that are not such an address."""
         try:
@@ -175,7 +178,9 @@ class ShmTransport(Backend):
             raise TransportError("shm: read before register()")
         try:
             with self._peers.attached(address, owner, deadline) as peer:
-                yield from _copy(arena, peer.fd, lease, into, deadline)
+                for step in plan_steps(arena, len(into), STEP_BYTES, max(1, len(into))):
+                    fetch = partial(_fetch, arena, peer.memory, lease, into, step, deadline)
+                    yield step._replace(fetch=fetch)
         except TimeoutError as fault:
             # Nobody but this thread writes into the destination: no late writes.
             raise time_out(arena, into, f"{owner.worker}: not within the deadline ({fault}).") from fault
@@ -183,28 +188,41 @@ class ShmTransport(Backend):
             raise ReadFailed(Outcome.PEER_GONE, f"{owner.worker}: {fault}.") from fault
 
 
-def _copy(arena: Arena, fd: int, lease: Lease, into: Sequence[BlockId], deadline: float) -> Reading:
-    """Raises TimeoutError: the deadline passed; OSError: the memory cannot be read."""
-    refs = lease.located.segment.blocks
-    steps = plan_steps(arena, len(into), STEP_BYTES, len(into) or 1)
-    for step in steps:
-        start, stop = arena.part_range(step.part)
-        for at in range(step.first, step.stop):
-            if time.monotonic() >= deadline:
-                raise TimeoutError("the copy")
-            _read_at(arena, fd, refs[at].block, into[at], start, stop)
-        if step.part and step is steps[-1]:  # the header came with part 0: is it still the leased block?
-            for at, ref in enumerate(refs):
-                _read_at(arena, fd, ref.block, into[at], 0, HEADER_NBYTES)
-            check_headers(arena, lease, into)
-        yield Landed(*step)
+def _fetch(
+    arena: Arena, memory: np.ndarray, lease: Lease, into: Sequence[BlockId], step: Landed, deadline: float
+) -> None:
+    """Copy one step.
+
+    Args:
+        memory: [blocks, stride] of the owner's arena.
+
+    Raises:
+        TimeoutError: the time.monotonic() deadline has passed.
+        ReadFailed: a block is not the leased one any more.
+    """
+    refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
+    rows, columns = arena.rows(), slice(*arena.part_range(step.part))
+    for first, stop in _runs(refs, into, step):
+        if time.monotonic() >= deadline:
+            raise TimeoutError("the copy did not end within the deadline.")
+        source, target, n = refs[first].block, into[first], stop - first
+        # One call for many blocks: numpy lets other threads run until it has copied them all.
+        np.copyto(rows[target : target + n, columns], memory[source : source + n, columns])
+    if step.part and step.part + 1 == len(arena.parts):
+        # The header came with part 0: is it still the leased block?
+        for ref in refs[step.first : step.stop]:
+            header = memory[ref.block, :HEADER_NBYTES].tobytes()
+            expect_pulled(arena.judge_header(header, ref, incarnation), ref, lease)
 
 
-def _read_at(arena: Arena, fd: int, source: BlockId, target: BlockId, start: int, stop: int) -> None:
-    view = arena.landing(target, start, stop)
-    if os.preadv(fd, [view], source * arena.stride + start) != stop - start:
-        raise OSError("its memory ends too early")
-    arena.landed(target, view, start)
+def _runs(refs: Sequence[BlockRef], into: Sequence[BlockId], step: Landed) -> Iterator[tuple[int, int]]:
+    """[first, stop) of blocks that follow one another on both sides."""
+    first = step.first
+    for at in range(step.first + 1, step.stop):
+        if refs[at].block - refs[at - 1].block != 1 or into[at] - into[at - 1] != 1:
+            yield first, at
+            first = at
+    yield first, step.stop
 
 
 @dataclass(slots=True, eq=False)
@@ -212,17 +230,16 @@ class Peer:
     """An owner's memory, open here.
 
     Attributes:
-        fd: read-only descriptor.
+        memory: [blocks, stride] of its arena, mapped read-only; unmapped when the last view is gone.
         sock: connection to its server.
         users: pulls that read it now; `gone`: nobody may begin to.
     """
 
     name: str
-    fd: int
+    memory: np.ndarray
     sock: socket.socket
     users: int = 0
     gone: bool = False
-    closed: bool = False
 
 
 class Peers:
@@ -243,7 +260,7 @@ class Peers:
         self._shut = False
 
     def __len__(self) -> int:
-        """Descriptors held."""
+        """Those in use by a pull included."""
         return len(self._open)
 
     @contextmanager
@@ -296,7 +313,6 @@ class Peers:
             self._server.watch(peer.sock, lambda: self._lost(peer))
         else:
             peer.sock.close()
-            os.close(peer.fd)
         if known is None:
             raise ReadFailed(Outcome.NO_ROUTE, _SHUT)
         return known
@@ -328,13 +344,12 @@ class Peers:
                     raise
                 raise ConnectionError(f"no answer within {self._connect_timeout_s:g} s") from fault
             try:
-                _judge(answer, fds, address, owner)
-            except ReadFailed:
+                memory = _accept(answer, fds, address, owner)
+            finally:
                 for fd in fds:
                     os.close(fd)
-                raise
             sock.setblocking(False)
-            return Peer(address.name, fds[0], socket.socket(fileno=sock.detach()))
+            return Peer(address.name, memory, socket.socket(fileno=sock.detach()))
 
     def _dismiss(self, peer: Peer) -> None:
         """Let nobody enter; the server's thread hears the end of the connection and closes the rest. The
@@ -356,14 +371,17 @@ class Peers:
             self._close_if_unused(peer)
 
     def _close_if_unused(self, peer: Peer) -> None:
-        if peer.gone and not peer.users and not peer.closed and peer.sock.fileno() < 0:
-            peer.closed = True
+        if peer.gone and not peer.users and peer.sock.fileno() < 0:
             self._open.discard(peer)
-            os.close(peer.fd)
 
 
-def _judge(answer: bytes, fds: Sequence[int], address: Address, owner: Owner) -> None:
-    """Raises ReadFailed: the owner refused, or what it handed over is not its arena."""
+def _accept(answer: bytes, fds: Sequence[int], address: Address, owner: Owner) -> np.ndarray:
+    """Map what the owner has handed over.
+
+    Raises:
+        ReadFailed: it refused, or this is not its arena.
+        OSError: it cannot be mapped.
+    """
     if len(answer) != ANSWER.size:
         raise ReadFailed(Outcome.PEER_GONE, f"{owner.worker} closed the connection.")
     magic, status, incarnation, nbytes = ANSWER.unpack(answer)
@@ -375,5 +393,4 @@ def _judge(answer: bytes, fds: Sequence[int], address: Address, owner: Owner) ->
     needed = address.blocks * address.stride
     if incarnation != owner.incarnation or len(fds) != 1 or nbytes < needed:
         raise ReadFailed(Outcome.STALE, f"{owner.worker} handed over something else.")
-    if not is_sealed(fds[0]) or os.fstat(fds[0]).st_size < needed:
-        raise ReadFailed(Outcome.NO_ROUTE, f"{owner.worker}: its memory is not sealed.")
+    return map_readonly(fds[0], needed).reshape(address.blocks, address.stride)

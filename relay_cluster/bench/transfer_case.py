@@ -28,7 +28,8 @@ from relay_cluster.bench.transfer_owner import HOST, KEY, LEASE_S, READER, WANT,
 from relay_cluster.bench.transfer_rows import TransferRow
 from transport.arena import Arena
 from transport.auto import make_backend
-from transport.base import Transport
+from transport.backend import Backend
+from transport.pulling import landed_parts
 from transport.settings import TransportSettings
 from transport.types import (
     BlockId,
@@ -123,14 +124,15 @@ def _target(case: Case, size: int, ask: Callable[..., dict[str, Any]]) -> Iterat
     located = Located(Segment(KEY, 1, 0, refs), owner)
     lease = Lease(LeaseId("bench"), located, READER, LEASE_S, token=base64.b64decode(answer["token"]))
     try:
-        yield _Target(transport, lease, arena.allocate(blocks))
+        yield _Target(transport, arena, lease, arena.allocate(blocks))
     finally:
         transport.close()
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    transport: Transport
+    transport: Backend
+    arena: Arena
     lease: Lease
     into: list[BlockId]
 
@@ -142,8 +144,8 @@ class _Target:
 
     def read(self) -> None:
         """Only the bytes."""
-        backend: Any = self.transport  # every single backend has `transport.pulling.Read`
-        for _ in backend.read(self.lease, self.into, time.monotonic() + _PULL_TIMEOUT_S):
+        reading = self.transport.read(self.lease, self.into, time.monotonic() + _PULL_TIMEOUT_S)
+        for _ in landed_parts(self.arena, self.lease, self.into, reading, verify=False):
             pass
 
 

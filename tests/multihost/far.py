@@ -53,15 +53,15 @@ class _OwnerThere(LocalOwner):
     """A `LocalOwner` that peers reach at an address of its host."""
 
     def __init__(
-        self, backend: str, budget: int, block_nbytes: int, parts: Sequence[int], address: str
+        self, backend: str, budget: int, block_nbytes: int, parts: Sequence[int], address: str, name: str
     ) -> None:
         incarnation = Incarnation(7)
         self.arena = Arena(budget, block_nbytes, incarnation=incarnation, parts=parts)
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
-        self.transport = make_transport(settings, worker="owner", host=address)
+        self.transport = make_transport(settings, worker=name, host=address)
         self.transport.register(self.arena)
         addresses, key = self.transport.addresses(), self.arena.pull_key
-        self.owner = Owner(WorkerId("owner"), incarnation, NodeId("host2"), addresses, key)
+        self.owner = Owner(WorkerId(name), incarnation, NodeId(address), addresses, key)
 
 
 def _serve_there(conn: Connection, init: int, env: dict[str, str], args: tuple[Any, ...]) -> None:
@@ -85,9 +85,10 @@ class FarOwner(RemoteOwner):
         block_nbytes: int,
         env: dict[str, str],
         parts: Sequence[int] = (),
+        name: str = "owner",
     ) -> None:
         self._conn, theirs = _context().Pipe()
-        args = (backend, budget, block_nbytes, tuple(parts), host.address)
+        args = (backend, budget, block_nbytes, tuple(parts), host.address, name)
         self.process = _context().Process(
             target=_serve_there, args=(theirs, host.init, env, args), daemon=True
         )

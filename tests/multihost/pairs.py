@@ -54,7 +54,7 @@ def answers(result: Result) -> list[tuple[int, ...]]:
 
 def assert_recomputed(critic: AgentReport, reasons: set[str]) -> None:
     """Nothing relayed, every slot counted with its reason."""
-    assert critic.relayed_tokens == 0
+    assert critic.relayed_tokens == 0, (critic.transfers, critic.fallbacks, critic.stages)
     assert {f.slot for f in critic.fallbacks} == {"question", "solver"}
     assert {f.reason for f in critic.fallbacks} <= reasons, critic.fallbacks
     assert critic.fresh_tokens == critic.prompt_tokens

@@ -235,6 +235,8 @@ class Lan:
             self.mend(number)
             if "tbf" in self._on_switch("tc", "qdisc", "show", "dev", f"port{number}"):
                 self._on_switch("tc", "qdisc", "del", "dev", f"port{number}", "root")
+            if "tbf" in self.hosts[number].run("tc", "qdisc", "show", "dev", f"eth{number}"):
+                self.hosts[number].run("tc", "qdisc", "del", "dev", f"eth{number}", "root")
 
     def shape(self, rate: str, *, burst: str = "256kb", queue: str = "20ms") -> None:
         """Limit what every host receives to `rate` ("1gbit"), with `burst` bytes and `queue` of waiting."""
@@ -243,6 +245,13 @@ class Lan:
                 *("tc", "qdisc", "replace", "dev", f"port{number}", "root", "tbf"),
                 *("rate", rate, "burst", burst, "latency", queue),
             )
+
+    def slow_sender(self, number: int, rate: str, *, burst: str = "64kb", queue: str = "50ms") -> None:
+        """Limit what one host sends to `rate`; see `shape`."""
+        self.hosts[number].run(
+            *("tc", "qdisc", "replace", "dev", f"eth{number}", "root", "tbf"),
+            *("rate", rate, "burst", burst, "latency", queue),
+        )
 
     def received_bytes(self, number: int) -> int:
         """Bytes that a host has received so far, by the switch's count."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import ClassVar, Self
 
 import pytest
 
@@ -13,9 +15,9 @@ from tests.multihost.far import FarOwner
 from tests.multihost.rig import Lan
 from tests.transport.conformance import BLOCK, BUDGET, Reader, RemoteConformance
 from tests.transport.conformance_parts import PartsConformance
-from tests.transport.rigs import OwnerSide, wait_for
+from tests.transport.rigs import OwnerSide, content, make_lease, wait_for
 from transport.auto import available_backends
-from transport.types import BlockId, Outcome
+from transport.types import LeaseId, Outcome
 
 BIG = 1 << 20
 PARTS = (BIG // 4, BIG // 4, BIG // 2)
@@ -75,6 +77,33 @@ def reader(backend: str) -> Iterator[Reader]:
     wait_for(lambda: reader.arena.stats().quarantined == 0, "quarantined blocks are released")
 
 
+class _UnderWay:
+    """Does something once bytes have come over the wire; a context manager around what makes them come.
+    (Not with the first part: over nixl the parts of a small pull come side by side.)
+
+    Attributes:
+        done: it has been done.
+    """
+
+    def __init__(self, lan: Lan, deed: Callable[[], None], after_bytes: int = 2 << 20) -> None:
+        self._lan, self._deed, self._after_bytes = lan, deed, after_bytes
+        self._before = lan.received_bytes(1)
+        self._thread = threading.Thread(target=self._watch)
+        self.done = False
+
+    def _watch(self) -> None:
+        wait_for(lambda: self._lan.received_bytes(1) - self._before > self._after_bytes, "it is under way")
+        self._deed()
+        self.done = True
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(20)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestFaults:
     def _owner(self, lan: Lan, backend: str) -> FarOwner:
@@ -98,17 +127,11 @@ class TestFaults:
             refs = side.publish(16, seed=1)
             assert reader.outcome(side, refs) is Outcome.PULLED, "the peer is known, and the link works"
             lan.shape("40mbit")  # 16 MiB take 3.4 s
-            handed: list[int] = []
-
-            def cut_after_the_first(part: int, _: list[BlockId]) -> None:
-                handed.append(part)
-                lan.cut(2)
-
             start = time.monotonic()
-            outcome = reader.outcome(side, refs, timeout_s=TIMEOUT_S, on_part=cut_after_the_first)
-            assert outcome in ENDED
+            with _UnderWay(lan, lambda: lan.cut(2)) as cut:
+                assert reader.outcome(side, refs, timeout_s=TIMEOUT_S) in ENDED
+            assert cut.done
             assert time.monotonic() - start < TIMEOUT_S + SLACK_S
-            assert handed == [0]
             reuse = reader.arena.allocate(reader.arena.stats().free - 2)
             for block in reuse:
                 reader.arena.payload(block).numpy()[:] = 7
@@ -129,6 +152,39 @@ class TestFaults:
         while len(outcomes) < TRIES and Outcome.PULLED not in outcomes:
             outcomes.append(reader.outcome(side, refs, timeout_s=TIMEOUT_S))
         return outcomes
+
+    def test_two_owners_one_of_which_is_slow_or_out_of_reach(
+        self, lan: Lan, backend: str, reader: Reader
+    ) -> None:
+        """The good one gives its half and then the other one's as well, long before the deadline."""
+        blocks = 8
+        sides = [FarOwner(lan.hosts[n], backend, 20 << 20, BIG, {}, PARTS, f"host{n}") for n in (2, 3)]
+        try:
+            leases = [make_lease(side.owner, side.publish(blocks, seed=1)) for side in sides]
+            both = replace(leases[0], others=(replace(leases[1], id=LeaseId("l2")),))
+            for fault in ("", "slow", "cut"):
+                if fault == "slow":
+                    lan.slow_sender(3, "1mbit")  # half of the blocks take 32 s
+                elif fault == "cut":
+                    lan.cut(3)
+                into = reader.arena.allocate(blocks)
+                transfer = reader.transport.pull(both, into, timeout_s=20.0, on_part=None)
+                assert transfer.outcome is Outcome.PULLED
+                for at, block in enumerate(into):
+                    assert bytes(reader.arena.payload(block).numpy()) == content(BIG, 1 + at).tobytes()
+                reader.arena.free(into)
+                given = Counter({s.source: s.nbytes for s in transfer.shares})
+                assert sum(s.nbytes for s in transfer.shares) == blocks * BIG
+                if fault == "":
+                    assert min(given.values()) > 0
+                elif fault == "cut":
+                    moved = reader.transport.stats()["moved"]
+                    assert [s.nbytes for s in transfer.shares if s.source == "host3"] == [0]
+                    assert moved >= 2, "once for the slow one, once for the lost one"
+        finally:
+            lan.restore()
+            for side in sides:
+                side.close()
 
     def test_a_host_without_a_cable_costs_the_deadline_and_no_more(
         self, lan: Lan, backend: str, reader: Reader
@@ -151,23 +207,18 @@ class TestFaults:
         side = self._owner(lan, backend)
         refs = side.publish(16, seed=1)
         lan.shape("40mbit")
-        begun = threading.Event()
-        outcomes: list[Outcome] = []
 
-        def pull() -> None:
-            outcomes.append(reader.outcome(side, refs, timeout_s=TIMEOUT_S, on_part=lambda *_: begun.set()))
-
-        puller = threading.Thread(target=pull)
-        puller.start()
-        try:
-            assert begun.wait(TIMEOUT_S)
+        def power_off() -> None:
             lan.cut(2)
             side.kill()
-            puller.join(TIMEOUT_S + SLACK_S)
-            assert not puller.is_alive()
-            assert outcomes[0] in ENDED
+
+        try:
+            start = time.monotonic()
+            with _UnderWay(lan, power_off) as off:
+                assert reader.outcome(side, refs, timeout_s=TIMEOUT_S) in ENDED
+            assert off.done
+            assert time.monotonic() - start < TIMEOUT_S + SLACK_S
         finally:
-            puller.join(20)
             lan.restore()
             side.close()
         other = self._owner(lan, backend)

@@ -13,7 +13,7 @@ from tests.transport.rigs import wait_for
 from transport.directory.fleet import ShardFailed
 from transport.directory.local import LocalDirectory
 from transport.errors import DirectoryUnavailable, WorkerLost
-from transport.types import Incarnation, NodeId, Owner, Segment
+from transport.types import Incarnation, NodeId, Owner, Segment, WorkerId
 
 
 @pytest.fixture
@@ -45,6 +45,24 @@ def test_every_operation_crosses_shards(rig: Rig) -> None:
     assert c.lookup(KEYS) == {}
     with pytest.raises(WorkerLost, match="End this process"):
         c.publish(ME, ALL[:1])
+
+
+def test_a_lease_names_other_owners_copies(rig: Rig) -> None:
+    other = Owner(W1, Incarnation(1), NodeId("n1"))
+    rig.client.publish(ME, ALL)
+    rig.client.publish(other, ALL[:20])
+    leases = rig.client.lease(KEYS, holder=WorkerId("w2"), ttl_s=5, copies=2)
+    shared = {k: x for k, x in leases.items() if x.others}
+    assert shared.keys() == set(KEYS[:20])
+    for key, lease in shared.items():
+        (twin,) = lease.others
+        assert {lease.located.owner.worker, twin.located.owner.worker} == {W0, W1}
+        assert (twin.located.segment.key, twin.holder, twin.ttl_s) == (key, "w2", lease.ttl_s)
+    every = [each for x in leases.values() for each in (x, *x.others)]
+    assert len({x.id for x in every}) == rig.client.stats()["leases"] == 60
+    assert all(rig.client.renew(every, ttl_s=5).values())
+    rig.client.release(every)
+    assert rig.client.stats()["leases"] == 0
 
 
 def test_one_call_per_shard(rig: Rig) -> None:

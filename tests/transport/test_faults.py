@@ -112,43 +112,6 @@ def test_a_delayed_read_still_arrives(ends: tuple[LocalOwner, Reader, Faults]) -
     assert bytes(reader.arena.payload(into[0]).numpy()) == content(BLOCK, 1).tobytes()
 
 
-@pytest.fixture(params=["inprocess", "tcp"])
-def in_parts(request: pytest.FixtureRequest, test_mode: None) -> Iterator[tuple[LocalOwner, Reader, Faults]]:
-    """Like `ends`, with blocks in two parts."""
-    parts = (BLOCK // 2, BLOCK - BLOCK // 2)
-    side = LocalOwner(request.param, BUDGET, BLOCK, parts)
-    reader = Reader(request.param, BUDGET, BLOCK, parts)
-    reader.arena.faults = faults = Faults()
-    yield side, reader, faults
-    reader.transport.close()
-    side.close()
-    assert (reader.arena.stats().quarantined, reader.arena.stats().used) == (0, 0)
-
-
-def test_a_link_that_goes_down_in_the_middle_costs_the_deadline(
-    in_parts: tuple[LocalOwner, Reader, Faults],
-) -> None:
-    side, reader, faults = in_parts
-    refs = side.publish(2, seed=1)
-    faults.arm(FaultSpec(kind=FaultKind.LINK_DOWN))
-    handed: list[int] = []
-    outcome = reader.outcome(side, refs, timeout_s=0.2, on_part=lambda part, _: handed.append(part))
-    assert (outcome, handed) == (Outcome.TIMED_OUT, [0])
-    assert [e.what for e in faults.events()] == ["read", "link_down", "ended"]
-    assert reader.outcome(side, refs) is Outcome.PULLED
-
-
-def test_a_link_that_comes_back_in_time_costs_only_time(in_parts: tuple[LocalOwner, Reader, Faults]) -> None:
-    side, reader, faults = in_parts
-    refs = side.publish(1, seed=1)
-    faults.arm(FaultSpec(kind=FaultKind.LINK_UP, delay_ms=50))
-    transfer, into = reader.pull(side, refs)
-    assert transfer.outcome is Outcome.PULLED
-    assert transfer.seconds >= 0.05
-    assert bytes(reader.arena.payload(into[0]).numpy()) == content(BLOCK, 1).tobytes()
-    reader.arena.free(into)
-
-
 def test_a_read_that_is_delayed_beyond_its_deadline_times_out(
     ends: tuple[LocalOwner, Reader, Faults],
 ) -> None:
@@ -220,7 +183,8 @@ def test_a_dropped_read_is_not_saved_by_the_next_backend(test_mode: None) -> Non
         refs = side.publish(1, seed=1)
         faults.arm(FaultSpec(kind=FaultKind.DROP))
         assert reader.outcome(side, refs) is Outcome.PEER_GONE
-        assert [e.what for e in faults.events()].count(ENDED) == 3, "shm, then nixl, then tcp"
+        common = set(reader.transport.addresses()) & set(side.owner.addresses)
+        assert [e.what for e in faults.events()].count(ENDED) == len(common) >= 2, "one after another"
     finally:
         reader.transport.close()
         side.close()

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from transport import shm
 from transport.arena import Arena
 from transport.auto import make_transport
 from transport.errors import TransportError
+from transport.faults import Faults
 from transport.host import Host, this_host
 from transport.pulling import ReadFailed
 from transport.settings import TransportSettings
@@ -298,3 +300,26 @@ def test_a_system_without_memfd_has_ordinary_arenas(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(TransportError, match="darwin has no memfd"):
         shm.ShmTransport()
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_a_copy_keeps_its_deadline(side: LocalOwner, monkeypatch: pytest.MonkeyPatch, injected: bool) -> None:
+    """The deadline passes between two blocks: the rest is not copied, and the blocks are free again."""
+    reader = Reader("shm")
+    if injected:  # faults come between the copy and its verification
+        reader.arena.faults = Faults()
+    try:
+        refs = side.publish(50, seed=1)
+        verify = reader.arena.verify_part
+
+        def slow(*args: Any) -> Outcome:
+            time.sleep(0.02)
+            return verify(*args)
+
+        assert reader.outcome(side, refs) is Outcome.PULLED, "attached"
+        monkeypatch.setattr(reader.arena, "verify_part", slow)
+        assert reader.outcome(side, refs, timeout_s=0.2) is Outcome.TIMED_OUT
+        stats = reader.arena.stats()
+        assert (stats.used, stats.quarantined) == (0, 0)
+    finally:
+        reader.transport.close()

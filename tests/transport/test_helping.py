@@ -1,0 +1,79 @@
+"""Work shared with a helper thread: all of it is done, once, and none of it behind the caller's back."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from functools import partial
+
+import pytest
+
+from transport import helping
+from transport.helping import together
+
+two_cores = pytest.mark.skipif(helping._ALONE, reason="one core: there is no helper")
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 500])
+def test_every_job_is_done_once(n: int) -> None:
+    done: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def job(i: int) -> None:
+        with lock:
+            done[i] += 1
+
+    together(partial(job, i) for i in range(n))
+    assert done == Counter(range(n))
+
+
+@two_cores
+def test_two_jobs_can_meet() -> None:
+    """Which they could not, were they not done at the same time."""
+    meeting = threading.Barrier(2)
+    together([lambda: meeting.wait(10) and None] * 2)
+    assert not meeting.broken
+
+
+@two_cores
+def test_a_second_caller_does_not_wait_for_the_helper() -> None:
+    """Its jobs are done in its own thread while the helper is busy with another pull."""
+    inside, leave = threading.Barrier(3), threading.Event()
+
+    def stay() -> None:
+        inside.wait(10)
+        leave.wait(10)
+
+    first = threading.Thread(target=together, args=([stay, stay],))
+    first.start()
+    inside.wait(10)
+    where: list[int] = []
+    together([lambda: where.append(threading.get_ident())] * 5)
+    leave.set()
+    first.join(10)
+    assert where == [threading.get_ident()] * 5
+
+
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_a_fault_comes_out_when_nothing_runs_any_more(at: int) -> None:
+    running: list[int] = []
+    begun: list[int] = []
+
+    def job(i: int) -> None:
+        begun.append(i)
+        running.append(i)
+        time.sleep(0.002)
+        running.remove(i)
+        if i == at:
+            raise KeyError(i)
+
+    with pytest.raises(KeyError, match=str(at)):
+        together(partial(job, i) for i in range(200))
+    assert running == []
+    assert len(begun) < 200, "what had not begun is left out"
+    count = len(begun)
+    time.sleep(0.02)
+    assert len(begun) == count
+    together([lambda: begun.clear()] * 2)  # and the helper is free again
+    assert begun == []
