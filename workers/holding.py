@@ -120,7 +120,10 @@ class Holding:
                 return self._expect(held, consumers)
             blocks = self._room_to_publish(self._layout.blocks_for(num_tokens))
             try:
-                fill([self._layout.views(self._arena.payload(b)) for b in blocks])
+                payloads = [self._arena.payload(b) for b in blocks]
+                for payload in payloads:
+                    self._layout.clear_gaps(payload)
+                fill([self._layout.views(payload) for payload in payloads])
                 segment = Segment(
                     key=key,
                     num_tokens=num_tokens,

@@ -119,6 +119,22 @@ class KVLayout:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
+    @cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Byte ranges of a block before its layers that align what follows them; mostly none."""
+        ends = (self.block_tokens * 4, self._checkpoint_start + self._checkpoint_nbytes)
+        ranges = zip(ends, (self._checkpoint_start, self._kv_start), strict=True)
+        return tuple((end, start) for end, start in ranges if end < start)
+
+    def clear_gaps(self, payload: torch.Tensor) -> None:
+        """Zeros wherever `views` does not reach: what the block held before may have been another tenant's,
+        and travels with the rest."""
+        for start, stop in self.gaps:
+            payload[start:stop] = 0
+        if self.layer_bytes.nbytes < self._layer_stride:
+            window = payload[self._kv_start : self.block_nbytes].view(self.num_layers, self._layer_stride)
+            window[:, self.layer_bytes.nbytes :] = 0
+
     def views(self, payload: torch.Tensor) -> BlockViews:
         """Windows into `payload`, a uint8 tensor of `block_nbytes` bytes, aligned to 64."""
         start = self._checkpoint_start

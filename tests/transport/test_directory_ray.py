@@ -54,8 +54,9 @@ def test_operations_over_ray(shards: dict[str, Any]) -> None:
     assert find_shards(SETTINGS).keys() == shards.keys()
     client = DirectoryClient(list(shards), SETTINGS)
     client.publish(ME, ALL)
-    assert client.lookup(KEYS)[KEYS[0]].owner == ME
+    assert client.lookup(KEYS)[KEYS[0]].owner == replace(ME, addresses={}), "where is told with a lease"
     leases = client.lease(KEYS[:5], holder=WorkerId("w1"), ttl_s=30)
+    assert leases[KEYS[0]].located.owner == ME
     assert all(client.renew(list(leases.values()), ttl_s=30).values())
     assert len(client.evict(ME, nbytes=10**9)) == 15
     client.release(list(leases.values()))

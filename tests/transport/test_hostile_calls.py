@@ -9,6 +9,7 @@ from typing import Any
 
 import msgpack
 import pytest
+import ray
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
@@ -62,6 +63,16 @@ def test_the_calls_that_are_spoilt_are_right_ones(method: str) -> None:
     reply = wire.unpack_reply(shard.serve(method, wire.pack_request(0, CALLS[method])))
     assert reply.status == wire.OK
     assert set(CALLS) == set(shard._methods)
+
+
+def test_a_shard_takes_the_same_calls_as_an_actor() -> None:
+    """Ray adds a keyword to the methods of an actor's class, which is no argument of a call."""
+    actor: Any = ray.remote(Shard)
+    changed = actor.__ray_metadata__.modified_class
+    assert changed is not Shard
+    for method, arguments in CALLS.items():
+        shard = changed("a", DirectorySettings())
+        assert wire.unpack_reply(shard.serve(method, wire.pack_request(0, arguments))).status == wire.OK
 
 
 def _spoilt(draw: Callable[[st.SearchStrategy[Any]], Any], value: Any) -> Any:
