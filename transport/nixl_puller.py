@@ -34,6 +34,8 @@ _LEAST_STEP_BYTES: Final = 256 << 10
 _STEP_S: Final = 4e-3
 _MOST_WINDOW_BYTES: Final = 32 << 20
 _LEAST_WINDOW_STEPS: Final = 2
+_FIRST_STEP_BYTES: Final = 1 << 20
+_FIRST_WINDOW_BYTES: Final = 4 << 20
 _WINDOW_S: Final = 16e-3
 _TELLING_BYTES: Final = 1 << 20  # of a pull that says something about the rate
 
@@ -123,14 +125,14 @@ class Pace:
         """Of one posted transfer. A post over shared memory blocks for its whole copy, holding the agent's
         lock; steps let the deadline and other pulls have their turn."""
         if not self.bytes_per_s:
-            return _MOST_STEP_BYTES
+            return _FIRST_STEP_BYTES
         return int(min(max(self.bytes_per_s * _STEP_S, _LEAST_STEP_BYTES), _MOST_STEP_BYTES))
 
     @property
     def window_bytes(self) -> int:
         """In flight at a time. More than the rate times the round trip, so that it can always grow."""
         if not self.bytes_per_s:
-            return _MOST_WINDOW_BYTES
+            return _FIRST_WINDOW_BYTES
         wanted = self.bytes_per_s * (_WINDOW_S + 2 * self.round_trip_s)
         return int(min(max(wanted, _LEAST_WINDOW_STEPS * self.step_bytes), _MOST_WINDOW_BYTES))
 
