@@ -26,6 +26,7 @@ from relay_cluster import (
     cli_faults,
     cli_link,
     cli_profile,
+    cli_serve,
     cli_transfer,
     console,
 )
@@ -71,6 +72,7 @@ bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_dire
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
+app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 cli_directory.add_to(app)
 
 

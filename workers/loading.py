@@ -224,7 +224,9 @@ class Loading:
         limit = min(leading, len(turn.prompt.token_ids) - 1)
         if turn.request.prefix_limit is not None:
             limit = min(limit, turn.request.prefix_limit)
-        return self._prefixes.load(turn.prompt.token_ids, turn.cache, limit=max(0, limit))
+        return self._prefixes.load(
+            turn.prompt.token_ids, turn.cache, limit=max(0, limit), tenant=turn.request.tenant
+        )
 
     def _count_fallbacks(self, turn: Turn) -> None:
         for fallback in fallbacks(turn):

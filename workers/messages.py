@@ -7,10 +7,33 @@ No tensor is ever part of a message. Durations are in seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from transport.types import NodeId, SegmentKey, Transfer, WorkerId
-from workers.segment import SlotValue
+from workers.segment import Message, SlotValue
 from workers.settings import SamplingSettings
+
+
+class TokenScore(NamedTuple):
+    """A token that might come next: its text alone, and the natural logarithm of its probability."""
+
+    text: str
+    logprob: float
+
+
+class Token(NamedTuple):
+    """A token of an answer while it is made.
+
+    Attributes:
+        id: of the model's vocabulary.
+        text: what has become certain of the answer's text with it; often more or less than its own.
+        score: its own, where log-probabilities were asked for; top: of the most likely ones, best first.
+    """
+
+    id: int
+    text: str
+    score: TokenScore | None = None
+    top: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +44,9 @@ class Request:
         id: unique; names the request in logs and for `cancel`.
         agent: name of the agent, for reports.
         system, prompt: the agent's template; `{slot}` marks the slots of `prompt`.
+        messages: a whole chat instead of these two.
+        raw: `prompt` is continued as it is, without the chat template around it.
+        tenant: whose request it is; KV is shared within a tenant only. "": of nobody in particular.
         values: slot -> content.
         method: reuse method, as users write it.
         sampling: how tokens are drawn.
@@ -36,8 +62,11 @@ class Request:
 
     id: str
     agent: str
-    prompt: str
+    prompt: str = ""
     system: str | None = None
+    messages: tuple[Message, ...] = ()
+    raw: bool = False
+    tenant: str = ""
     values: dict[str, SlotValue] = field(default_factory=dict[str, SlotValue])
     method: str = "auto"
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -137,7 +166,7 @@ class Reply:
         flop_ratio: the same, of the rows that were computed.
         relayed_keys: segments whose KV was used; a method may compute a span although its segment was pulled.
         span_costs: of every span that was relayed, or might have been but for its cost.
-        output: what downstream slots get.
+        output: what downstream slots get; output_text: what its ids spell.
         notes: facts worth telling ("prompt segment not published: arena full").
         healed_entries: stale (token, layer) entries that were made exact after the first token.
         healed_at_token: index of the first answer token that was drawn from exact logits; the length of the
@@ -169,6 +198,7 @@ class Reply:
     text: str
     finish_reason: str
     output: SlotValue
+    output_text: str = ""
     notes: tuple[str, ...] = ()
     resolved_method: str = ""
     flop_ratio_predicted: float | None = None

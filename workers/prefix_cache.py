@@ -22,7 +22,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, bytes], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -33,8 +33,9 @@ class PrefixCache:
     def _nbytes(self) -> int:
         return sum(t.nbytes for t in self._entries.values())
 
-    def load(self, token_ids: Sequence[int], cache: SequenceCache, *, limit: int) -> int:
-        """Copy the longest known prefix of `token_ids`, at most `limit` tokens, into `cache`.
+    def load(self, token_ids: Sequence[int], cache: SequenceCache, *, limit: int, tenant: str = "") -> int:
+        """Copy the longest prefix of `token_ids` that the tenant has left, at most `limit` tokens, into
+        `cache`.
 
         Returns:
             Number of leading tokens whose KV is now in place.
@@ -42,10 +43,12 @@ class PrefixCache:
         wanted = np.asarray(token_ids, dtype=np.int32)
         with self._lock:
             best, entry = 0, None
-            for key in self._entries:
+            for owner, key in self._entries:
+                if owner != tenant:
+                    continue  # how long a stranger's prompt takes must not tell what others have asked
                 n = _common_prefix(np.frombuffer(key, dtype=np.int32), wanted)
                 if n > best:
-                    best, entry = n, key
+                    best, entry = n, (owner, key)
             best = min(best, limit)
             if entry is None or best <= 0:
                 return 0
@@ -53,7 +56,7 @@ class PrefixCache:
             cache.kv[:, :, :, :best] = self._entries[entry][:, :, :, :best]
             return best
 
-    def store(self, token_ids: Sequence[int], cache: SequenceCache) -> None:
+    def store(self, token_ids: Sequence[int], cache: SequenceCache, tenant: str = "") -> None:
         """Keep the KV of `token_ids`, which stand at the start of `cache` and were computed in full."""
         count = len(token_ids)
         key = np.asarray(token_ids, dtype=np.int32).tobytes()
@@ -62,10 +65,10 @@ class PrefixCache:
             return
         with self._lock:
             for known in list(self._entries):
-                if known.startswith(key):
+                if known[0] == tenant and known[1].startswith(key):
                     self._entries.move_to_end(known)
                     return
-            self._entries[key] = cache.kv[:, :, :, :count].clone()
+            self._entries[tenant, key] = cache.kv[:, :, :, :count].clone()
             while self._nbytes() > self._max_bytes:
                 self._entries.popitem(last=False)
 
