@@ -55,7 +55,7 @@ def start_workers(cluster: Cluster) -> None:
 def make_app(cluster: Cluster, tenants: Tenants) -> FastAPI:
     """The ASGI app over a cluster whose workers are up."""
     config = cluster.config
-    running = config.worker.max_sequences * len(cluster.workers)
+    running = max(1, config.worker.max_sequences * len(cluster.workers))
     serve = config.serve
     answering = Answering(
         cluster, threads=running, max_agents=serve.max_agents, max_retries=config.runtime.max_retries

@@ -1,5 +1,5 @@
-"""What clients send, as pydantic models. Fields that OpenAI's API does not have are ignored; those that it has
-and we cannot honour are refused, so that no answer pretends.
+"""What clients send, as pydantic models. Fields that OpenAI's API does not have are ignored; those that it
+has and we cannot honour are refused, so that no answer pretends.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from relay_cluster.serving.errors import ApiError
@@ -88,12 +88,24 @@ class TextPart(BaseModel):
         return kind
 
 
+def _as_parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+_Content = str | list[TextPart] | None
+_Texts = str | list[str] | None
+
+
 class ChatMessage(BaseModel):
     """One message. A developer's is a system message; a function's result is a tool's."""
 
     model_config = _OPEN
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=_Content)] = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
 
@@ -107,8 +119,7 @@ class ChatMessage(BaseModel):
 
     def text(self) -> ChatText:
         role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
-        parts = self.content or ""
-        return ChatText(role, parts if isinstance(parts, str) else "".join(part.text for part in parts))
+        return ChatText(role, "".join(part.text for part in self.content or ()))
 
 
 class _Sampled(BaseModel):
@@ -121,7 +132,7 @@ class _Sampled(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_as_list, json_schema_input_type=_Texts)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     relay: RelayOptions | None = None
 
@@ -136,16 +147,15 @@ class _Sampled(BaseModel):
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(value, list) and len(value) > _MOST_STOPS:
+    def _few_stops(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and len(value) > _MOST_STOPS:
             raise PydanticCustomError("too_long", "at most {most} stop texts", {"most": _MOST_STOPS})
         return value
 
     @property
     def stops(self) -> tuple[str, ...]:
         """Stop texts; empty ones do not count."""
-        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(filter(None, texts))
+        return tuple(filter(None, self.stop or ()))
 
 
 class ChatRequest(_Sampled):
@@ -175,12 +185,16 @@ class ChatRequest(_Sampled):
 class CompletionRequest(_Sampled):
     """Body of POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Annotated[
+        list[str],
+        Field(min_length=1, max_length=1),
+        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+    ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
     @property
     def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return self.prompt[0]
 
     @property
     def scored(self) -> int | None:

@@ -1,0 +1,257 @@
+"""The service with real clients: the openai package against uvicorn, two worker processes, the real model."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from relay_cluster import Cluster
+from relay_cluster.serving.app import make_app, start_workers
+from relay_cluster.serving.tenants import Tenants
+from tests.e2e.conftest import QUESTION, small_cluster
+from workers.settings import DEFAULT_MODEL
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+KEYS = {"sk-red": "red", "sk-blue": "blue"}
+DEADLINE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Live:
+    """A service that listens, and the cluster under it."""
+
+    url: str
+    cluster: Cluster
+
+    def client(self, key: str = "sk-red") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60.0)
+
+    def settled(self) -> bool:
+        """No request, no cache and no lease is left anywhere."""
+        stats = self.cluster.stats().values()
+        idle = all(s["running"] == 0 and s["free_cache_blocks"] == s["cache_blocks"] for s in stats)
+        return idle and self.cluster.directory_stats()["leases"] == 0
+
+
+def eventually(true: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + DEADLINE_S
+    while not (now := true()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # between two looks
+    return now
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    tenants = Tenants({hashlib.sha256(key.encode()).hexdigest(): name for key, name in KEYS.items()})
+    with Cluster(small_cluster()) as cluster:
+        start_workers(cluster)
+        config = uvicorn.Config(make_app(cluster, tenants), host="127.0.0.1", port=0, log_level="warning")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        assert eventually(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Live(f"http://127.0.0.1:{port}", cluster)
+        server.should_exit = True
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+
+
+def three_agents(client: openai.OpenAI, question: str, **options: Any) -> list[Any]:
+    """A program as users have it: it knows nothing of relay."""
+
+    def ask(system: str, user: str) -> Any:
+        return client.chat.completions.create(
+            model=DEFAULT_MODEL,
+            messages=[{"role": "system", "content": system}, {"role": "user", "content": user}],
+            max_tokens=32,
+            temperature=0,
+            seed=7,
+            **options,
+        )
+
+    plan = ask("You make plans.", question)
+    said = plan.choices[0].message.content
+    solution = ask("You solve problems.", f"{question}\n\nA plan:\n\n{said}\n\nSolve the problem.")
+    solved = solution.choices[0].message.content
+    verdict = ask("You judge solutions.", f"Plan:\n\n{said}\n\nSolution:\n\n{solved}\n\nIs it right?")
+    return [plan, solution, verdict]
+
+
+def relay(answer: Any) -> dict[str, Any]:
+    return answer.model_extra["relay"]
+
+
+def test_an_unchanged_program_is_relayed(live: Live) -> None:
+    plan, solution, verdict = three_agents(live.client(), QUESTION)
+    assert relay(plan)["found"] == []
+    ids = [relay(a)["segment"] for a in (plan, solution, verdict)]
+    assert all(ids)
+    found = [{f["id"]: f["relayed"] for f in relay(a)["found"]} for a in (solution, verdict)]
+    assert found[0].get(ids[0]), "the plan, in the solver's prompt"
+    assert len(found[0]) == 2, "and the question"
+    assert found[1] == {ids[0]: True, ids[1]: True}
+    for answer in (solution, verdict):
+        details = answer.usage.prompt_tokens_details
+        assert details.cached_tokens >= relay(answer)["relayed_tokens"] > 40
+        assert relay(answer)["fallbacks"] == []
+        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert {relay(a)["worker"] for a in (plan, solution, verdict)} == {"w0", "w1"}
+    assert live.settled()
+
+
+def test_full_prefill_says_the_same_as_with_relay_off(live: Live) -> None:
+    question = QUESTION + " Say it briefly."
+    full = three_agents(live.client(), question, extra_body={"relay": {"reuse": "full_prefill"}})
+    off = three_agents(live.client(), question, extra_body={"relay": {"enabled": False}})
+    assert [a.choices[0].message.content for a in full] == [a.choices[0].message.content for a in off]
+    assert len(relay(full[1])["found"]) == 2, "ids were spliced, nothing was reused"
+    assert [relay(a)["relayed_tokens"] for a in (*full, *off)] == [0] * 6
+    assert [relay(a)["segment"] for a in off] == [None] * 3
+
+
+def test_tenants_never_meet(live: Live) -> None:
+    question = QUESTION + " Whose sheep are they?"
+    red = three_agents(live.client("sk-red"), question)
+    blue = three_agents(live.client("sk-blue"), question)
+    assert [a.choices[0].message.content for a in red][0] == [a.choices[0].message.content for a in blue][0]
+    assert relay(blue[0])["found"] == []
+    assert relay(blue[0])["relayed_tokens"] == relay(blue[0])["prefix_tokens"] == 0
+    assert blue[0].usage.prompt_tokens_details.cached_tokens == 0, "not even a prefix is shared"
+    assert relay(blue[1])["relayed_tokens"] > 0, "with itself a tenant shares"
+
+
+def test_streams_and_async_clients_get_the_same_text(live: Live) -> None:
+    import asyncio
+
+    ask: dict[str, Any] = {
+        "model": DEFAULT_MODEL,
+        "messages": [{"role": "user", "content": "Count from one to ten: one, two, "}],
+        "max_tokens": 24,
+        "temperature": 0.8,
+        "seed": 3,
+    }
+    whole = live.client().chat.completions.create(**ask).choices[0].message.content
+    stream = live.client().chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole
+    assert chunks[0].choices[0].delta.role == "assistant"
+    reasons = [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason]
+    assert reasons == ["length"]
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 24
+    assert len(chunks) > 10, "tokens come one by one"
+
+    async def both() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="sk-blue", max_retries=0) as client:
+            one = client.chat.completions.create(**ask)
+            two = client.chat.completions.create(**ask, stream=True)
+            answer, pieces = await asyncio.gather(one, two)
+            streamed = [c.choices[0].delta.content or "" async for c in pieces if c.choices]
+            return [answer.choices[0].message.content or "", "".join(streamed)]
+
+    assert asyncio.run(both()) == [whole, whole]
+
+
+def test_stop_texts_end_an_answer_and_what_is_left_is_relayed(live: Live) -> None:
+    client = live.client()
+    messages: Any = [{"role": "user", "content": "Write a long story about a dog and its owner."}]
+    ask: dict[str, Any] = {"model": DEFAULT_MODEL, "messages": messages, "temperature": 0, "seed": 1}
+    whole = client.chat.completions.create(**ask, max_tokens=48).choices[0].message.content
+    assert whole
+    stop = whole[-20:-12]
+    at = whole.find(stop)
+    for stream in (False, True):
+        if stream:
+            chunks = list(client.chat.completions.create(**ask, max_tokens=48, stop=[stop], stream=True))
+            text = "".join(c.choices[0].delta.content or "" for c in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            answer = client.chat.completions.create(**ask, max_tokens=48, stop=[stop])
+            text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert (text, reason) == (whole[:at], "stop")
+    follow = [*messages, {"role": "assistant", "content": whole[:at]}, {"role": "user", "content": "Go on."}]
+    next_one = client.chat.completions.create(model=DEFAULT_MODEL, messages=follow, max_tokens=2)
+    assert [f["kind"] for f in relay(next_one)["found"]] == ["response"]
+    assert relay(next_one)["relayed_tokens"] + relay(next_one)["prefix_tokens"] > 16
+
+
+def test_logprobs_and_plain_completions(live: Live) -> None:
+    client = live.client()
+    ask: dict[str, Any] = {"model": DEFAULT_MODEL, "temperature": 0, "max_tokens": 6}
+    answer = client.chat.completions.create(
+        **ask, messages=[{"role": "user", "content": "Hello!"}], logprobs=True, top_logprobs=3
+    )
+    scored = answer.choices[0].logprobs
+    assert scored is not None
+    assert scored.content is not None
+    assert len(scored.content) == answer.usage.completion_tokens  # type: ignore[union-attr]
+    for row in scored.content:
+        assert row.logprob <= 0
+        assert len(row.top_logprobs) == 3
+        assert (row.top_logprobs[0].token, row.top_logprobs[0].logprob) == (row.token, row.logprob), "greedy"
+    text = client.completions.create(**ask, prompt="The capital of France is", logprobs=2)
+    assert "Paris" in text.choices[0].text
+    assert text.choices[0].logprobs is not None
+    assert "".join(text.choices[0].logprobs.tokens or []) == text.choices[0].text
+    streamed = client.completions.create(**ask, prompt="The capital of France is", stream=True)
+    assert "".join(c.choices[0].text for c in streamed) == text.choices[0].text
+
+
+def test_bad_requests_get_the_clients_own_errors(live: Live) -> None:
+    client = live.client()
+    hello: Any = [{"role": "user", "content": "Hello"}]
+    with pytest.raises(openai.AuthenticationError):
+        live.client("sk-wrong").models.list()
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=hello)
+    with pytest.raises(openai.BadRequestError, match="context") as long:
+        client.chat.completions.create(
+            model=DEFAULT_MODEL, messages=[{"role": "user", "content": "sheep " * 9000}], stream=True
+        )
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as role:
+        client.chat.completions.create(model=DEFAULT_MODEL, messages=[{"role": "wizard", "content": ""}])  # type: ignore[list-item]
+    assert role.value.param == "messages[0].role"
+    with pytest.raises(openai.APIStatusError) as huge:
+        client.chat.completions.create(model=DEFAULT_MODEL, messages=[{"role": "user", "content": "x" * (5 << 20)}])
+    assert huge.value.status_code == 413
+    assert [m.id for m in client.models.list()] == [DEFAULT_MODEL]
+    assert httpx.get(f"{live.url}/healthz").json() == {"status": "ok", "workers": {"w0": "up", "w1": "up"}}
+    assert live.settled()
+
+
+def test_clients_that_go_away_leave_nothing_behind(live: Live) -> None:
+    ask: dict[str, Any] = {
+        "model": DEFAULT_MODEL,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 1500,
+        "relay": {"agent": "gone"},
+    }
+    headers = {"Authorization": "Bearer sk-red"}
+    for stream in (True, False):
+        with pytest.raises(httpx.ReadTimeout):
+            with httpx.stream(
+                "POST",
+                f"{live.url}/v1/chat/completions",
+                json={**ask, "stream": stream},
+                headers=headers,
+                timeout=httpx.Timeout(10.0, read=1.0 if not stream else 10.0),
+            ) as response:
+                for number, _ in enumerate(response.iter_lines()):
+                    if number > 6:
+                        raise httpx.ReadTimeout("enough")
+        assert eventually(live.settled)
+    metrics = httpx.get(f"{live.url}/metrics").text
+    assert "relay_cancelled_requests_total 2.0" in metrics
+    assert "relay_requests_running 0.0" in metrics
