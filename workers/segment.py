@@ -113,7 +113,7 @@ def tenant_space(space: str, tenant: str) -> str:
     """The space of one tenant's segments; `space` itself for the tenant "" (requests of one owner)."""
     if not tenant:
         return space
-    return hashlib.blake2b(f"{space}\0{tenant}".encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return hashlib.blake2b(f"{len(space)}:{space}:{tenant}".encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def digest_tokens(token_ids: Sequence[int]) -> bytes:

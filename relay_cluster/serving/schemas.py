@@ -7,7 +7,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from relay_cluster.serving.errors import ApiError
@@ -105,7 +113,9 @@ class ChatMessage(BaseModel):
 
     model_config = _OPEN
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=_Content)] = None
+    content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=_Content)] = (
+        None
+    )
     tool_calls: list[Any] | None = None
     function_call: Any = None
 

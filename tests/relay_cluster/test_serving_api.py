@@ -156,7 +156,11 @@ async def test_a_client_that_sends_its_body_slowly_is_sent_away(client: httpx.As
 async def test_without_a_known_key_nothing_is_told(client: httpx.AsyncClient, header: str | None) -> None:
     headers = {"Authorization": header} if header else {}
     client.headers.pop("Authorization")
-    for method, path in (("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("GET", "/v1/models")):
+    for method, path in (
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/completions"),
+        ("GET", "/v1/models"),
+    ):
         response = await client.request(method, path, headers=headers, content=b"{")
         error = check_shape(response)
         assert (response.status_code, error["type"]) == (401, "authentication_error")
@@ -211,7 +215,7 @@ async def test_the_schema_of_the_api_is_published(client: httpx.AsyncClient) -> 
     name = body["schema"]["$ref"].rsplit("/", 1)[-1]
     assert "messages" in schema["components"]["schemas"][name]["properties"]
     text = json.dumps(schema)
-    for ref in set(part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]):
+    for ref in {part.split('"')[0] for part in text.split('"$ref": "#/components/schemas/')[1:]}:
         assert ref in schema["components"]["schemas"]
 
 
@@ -247,7 +251,7 @@ async def test_keys_are_read_as_digests_only(tmp_path: Path) -> None:
 
 async def test_others_than_this_machine_are_served_with_keys_only() -> None:
     with pytest.raises(ConfigError, match="api_keys_file"):
-        load_tenants(ClusterConfig(), "0.0.0.0")  # noqa: S104
+        load_tenants(ClusterConfig(), "0.0.0.0")
     assert load_tenants(ClusterConfig(), "127.0.0.1").of(None) == ""
     assert load_tenants(ClusterConfig(), "::1").open
 
