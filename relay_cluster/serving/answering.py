@@ -12,8 +12,9 @@ import asyncio
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
@@ -86,7 +87,7 @@ class Answering:
             self._placed.popitem(last=False)
         return worker
 
-    async def stream(self, request: Request, model: str) -> AsyncIterator[Token | Reply]:
+    async def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Reply, None]:
         """Tokens as they are drawn, and at last the reply. Close it when it is left early.
 
         Raises:
@@ -99,9 +100,10 @@ class Answering:
             worker = self.worker_for(request.agent, model)
             begun = False
             try:
-                async for item in self._once(worker, again):
-                    begun = True
-                    yield item
+                async with aclosing(self._once(worker, again)) as items:
+                    async for item in items:
+                        begun = True
+                        yield item
             except WorkerLost as error:
                 log.warning("worker %s died under request %s: %s", worker, again.id, error)
                 if begun or attempt == self._max_retries:
@@ -110,7 +112,7 @@ class Answering:
             else:
                 return
 
-    async def _once(self, worker: WorkerId, request: Request) -> AsyncIterator[Token | Reply]:
+    async def _once(self, worker: WorkerId, request: Request) -> AsyncGenerator[Token | Reply, None]:
         loop = asyncio.get_running_loop()
         items: asyncio.Queue[Token | Reply | Exception] = asyncio.Queue()
         stop = threading.Event()

@@ -74,6 +74,7 @@ def reuse_report(done: Finished) -> dict[str, Any]:
             {"id": ids.get(f.slot), "reason": f.reason, "tokens": f.tokens} for f in reply.fallbacks
         ],
         "ttft_s": done.ttft_s,
+        "worker_ttft_s": reply.ttft_s,
         "service_queue_s": done.queue_s,
         "matching_s": done.match_s,
         "stages": stages,

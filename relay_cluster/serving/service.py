@@ -14,7 +14,7 @@ import secrets
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -104,7 +104,7 @@ class Service:
         self._answering = answering
         self._memories: OrderedDict[tuple[str, str], Memory] = OrderedDict()
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Token | Finished]:
+    async def answer(self, ask: Ask) -> AsyncGenerator[Token | Finished, None]:
         """Tokens as they are drawn, and at last how it ended. Close it when it is left early: that cancels
         the work.
 
