@@ -54,6 +54,7 @@ class Request:
         publish_inputs: and copies of the slots that were computed here. False for a request that a probe will
             judge: the probe is to relay what the upstream agents made, as a new request would.
         only_keys: relay only these segments (None: any); used to repeat a run exactly.
+        prefix_first: relay nothing that the worker's exact prefix cache has.
         prefix_limit: most tokens to take from the prefix cache (None: no limit).
         consumers: requests that are expected to relay the answer (0: unknown); once they have, its segment is
             the first to be evicted.
@@ -73,6 +74,7 @@ class Request:
     publish: bool = True
     publish_inputs: bool = True
     only_keys: frozenset[SegmentKey] | None = None
+    prefix_first: bool = False
     prefix_limit: int | None = None
     consumers: int = 0
     shadow_tokens: int = 0

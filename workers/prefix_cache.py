@@ -40,21 +40,30 @@ class PrefixCache:
         Returns:
             Number of leading tokens whose KV is now in place.
         """
-        wanted = np.asarray(token_ids, dtype=np.int32)
         with self._lock:
-            best, entry = 0, None
-            for owner, key in self._entries:
-                if owner != tenant:
-                    continue  # how long a stranger's prompt takes must not tell what others have asked
-                n = _common_prefix(np.frombuffer(key, dtype=np.int32), wanted)
-                if n > best:
-                    best, entry = n, (owner, key)
+            best, entry = self._longest(token_ids, tenant)
             best = min(best, limit)
             if entry is None or best <= 0:
                 return 0
             self._entries.move_to_end(entry)
             cache.kv[:, :, :, :best] = self._entries[entry][:, :, :, :best]
             return best
+
+    def match(self, token_ids: Sequence[int], tenant: str = "") -> int:
+        """How many leading tokens `load` would find."""
+        with self._lock:
+            return self._longest(token_ids, tenant)[0]
+
+    def _longest(self, token_ids: Sequence[int], tenant: str) -> tuple[int, tuple[str, bytes] | None]:
+        wanted = np.asarray(token_ids, dtype=np.int32)
+        best, entry = 0, None
+        for owner, key in self._entries:
+            if owner != tenant:
+                continue  # how long a stranger's prompt takes must not tell what others have asked
+            n = _common_prefix(np.frombuffer(key, dtype=np.int32), wanted)
+            if n > best:
+                best, entry = n, (owner, key)
+        return best, entry
 
     def store(self, token_ids: Sequence[int], cache: SequenceCache, tenant: str = "") -> None:
         """Keep the KV of `token_ids`, which stand at the start of `cache` and were computed in full."""

@@ -14,18 +14,15 @@ tenants. Not thread-safe: the service uses it on its event loop.
 from __future__ import annotations
 
 import bisect
-import re
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-SEED = 32
-"""Characters of a seed; shorter texts cannot be remembered."""
+from relay_cluster.serving.seeds import SEED, SeedHashes, cuts_word, high_bits, high_bits_of
+
 _TABLE_BITS = 20
 _MOST_CHECKS = 4_000
 """Comparisons that one prompt may cost; each is a few hundred nanoseconds."""
@@ -33,12 +30,7 @@ _CHAR_BYTES = 4
 _ENTRY_BYTES = 400
 """About what an entry takes beside its text."""
 
-# Where one character of a script that writes no blanks between words meets another, no word is cut.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff"
-_IN_WORD = re.compile(rf"[^\W{_UNSPACED}]{{2}}")
-
 T = TypeVar("T")
-Words = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +64,7 @@ class TextIndex(Generic[T]):
         self._entries: OrderedDict[str, _Entry[T]] = OrderedDict()
         self._by_seed: dict[int, list[_Entry[T]]] = {}
         self._counts = np.zeros(1 << _TABLE_BITS, dtype=np.uint32)
-        self._hashes = _SeedHashes()
+        self._hashes = SeedHashes()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -96,11 +88,11 @@ class TextIndex(Generic[T]):
             self._entries.move_to_end(text)
             return True
         seeds = self._hashes.of(text)
-        offset = int(self._counts[_slots(seeds)].argmin())  # the seed that fewest others have
+        offset = int(self._counts[high_bits(seeds, _TABLE_BITS)].argmin())  # the seed that fewest others have
         entry = _Entry(text, value, int(seeds[offset]), offset)
         self._entries[text] = entry
         self._by_seed.setdefault(entry.seed, []).append(entry)
-        self._counts[_slot(entry.seed)] += 1
+        self._counts[high_bits_of(entry.seed, _TABLE_BITS)] += 1
         self._nbytes += _size(text)
         while len(self._entries) > self._max_texts or self._nbytes > self._max_bytes:
             self.drop(next(iter(self._entries)))
@@ -115,7 +107,7 @@ class TextIndex(Generic[T]):
         same.remove(entry)
         if not same:
             del self._by_seed[entry.seed]
-        self._counts[_slot(entry.seed)] -= 1
+        self._counts[high_bits_of(entry.seed, _TABLE_BITS)] -= 1
         self._nbytes -= _size(text)
 
     def find(self, prompt: str, accept: Callable[[T], bool] | None = None) -> list[Match[T]]:
@@ -150,7 +142,7 @@ class TextIndex(Generic[T]):
         if len(prompt) < SEED or not self._entries:
             return
         seeds = self._hashes.of(prompt)
-        likely = np.flatnonzero(self._counts[_slots(seeds)])
+        likely = np.flatnonzero(self._counts[high_bits(seeds, _TABLE_BITS)])
         left = _MOST_CHECKS
         for at, seed in zip(likely.tolist(), seeds[likely].tolist(), strict=True):
             for entry in self._by_seed.get(seed, ()):
@@ -162,56 +154,9 @@ class TextIndex(Generic[T]):
                     yield entry, start
 
 
-class _SeedHashes:
-    """Polynomial hashes modulo 2^64 of all SEED characters in a row of a text. The base is drawn anew in
-    every process, so nobody can prepare collisions; an odd number has an inverse, so differences of the
-    running sum can be brought to position 0."""
-
-    def __init__(self) -> None:
-        self._base = np.uint64(secrets.randbits(64) | 1)
-        self._inverse = np.uint64(pow(int(self._base), -1, 1 << 64))
-        self._powers = np.ones(1, dtype=np.uint64)
-        self._inverses = np.ones(1, dtype=np.uint64)
-
-    def of(self, text: str) -> Words:
-        """[len(text) - SEED + 1]; len(text) is at least SEED."""
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        self._grow(len(codes))
-        sums = np.cumsum(codes * self._powers[: len(codes)], dtype=np.uint64)
-        windows = sums[SEED - 1 :].copy()
-        windows[1:] -= sums[: len(codes) - SEED]
-        return windows * self._inverses[: len(windows)]
-
-    def _grow(self, count: int) -> None:
-        if count <= len(self._powers):
-            return
-        size = 1 << (count - 1).bit_length()
-        self._powers = _powers(self._base, size)
-        self._inverses = _powers(self._inverse, size)
-
-
-def _powers(base: np.uint64, count: int) -> Words:
-    factors = np.full(count, base, dtype=np.uint64)
-    factors[0] = 1
-    return np.cumprod(factors, dtype=np.uint64)
-
-
-_MIX = 0x9E3779B97F4A7C15
-
-
-def _slots(seeds: Words) -> Words:
-    """Places in the table: the high bits, because low bits of such a hash depend on little."""
-    return (seeds * np.uint64(_MIX)) >> np.uint64(64 - _TABLE_BITS)
-
-
-def _slot(seed: int) -> int:
-    return ((seed * _MIX) & (1 << 64) - 1) >> (64 - _TABLE_BITS)
-
-
 def _size(text: str) -> int:
     return _CHAR_BYTES * len(text) + _ENTRY_BYTES
 
 
 def _whole(prompt: str, start: int, entry: _Entry[T]) -> bool:
-    stop = start + len(entry.text)
-    return not (start and _IN_WORD.match(prompt, start - 1)) and not _IN_WORD.match(prompt, stop - 1)
+    return not (cuts_word(prompt, start) or cuts_word(prompt, start + len(entry.text)))

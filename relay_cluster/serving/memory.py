@@ -18,6 +18,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from relay_cluster.serving.matching import Match, TextIndex
+from relay_cluster.serving.runs import CommonRuns
 from workers.segment import Message, SlotValue
 
 Kind = Literal["response", "input"]
@@ -61,13 +62,16 @@ class Rewritten:
     Attributes:
         messages: templates, as Request.messages has them.
         values: slot -> content.
-        found: slots that were remembered; inputs: texts to be remembered once they have been computed.
+        found: slots that were remembered.
+        inputs: texts to be remembered once they have been computed.
+        asked: what users and tools said that was not remembered; later texts may share parts of it.
     """
 
     messages: tuple[Message, ...]
     values: dict[str, SlotValue]
     found: tuple[Found, ...] = ()
     inputs: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
 
 def segment_id(text: str) -> str:
@@ -86,10 +90,17 @@ def plain(messages: Sequence[ChatText]) -> Rewritten:
 
 
 class Memory:
-    """What one tenant has asked one model, and got from it. Not thread-safe."""
+    """What one tenant has asked one model, and got from it. Not thread-safe.
 
-    def __init__(self, *, max_texts: int, max_bytes: int, min_input_chars: int) -> None:
+    Args:
+        max_texts, max_bytes: of what is remembered whole.
+        min_input_chars: shorter inputs, or parts of inputs, are not shared.
+        common_chars: of inputs in which parts that later ones share are looked for.
+    """
+
+    def __init__(self, *, max_texts: int, max_bytes: int, min_input_chars: int, common_chars: int) -> None:
         self._index: TextIndex[Remembered] = TextIndex(max_texts=max_texts, max_bytes=max_bytes)
+        self._common = CommonRuns(min_chars=min_input_chars, max_chars=common_chars)
         self._min_input_chars = min_input_chars
 
     def __len__(self) -> int:
@@ -111,10 +122,16 @@ class Memory:
         accept = None if only is None else (lambda value: value.id in only)
         for match in self._index.find(_BETWEEN.join(m.text for m in messages), accept):
             matches[bisect_right(starts, match.start) - 1].append(match)
-        draft = _Draft(self._min_input_chars)
+        draft = _Draft(self._min_input_chars, self._common)
         for message, start, found in zip(messages, starts, matches, strict=False):
             draft.add(message, start, found)
-        return Rewritten(tuple(draft.messages), draft.values, tuple(draft.found), tuple(draft.inputs))
+        return Rewritten(
+            tuple(draft.messages),
+            draft.values,
+            tuple(draft.found),
+            tuple(draft.inputs),
+            tuple(draft.asked),
+        )
 
     def keep_answer(self, text: str, value: SlotValue) -> str | None:
         """Remember an answer; its id, or None where it cannot be relayed.
@@ -127,9 +144,11 @@ class Memory:
         kept = Remembered(segment_id(text), "response", value)
         return kept.id if self._index.put(text, kept) else None
 
-    def keep_inputs(self, texts: Sequence[str]) -> None:
-        """Remember texts that a worker has computed, and published if it could."""
-        for text in texts:
+    def keep_inputs(self, prompt: Rewritten) -> None:
+        """Remember what a worker has computed, and published if it could."""
+        for text in prompt.asked:
+            self._common.add(text)
+        for text in prompt.inputs:
             if _BETWEEN not in text and self._index.get(text) is None:
                 self._index.put(text, Remembered(segment_id(text), "input", SlotValue(text=text)))
 
@@ -139,10 +158,12 @@ class _Draft:
     """A prompt that is being rewritten."""
 
     min_input_chars: int
+    common: CommonRuns
     messages: list[Message] = field(default_factory=list[Message])
     values: dict[str, SlotValue] = field(default_factory=dict[str, SlotValue])
     found: list[Found] = field(default_factory=list[Found])
     inputs: list[str] = field(default_factory=list[str])
+    asked: list[str] = field(default_factory=list[str])
 
     def add(self, message: ChatText, start: int, matches: Sequence[Match[Remembered]]) -> None:
         """start: of the message in the text that was searched."""
@@ -158,8 +179,20 @@ class _Draft:
         self.messages.append(Message(message.role, "".join(parts)))
 
     def _gap(self, role: str, text: str) -> str:
-        """Text between matches."""
+        """Text between matches: parts that an earlier text has as well become slots of their own, so that
+        whoever shares them next finds them."""
         if role not in _SHARED_ROLES or len(text) < self.min_input_chars:
+            return as_template(text)
+        self.asked.append(text)
+        parts: list[str] = []
+        done = 0
+        for run in self.common.find(text):
+            parts += [self._input(text[done : run.start]), self._input(text[run.start : run.stop])]
+            done = run.stop
+        return "".join([*parts, self._input(text[done:])])
+
+    def _input(self, text: str) -> str:
+        if len(text) < self.min_input_chars:
             return as_template(text)
         self.inputs.append(text)
         return "{" + self._slot(SlotValue(text=text)) + "}"

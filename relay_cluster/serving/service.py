@@ -194,7 +194,7 @@ class Service:
         if not (self._relaying and ask.relay):
             return None
         memory = self._memory(ask)
-        memory.keep_inputs(prompt.inputs)
+        memory.keep_inputs(prompt)
         # What a client quotes is the text that it was given; ids that spell another one are no use.
         if not reply.output_text or not reply.text.startswith(reply.output_text):
             return None
@@ -207,6 +207,7 @@ class Service:
                 max_texts=self.settings.remember_texts,
                 max_bytes=self.settings.remember_bytes,
                 min_input_chars=self.settings.min_input_chars,
+                common_chars=self.settings.common_chars,
             )
         self._memories.move_to_end(key)
         while len(self._memories) > _MOST_MEMORIES:
@@ -225,6 +226,7 @@ class Service:
             values=prompt.values,
             method=method,
             sampling=ask.sampling,
+            prefix_first=True,
             publish=self._relaying and ask.relay,
         )
 

@@ -26,6 +26,8 @@ class ServeSettings:
         queue_timeout_s: longest wait in that queue, then status 503.
         remember_texts, remember_bytes: most texts kept, and memory for them, for each tenant and model.
         min_input_chars: a shorter user message or tool result is not shared between requests.
+        common_chars: characters of recent user messages and tool results in which parts that a later one
+            shares are looked for, for each tenant and model; 0: only whole texts are found.
         max_agents: agents whose worker is kept in mind.
         api_keys_file: YAML file of keys and tenants; null: none is asked for (only on a loopback address).
         drain_timeout_s: at the end, running requests have so many seconds before they are cancelled.
@@ -42,6 +44,7 @@ class ServeSettings:
     remember_texts: Annotated[int, Ge(0)] = 10_000
     remember_bytes: Annotated[int, Ge(0)] = 256 * MIB
     min_input_chars: Annotated[int, Ge(32), Le(1 << 20)] = 128
+    common_chars: Annotated[int, Ge(0)] = 4 << 20
     max_agents: Annotated[int, Ge(1)] = 10_000
     api_keys_file: str | None = None
     drain_timeout_s: Annotated[float, Ge(0)] = 30.0

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay_cluster.serving import matching
-from relay_cluster.serving.matching import SEED, Match, TextIndex
+from relay_cluster.serving.matching import Match, TextIndex
+from relay_cluster.serving.seeds import SEED
 
 LONG = st.text(alphabet="ab \n", min_size=SEED, max_size=SEED + 8)
 

@@ -14,7 +14,7 @@ DOCUMENT = "The farm lies in a valley. " * 8
 
 
 def memory() -> Memory:
-    return Memory(max_texts=100, max_bytes=1 << 20, min_input_chars=128)
+    return Memory(max_texts=100, max_bytes=1 << 20, min_input_chars=128, common_chars=1 << 16)
 
 
 def spelt(prompt: Rewritten, answers: dict[str, str]) -> list[str]:
@@ -57,10 +57,21 @@ def test_inputs_of_users_and_tools_are_shared_from_the_first_time_on() -> None:
     assert first.found == ()
     assert first.inputs == (DOCUMENT + "1", DOCUMENT + "2"), "a system text is in the prefix cache"
     assert [v.text for v in first.values.values()] == list(first.inputs)
-    kept.keep_inputs(first.inputs)
+    kept.keep_inputs(first)
     second = kept.rewrite([ChatText("user", f"Read:\n{DOCUMENT}2\nWhat does it say?")])
     assert [(f.id, f.kind) for f in second.found] == [(segment_id(DOCUMENT + "2"), "input")]
     assert second.values[second.found[0].slot].text == DOCUMENT + "2"
+
+
+def test_a_document_inside_other_words_is_found_by_the_third_reader() -> None:
+    kept = memory()
+    found = []
+    for head, tail in (("Plan", "One."), ("Solve", "Two."), ("Judge", "Three.")):
+        prompt = kept.rewrite([ChatText("user", f"{head} this:\n{DOCUMENT}\n{tail}")])
+        assert spelt(prompt, {}) == [f"{head} this:\n{DOCUMENT}\n{tail}"]
+        kept.keep_inputs(prompt)
+        found.append([(f.kind, f.id) for f in prompt.found])
+    assert found == [[], [], [("input", segment_id(DOCUMENT.strip()))]]
 
 
 def test_a_match_does_not_reach_over_two_messages() -> None:
@@ -87,9 +98,10 @@ def test_an_answer_without_kv_is_not_remembered() -> None:
 
 def test_an_answer_that_was_an_input_before_is_spliced() -> None:
     kept = memory()
-    kept.keep_inputs([DOCUMENT])
+    asked = kept.rewrite([ChatText("user", DOCUMENT)])
+    kept.keep_inputs(asked)
     kept.keep_answer(DOCUMENT, IDS)
-    kept.keep_inputs([DOCUMENT])
+    kept.keep_inputs(asked)
     (found,) = kept.rewrite([ChatText("user", DOCUMENT)]).found
     assert found.kind == "response"
 
