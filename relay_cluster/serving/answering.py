@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from relay_cluster.router import WorkerView, place_next
-from transport.errors import Cancelled, RelayError, WorkerLost
+from transport.errors import Cancelled, DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.messages import Reply, Request, Token
 
@@ -139,7 +139,8 @@ class Answering:
             while not finished:
                 item = await items.get()
                 if isinstance(item, Exception):
-                    finished = True
+                    # A worker that is lost or silent may only be unreachable, and still at work.
+                    finished = not isinstance(item, (WorkerLost, DeadlineExceeded))
                     raise item
                 finished = isinstance(item, Reply)
                 yield item

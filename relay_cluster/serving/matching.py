@@ -88,7 +88,9 @@ class TextIndex(Generic[T]):
             self._entries.move_to_end(text)
             return True
         seeds = self._hashes.of(text)
-        offset = int(self._counts[high_bits(seeds, _TABLE_BITS)].argmin())  # the seed that fewest others have
+        offset = int(
+            self._counts.take(high_bits(seeds, _TABLE_BITS)).argmin()
+        )  # the seed that fewest others have
         entry = _Entry(text, value, int(seeds[offset]), offset)
         self._entries[text] = entry
         self._by_seed.setdefault(entry.seed, []).append(entry)
@@ -139,19 +141,19 @@ class TextIndex(Generic[T]):
         return taken
 
     def _occurrences(self, prompt: str) -> Iterator[tuple[_Entry[T], int]]:
-        if len(prompt) < SEED or not self._entries:
+        if not self._entries:
             return
-        seeds = self._hashes.of(prompt)
-        likely = np.flatnonzero(self._counts[high_bits(seeds, _TABLE_BITS)])
         left = _MOST_CHECKS
-        for at, seed in zip(likely.tolist(), seeds[likely].tolist(), strict=True):
-            for entry in self._by_seed.get(seed, ()):
-                left -= 1
-                if left < 0:
-                    return
-                start = at - entry.offset
-                if start >= 0 and prompt.startswith(entry.text, start):
-                    yield entry, start
+        for first, seeds in self._hashes.blocks(prompt):
+            likely = np.flatnonzero(self._counts.take(high_bits(seeds, _TABLE_BITS)) != 0)
+            for at, seed in zip(likely.tolist(), seeds[likely].tolist(), strict=True):
+                for entry in self._by_seed.get(seed, ()):
+                    left -= 1
+                    if left < 0:
+                        return
+                    start = first + at - entry.offset
+                    if start >= 0 and prompt.startswith(entry.text, start):
+                        yield entry, start
 
 
 def _size(text: str) -> int:

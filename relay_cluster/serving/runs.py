@@ -84,11 +84,11 @@ class CommonRuns:
 
     def _sampled(self, text: str) -> list[tuple[int, int]]:
         """(position, hash) of the sampled positions."""
-        if len(text) < SEED:
-            return []
-        seeds = self._hashes.of(text)
-        places = np.flatnonzero(high_bits(seeds, _SAMPLE_BITS) == 0)
-        return list(zip(places.tolist(), seeds[places].tolist(), strict=True))
+        out: list[tuple[int, int]] = []
+        for first, seeds in self._hashes.blocks(text):
+            places = np.flatnonzero(high_bits(seeds, _SAMPLE_BITS) == 0)
+            out += zip((places + first).tolist(), seeds[places].tolist(), strict=True)
+        return out
 
     def _drop_oldest(self) -> None:
         text, seeds = self._texts.popitem(last=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U
 _IN_WORD = re.compile(rf"[^\W{_UNSPACED}]{{2}}")
 _MIX = 0x9E3779B97F4A7C15
 
+_BLOCK = 8192
+
 Words = npt.NDArray[np.uint64]
 
 
@@ -27,9 +30,9 @@ def cuts_word(text: str, at: int) -> bool:
     return at > 0 and _IN_WORD.match(text, at - 1) is not None
 
 
-def high_bits(seeds: Words, count: int) -> Words:
+def high_bits(seeds: Words, count: int) -> npt.NDArray[np.int64]:
     """`count` bits of each hash, mixed: the low bits of such a hash depend on little."""
-    return (seeds * np.uint64(_MIX)) >> np.uint64(64 - count)
+    return ((seeds * np.uint64(_MIX)) >> np.uint64(64 - count)).view(np.int64)
 
 
 def high_bits_of(seed: int, count: int) -> int:
@@ -47,6 +50,11 @@ class SeedHashes:
         self._inverse = np.uint64(pow(int(self._base), -1, 1 << 64))
         self._powers = np.ones(1, dtype=np.uint64)
         self._inverses = np.ones(1, dtype=np.uint64)
+
+    def blocks(self, text: str) -> Iterator[tuple[int, Words]]:
+        """(position, hashes from there on) of a text, in blocks that fit into a processor's cache."""
+        for at in range(0, len(text) - SEED + 1, _BLOCK):
+            yield at, self.of(text[at : at + _BLOCK + SEED - 1])
 
     def of(self, text: str) -> Words:
         """[len(text) - SEED + 1]; len(text) is at least SEED."""

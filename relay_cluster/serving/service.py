@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _MOST_MEMORIES = 1024
 """Pairs of tenant and model."""
+_MOST_CHARS = 1 << 20
+"""A longer prompt is not searched: the event loop would stand still for it, and no model takes it."""
 _RAW = "user"
 """Role under which the prompt of a plain completion is searched: its texts are shared as a user's are."""
 
@@ -184,6 +186,8 @@ class Service:
         if not (self._relaying and ask.relay):
             return plain(ask.texts)
         begin = time.perf_counter()
+        if sum(len(m.text) for m in ask.texts) > _MOST_CHARS:
+            return plain(ask.texts)
         prompt = self._memory(ask).rewrite(ask.texts, ask.only)
         self.metrics.matching.observe(time.perf_counter() - begin)
         for found in prompt.found:
