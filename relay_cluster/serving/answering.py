@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from workers.messages import Reply, Request, Token
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 5.0
-_CANCEL_THREADS = 4
+_CONTROL_THREADS = 4
 
 
 class Workers(Protocol):
@@ -60,8 +61,9 @@ class Answering:
         self._placed: OrderedDict[tuple[str, str], WorkerId] = OrderedDict()
         self._running: Counter[WorkerId] = Counter()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="answer")
-        self._cancels = ThreadPoolExecutor(_CANCEL_THREADS, thread_name_prefix="cancel")
+        self._control = ThreadPoolExecutor(_CONTROL_THREADS, thread_name_prefix="control")
         self._open: set[Future[None]] = set()
+        self._looked = float("-inf")
 
     @property
     def running(self) -> dict[WorkerId, int]:
@@ -72,10 +74,13 @@ class Answering:
         """The agent's worker; for a new agent, or one whose worker is gone, the one with least to do.
 
         Raises:
-            PipelineError: no live worker hosts the model.
+            WorkerLost: no live worker hosts the model.
         """
         key = (agent, model)
         views = self._workers.views()
+        self._look_again(views)
+        if not any(v.alive and v.model == model for v in views):
+            raise WorkerLost(f"no worker of model {model} answers now. Try again later.")
         worker = self._placed.get(key)
         if worker is None or not any(v.worker == worker and v.alive for v in views):
             agents = Counter(self._placed.values())
@@ -86,6 +91,15 @@ class Answering:
         while len(self._placed) > self._max_agents:
             self._placed.popitem(last=False)
         return worker
+
+    def _look_again(self, views: Sequence[WorkerView]) -> None:
+        """Ask workers that were lost whether they are back, now and then, without waiting for it."""
+        now = time.monotonic()
+        lost = [view.worker for view in views if not view.alive]
+        if lost and now - self._looked > _LOOK_AGAIN_S:
+            self._looked = now
+            for worker in lost:
+                self._control.submit(self._workers.is_up, worker, timeout_s=_LOOK_AGAIN_S)
 
     async def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Reply, None]:
         """Tokens as they are drawn, and at last the reply. Close it when it is left early.
@@ -147,7 +161,7 @@ class Answering:
         finally:
             if not finished:
                 stop.set()
-                self._cancels.submit(self._cancel, worker, request.id)
+                self._control.submit(self._cancel, worker, request.id)
 
     def _done(self, worker: WorkerId, task: Future[None]) -> None:
         self._running[worker] -= 1
@@ -163,4 +177,4 @@ class Answering:
     def close(self) -> None:
         """Let the threads go. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._cancels.shutdown(wait=False)
+        self._control.shutdown(wait=True)

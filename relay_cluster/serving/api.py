@@ -38,13 +38,16 @@ _CLIENT_GONE = 499
 _LEAST_TOP_P = 1e-9
 
 
-def build_app(service: Service, tenants: Tenants, healthy: Healthy) -> FastAPI:
+def build_app(
+    service: Service, tenants: Tenants, healthy: Healthy, on_close: Callable[[], None] | None = None
+) -> FastAPI:
     """The ASGI app.
 
     Args:
         service: answers.
         tenants: whose keys are taken.
         healthy: facts for /healthz; its "status" is "ok" where requests can be answered.
+        on_close: called in a thread at the very end.
     """
 
     @asynccontextmanager
@@ -53,7 +56,9 @@ def build_app(service: Service, tenants: Tenants, healthy: Healthy) -> FastAPI:
             yield
         finally:
             await service.drain()
-            service.close()
+            await asyncio.to_thread(service.close)
+            if on_close is not None:
+                await asyncio.to_thread(on_close)
 
     app = FastAPI(title="relay_cluster", version="1", lifespan=life, docs_url=None, redoc_url=None)
     routes = _Routes(service, tenants, healthy)

@@ -52,8 +52,8 @@ def start_workers(cluster: Cluster) -> None:
     cluster.start_workers([(f"serve-{i}", config.model) for i in range(count)])
 
 
-def make_app(cluster: Cluster, tenants: Tenants) -> FastAPI:
-    """The ASGI app over a cluster whose workers are up."""
+def make_app(cluster: Cluster, tenants: Tenants, on_close: Callable[[], None] | None = None) -> FastAPI:
+    """The ASGI app over a cluster whose workers are up. on_close: called at the very end."""
     config = cluster.config
     running = max(1, config.worker.max_sequences * len(cluster.workers))
     serve = config.serve
@@ -62,7 +62,7 @@ def make_app(cluster: Cluster, tenants: Tenants) -> FastAPI:
     )
     places = Places(running=running, max_waiting=serve.max_waiting, queue_timeout_s=serve.queue_timeout_s)
     service = Service(serve, [config.model], answering, places)
-    return build_app(service, tenants, _Health(cluster))
+    return build_app(service, tenants, _Health(cluster), on_close)
 
 
 class _Health:

@@ -38,7 +38,7 @@ def deployment(config: ClusterConfig, host: str) -> Any:
         cluster = Cluster(config)
         cluster.start()
         start_workers(cluster)
-        return make_app(cluster, tenants)
+        return make_app(cluster, tenants, cluster.stop)
 
     limit = config.worker.max_sequences * workers + config.serve.max_waiting + _MORE
     options = serve.deployment(

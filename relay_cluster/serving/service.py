@@ -139,6 +139,14 @@ class Service:
                     self.metrics.count(ask.model, item)
                     self.metrics.ttft.labels(ask.model).observe(first - arrived)
                     self.metrics.seconds.labels(ask.model).observe(time.perf_counter() - arrived)
+                    log.info(
+                        "answered after %.3f s, first token after %.3f s, %d of %d prompt tokens relayed",
+                        time.perf_counter() - arrived,
+                        first - arrived,
+                        item.relayed_tokens,
+                        item.prompt_tokens,
+                        extra={"request": request.id, "worker": item.worker},
+                    )
                     yield Finished(
                         item, segment, prompt, entered - arrived, matched - entered, first - arrived
                     )

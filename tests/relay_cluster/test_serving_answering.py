@@ -14,7 +14,7 @@ import pytest
 
 from relay_cluster.router import WorkerView
 from relay_cluster.serving.answering import Answering
-from transport.errors import Cancelled, PipelineError, WorkerLost
+from transport.errors import Cancelled, WorkerLost
 from transport.types import NodeId, WorkerId
 from workers.messages import Reply, Request, StageTimes, Token
 from workers.segment import SlotValue
@@ -32,6 +32,7 @@ class Recorder:
         self.asked: list[tuple[WorkerId, str]] = []
         self.cancelled: list[tuple[WorkerId, str]] = []
         self.alive = {W0: True, W1: True}
+        self.back = False
         self._deaths = deaths
         self._dies_after = dies_after
         self._waits = waits
@@ -40,8 +41,8 @@ class Recorder:
         return [WorkerView(w, MODEL, alive) for w, alive in self.alive.items()]
 
     def is_up(self, worker: WorkerId, *, timeout_s: float) -> bool:
-        self.alive[worker] = False
-        return False
+        self.alive[worker] = self.back
+        return self.back
 
     def stream(self, worker: WorkerId, request: Request, stop: threading.Event) -> Iterator[Token | Reply]:
         self.asked.append((worker, request.id))
@@ -108,7 +109,7 @@ async def test_an_agent_keeps_its_worker_and_agents_are_spread() -> None:
     placed = {agent: one.worker_for(agent, MODEL) for agent in "abcdef"}
     assert Counter(placed.values()) == {W0: 3, W1: 3}
     assert {agent: one.worker_for(agent, MODEL) for agent in "fedcba"} == placed
-    with pytest.raises(PipelineError, match="no live worker"):
+    with pytest.raises(WorkerLost, match="no worker of model"):
         one.worker_for("a", "another model")
 
 
@@ -146,9 +147,15 @@ async def test_a_death_after_the_first_token_is_told() -> None:
 
 async def test_deaths_are_not_followed_for_ever() -> None:
     workers = Recorder(deaths=9)
-    with pytest.raises((WorkerLost, PipelineError)):
-        await collect(answering(workers))
+    with pytest.raises(WorkerLost):
+        await collect(one := answering(workers))
     assert len(workers.asked) == 2, "then no worker is left"
+    workers.back = True
+    one._looked = float("-inf")  # as if some time had passed
+    with pytest.raises(WorkerLost):
+        await collect(one)
+    one.close()
+    assert all(workers.alive.values()), "they were asked whether they are back"
 
 
 async def test_leaving_early_cancels_the_request_and_frees_the_thread() -> None:

@@ -181,13 +181,14 @@ async def test_other_paths_and_methods_have_openais_shape(client: httpx.AsyncCli
 async def test_no_worker_is_told_and_the_service_goes_on(client: httpx.AsyncClient) -> None:
     for _ in range(3):  # places are given back: the queue has room for one
         response = await client.post("/v1/chat/completions", json=CHAT)
-        assert response.status_code == 400
-        assert "no live worker" in check_shape(response)["message"]
+        assert response.status_code == 503
+        assert response.headers["Retry-After"].isdigit()
+        assert check_shape(response)["code"] == "worker_lost"
     models = (await client.get("/v1/models")).json()
     assert [m["id"] for m in models["data"]] == [MODEL]
     assert (await client.get("/healthz")).status_code == 200
     metrics = (await client.get("/metrics")).text
-    assert 'relay_requests_total{endpoint="chat",status="400"} 3.0' in metrics
+    assert 'relay_requests_total{endpoint="chat",status="503"} 3.0' in metrics
     assert "acme" not in metrics
 
 
