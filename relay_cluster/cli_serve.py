@@ -12,6 +12,7 @@ from rich.text import Text
 from relay_cluster import console
 from relay_cluster.cli_common import DebugOption, command, examples
 from relay_cluster.config import ClusterConfig
+from relay_cluster.serving.tenants import load_tenants
 from transport.errors import ConfigError
 
 EPILOG = examples(
@@ -52,6 +53,7 @@ def serve(
     """Serve the OpenAI API over a cluster, with transparent relay, until Ctrl-C."""
     config = ClusterConfig.load(cluster) if cluster else ClusterConfig()
     _check_installed()
+    load_tenants(config.serve, host)  # before anything is started
     if config.ray.address is None:
         from workers.model import describe, resolve
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,28 +15,11 @@ from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.api import build_app
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.service import Service
-from relay_cluster.serving.tenants import Tenants
-from transport.errors import ConfigError
+from relay_cluster.serving.tenants import Tenants, load_tenants
 
 _HEALTH_TIMEOUT_S = 2.0
 _HEALTH_KEPT_S = 2.0
 _KEEP_ALIVE_S = 75
-
-
-def load_tenants(config: ClusterConfig, host: str) -> Tenants:
-    """Whose keys are taken.
-
-    Raises:
-        ConfigError: a key file that cannot be used; or none, though others than this machine are served.
-    """
-    if config.serve.api_keys_file is not None:
-        return Tenants.load(Path(config.serve.api_keys_file))
-    if not _is_loopback(host):
-        raise ConfigError(
-            f"serving on {host} without API keys would let anybody in. Set serve.api_keys_file, or serve on "
-            "127.0.0.1."
-        )
-    return Tenants({})
 
 
 def start_workers(cluster: Cluster) -> None:
@@ -101,7 +82,7 @@ def run_uvicorn(
     """
     import uvicorn
 
-    tenants = load_tenants(config, host)
+    tenants = load_tenants(config.serve, host)
     with Cluster(config, on_event=on_event) as cluster:
         start_workers(cluster)
         server = uvicorn.Server(
@@ -119,12 +100,3 @@ def run_uvicorn(
         if on_event is not None:
             on_event("cluster", f"serving on http://{host}:{port}/v1")
         server.run()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

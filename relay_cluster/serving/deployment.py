@@ -15,7 +15,8 @@ from ray import serve
 
 from relay_cluster.cluster import Cluster
 from relay_cluster.config import ClusterConfig
-from relay_cluster.serving.app import load_tenants, make_app, start_workers
+from relay_cluster.serving.app import make_app, start_workers
+from relay_cluster.serving.tenants import load_tenants
 
 APP_NAME = "relay"
 _MORE = 64
@@ -31,7 +32,7 @@ def deployment(config: ClusterConfig, host: str) -> Any:
     Raises:
         ConfigError: no keys where they are needed.
     """
-    tenants = load_tenants(config, host)
+    tenants = load_tenants(config.serve, host)
     workers = config.serve.workers if config.workers == "auto" else config.workers
 
     def build() -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from relay_cluster.serving.settings import ServeSettings
 from transport.errors import ConfigError
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
@@ -82,3 +84,28 @@ class Tenants:
                 raise ConfigError(f"{path}: every key is {{tenant: NAME, sha256: HEX}}, nothing else")
             digests[str(row["sha256"]).lower()] = str(row["tenant"])
         return Tenants(digests)
+
+
+def load_tenants(settings: ServeSettings, host: str) -> Tenants:
+    """Whose keys are taken.
+
+    Raises:
+        ConfigError: a key file that cannot be used; or none, though others than this machine are served.
+    """
+    if settings.api_keys_file is not None:
+        return Tenants.load(Path(settings.api_keys_file))
+    if not _is_loopback(host):
+        raise ConfigError(
+            f"serving on {host} without API keys would let anybody in. Set serve.api_keys_file, or serve on "
+            "127.0.0.1."
+        )
+    return Tenants({})
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

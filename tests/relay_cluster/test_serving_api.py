@@ -18,13 +18,13 @@ import pytest_asyncio
 from relay_cluster import Cluster, ClusterConfig
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.api import build_app
-from relay_cluster.serving.app import load_tenants, make_app
+from relay_cluster.serving.app import make_app
 from relay_cluster.serving.errors import api_error
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.schemas import ChatRequest, CompletionRequest, parse
 from relay_cluster.serving.service import Service
 from relay_cluster.serving.settings import ServeSettings
-from relay_cluster.serving.tenants import Tenants
+from relay_cluster.serving.tenants import Tenants, load_tenants
 from transport.errors import CacheFull, ConfigError, DeadlineExceeded, PromptTooLong, RelayError, WorkerLost
 
 MODEL = ClusterConfig().model
@@ -252,9 +252,9 @@ async def test_keys_are_read_as_digests_only(tmp_path: Path) -> None:
 
 async def test_others_than_this_machine_are_served_with_keys_only() -> None:
     with pytest.raises(ConfigError, match="api_keys_file"):
-        load_tenants(ClusterConfig(), "0.0.0.0")
-    assert load_tenants(ClusterConfig(), "127.0.0.1").of(None) == ""
-    assert load_tenants(ClusterConfig(), "::1").open
+        load_tenants(ServeSettings(), "0.0.0.0")
+    assert load_tenants(ServeSettings(), "127.0.0.1").of(None) == ""
+    assert load_tenants(ServeSettings(), "::1").open
 
 
 async def test_a_service_without_workers_is_not_healthy() -> None:
