@@ -23,6 +23,7 @@ from relay_cluster.serving.memory import ChatText
 
 _OPEN = ConfigDict(extra="ignore")
 _MOST_STOPS = 4
+_MOST_MESSAGES = 4096
 REUSE = {"exact": "exact_prefix", "rectify": "auto", "anchor": "kvcomm", "dense": "full_prefill"}
 """What neighbours call our methods; any of our own names is taken as well."""
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -171,7 +172,7 @@ class _Sampled(BaseModel):
 class ChatRequest(_Sampled):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=_MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
