@@ -64,7 +64,8 @@ def eventually(true: Callable[[], bool]) -> bool:
 def live() -> Iterator[Live]:
     tenants = Tenants({hashlib.sha256(key.encode()).hexdigest(): name for key, name in KEYS.items()})
     worker = {"device": "cpu", "cache_tokens": 4096, "break_even": False, "min_segment_tokens": 6}
-    with Cluster(small_cluster(worker=worker)) as cluster:
+    transport = {"arena_bytes": 128 << 20, "pull_timeout_s": 20.0}  # a busy machine is no fault
+    with Cluster(small_cluster(worker=worker, transport=transport)) as cluster:
         start_workers(cluster)
         config = uvicorn.Config(make_app(cluster, tenants), host="127.0.0.1", port=0, log_level="warning")
         server = uvicorn.Server(config)
