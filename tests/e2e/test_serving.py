@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -220,6 +222,23 @@ def test_logprobs_and_plain_completions(live: Live) -> None:
     assert "".join(text.choices[0].logprobs.tokens or []) == text.choices[0].text
     streamed = client.completions.create(**ask, prompt="The capital of France is", stream=True)
     assert "".join(c.choices[0].text for c in streamed) == text.choices[0].text
+
+
+def test_the_example_of_the_docs_works(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "service.md").read_text("utf-8")
+    (example,) = re.findall(r"```python\n(from openai.*?)```", text, flags=re.DOTALL)
+    changes = {
+        "http://127.0.0.1:8000": live.url,
+        '"none"': '"sk-blue"',
+        "max_tokens=64": f"max_tokens={TOKENS}",
+    }
+    for written, ours in changes.items():
+        assert written in example
+        example = example.replace(written, ours)
+    exec(compile(example, "service.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert int(re.search(r"^(\d+) prompt tokens were not computed", said, re.MULTILINE)[1]) > 0  # type: ignore[index]
+    assert "'kind': 'response'" in said
 
 
 def test_bad_requests_get_the_clients_own_errors(live: Live) -> None:
