@@ -490,9 +490,13 @@ class AgentWorker:
             text=text,
             reason=reason,
             output=output,
-            output_text=self.loaded.tokenizer.decode(
-                output.token_ids or (), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            ),
+            output_text=self._spelt(output.token_ids or ()),
+            kv_text=self._spelt((output.token_ids or ())[: output.kv_tokens]),
+        )
+
+    def _spelt(self, ids: Iterable[int]) -> str:
+        return self.loaded.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def _wait(self, turn: Turn, sequence: Sequence) -> None:

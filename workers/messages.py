@@ -168,7 +168,7 @@ class Reply:
         flop_ratio: the same, of the rows that were computed.
         relayed_keys: segments whose KV was used; a method may compute a span although its segment was pulled.
         span_costs: of every span that was relayed, or might have been but for its cost.
-        output: what downstream slots get; output_text: what its ids spell.
+        output: what downstream slots get; output_text: what its ids spell; kv_text: those with KV.
         notes: facts worth telling ("prompt segment not published: arena full").
         healed_entries: stale (token, layer) entries that were made exact after the first token.
         healed_at_token: index of the first answer token that was drawn from exact logits; the length of the
@@ -201,6 +201,7 @@ class Reply:
     finish_reason: str
     output: SlotValue
     output_text: str = ""
+    kv_text: str = ""
     notes: tuple[str, ...] = ()
     resolved_method: str = ""
     flop_ratio_predicted: float | None = None

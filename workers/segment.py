@@ -258,6 +258,7 @@ def splice(
     kv_tokens = len(ids) if complete else max(len(ids) - 1, 0)
     control = set(special_ids) | set(stop_ids)
     first = next((n for n, i in enumerate(ids) if i in control), None)
+    kv_tokens = _without_last_blanks(ids, min(kv_tokens, len(ids) if first is None else first), tokenizer)
     if first is None:
         return SlotValue(token_ids=tuple(ids), kv_tokens=kv_tokens)
     encoder = TextEncoder(tokenizer)
@@ -266,7 +267,21 @@ def splice(
         plain.extend(
             encoder.encode(tokenizer.decode([i], skip_special_tokens=False)) if i in control else (i,)
         )
-    return SlotValue(token_ids=tuple(plain), kv_tokens=min(kv_tokens, first))
+    return SlotValue(token_ids=tuple(plain), kv_tokens=kv_tokens)
+
+
+def _without_last_blanks(ids: Sequence[int], count: int, tokenizer: Any) -> int:
+    """How many of the first `count` ids spell the text before its last blanks. The rest is not worth a
+    segment of its own: with and without these blanks, which clients like to strip, it is then the same."""
+
+    def spelt(upto: int) -> str:
+        return tokenizer.decode(ids[:upto], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    whole = spelt(count)
+    stripped = whole.rstrip()
+    while count and len(stripped) < len(whole) and not stripped.startswith(spelt(count)):
+        count -= 1
+    return count
 
 
 # -- templates --

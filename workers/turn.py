@@ -101,6 +101,7 @@ def build_reply(
     reason: str,
     output: SlotValue,
     output_text: str,
+    kv_text: str,
 ) -> Reply:
     """The facts of a finished request."""
     assert turn.prefill is not None  # a finished request has been prefilled
@@ -135,6 +136,7 @@ def build_reply(
         finish_reason=reason,
         output=output,
         output_text=output_text,
+        kv_text=kv_text,
         notes=tuple(turn.notes),
         flop_ratio_predicted=turn.prefill.flop_ratio_predicted,
         flop_ratio=turn.prefill.flop_ratio,

@@ -27,6 +27,7 @@ from relay_cluster.serving.settings import ServeSettings
 from transport.errors import ConfigError
 from workers.messages import Reply, Request, Token
 from workers.methods import parse_method
+from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
 log = logging.getLogger(__name__)
@@ -210,7 +211,12 @@ class Service:
         # What a client quotes is the text that it was given; ids that spell another one are no use.
         if not reply.output_text or not reply.text.startswith(reply.output_text):
             return None
-        return memory.keep_answer(reply.output_text, reply.output)
+        kept = memory.keep_answer(reply.output_text, reply.output)
+        if reply.kv_text != reply.output_text and reply.output.token_ids:
+            # The same segment, for clients that strip the blanks at the end, or quote less than all.
+            count = reply.output.kv_tokens
+            memory.keep_answer(reply.kv_text, SlotValue(None, reply.output.token_ids[:count], count))
+        return kept
 
     def _memory(self, ask: Ask) -> Memory:
         key = (ask.tenant, ask.model)
