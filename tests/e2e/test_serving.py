@@ -141,7 +141,7 @@ def test_tenants_never_meet(live: Live) -> None:
     question = QUESTION + " Whose sheep are they?"
     red = three_agents(live.client("sk-red"), question, agents=2)
     blue = three_agents(live.client("sk-blue"), question, agents=2)
-    assert red[0].choices[0].message.content == blue[0].choices[0].message.content
+    assert len(relay(red[1])["found"]) == 2
     assert relay(blue[0])["found"] == []
     assert relay(blue[0])["relayed_tokens"] == relay(blue[0])["prefix_tokens"] == 0
     assert blue[0].usage.prompt_tokens_details.cached_tokens == 0, "not even a prefix is shared"
