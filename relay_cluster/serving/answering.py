@@ -13,9 +13,9 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -131,9 +131,13 @@ class Answering:
         items: asyncio.Queue[Token | Reply | Exception] = asyncio.Queue()
         stop = threading.Event()
 
+        def tell(call: Callable[..., None], *args: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(call, *args)
+
         def put(item: Token | Reply | Exception) -> None:
             if not stop.is_set():
-                loop.call_soon_threadsafe(items.put_nowait, item)
+                tell(items.put_nowait, item)
 
         def pump() -> None:
             try:
@@ -147,7 +151,7 @@ class Answering:
         self._running[worker] += 1
         task = self._threads.submit(pump)
         self._open.add(task)
-        task.add_done_callback(lambda _: loop.call_soon_threadsafe(self._done, worker, task))
+        task.add_done_callback(lambda _: tell(self._done, worker, task))
         finished = False
         try:
             while not finished:
