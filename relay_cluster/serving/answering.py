@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from relay_cluster.router import WorkerView, place_next
-from transport.errors import Cancelled, DeadlineExceeded, RelayError, WorkerLost
+from transport.errors import DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.messages import Reply, Request, Token
 
@@ -127,35 +127,15 @@ class Answering:
                 return
 
     async def _once(self, worker: WorkerId, request: Request) -> AsyncGenerator[Token | Reply, None]:
-        loop = asyncio.get_running_loop()
-        items: asyncio.Queue[Token | Reply | Exception] = asyncio.Queue()
-        stop = threading.Event()
-
-        def tell(call: Callable[..., None], *args: object) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(call, *args)
-
-        def put(item: Token | Reply | Exception) -> None:
-            if not stop.is_set():
-                tell(items.put_nowait, item)
-
-        def pump() -> None:
-            try:
-                for item in self._workers.stream(worker, request, stop):
-                    put(item)
-            except Cancelled:
-                put(Cancelled("the request was cancelled."))
-            except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
-                put(error)
-
+        pipe = _Pipe()
         self._running[worker] += 1
-        task = self._threads.submit(pump)
+        task = self._threads.submit(pipe.pump, lambda stop: self._workers.stream(worker, request, stop))
         self._open.add(task)
-        task.add_done_callback(lambda _: tell(self._done, worker, task))
+        task.add_done_callback(lambda _: pipe.tell(self._done, worker, task))
         finished = False
         try:
             while not finished:
-                item = await items.get()
+                item = await pipe.items.get()
                 if isinstance(item, Exception):
                     # A worker that is lost or silent may only be unreachable, and still at work.
                     finished = not isinstance(item, (WorkerLost, DeadlineExceeded))
@@ -164,7 +144,7 @@ class Answering:
                 yield item
         finally:
             if not finished:
-                stop.set()
+                pipe.stop.set()
                 self._control.submit(self._cancel, worker, request.id)
 
     def _done(self, worker: WorkerId, task: Future[None]) -> None:
@@ -182,3 +162,30 @@ class Answering:
         """Let the threads go. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._control.shutdown(wait=True)
+
+
+class _Pipe:
+    """From a thread that iterates over a stream to the event loop that made this. stop: set when nobody takes
+    the items any more."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.items: asyncio.Queue[Token | Reply | Exception] = asyncio.Queue()
+        self.stop = threading.Event()
+
+    def tell(self, call: Callable[..., None], *args: object) -> None:
+        """Call something on the loop."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(call, *args)
+
+    def pump(self, stream: Callable[[threading.Event], Iterator[Token | Reply]]) -> None:
+        """Iterate to the end; what is raised becomes the last item."""
+        try:
+            for item in stream(self.stop):
+                self._put(item)
+        except Exception as error:  # noqa: BLE001 - raised where the answer is awaited
+            self._put(error)
+
+    def _put(self, item: Token | Reply | Exception) -> None:
+        if not self.stop.is_set():
+            self.tell(self.items.put_nowait, item)
