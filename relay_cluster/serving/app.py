@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -83,6 +84,8 @@ def run_uvicorn(
     import uvicorn
 
     tenants = load_tenants(config.serve, host)
+    # An answer whose client went away ends with an error that nobody takes: no news.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     with Cluster(config, on_event=on_event) as cluster:
         start_workers(cluster)
         server = uvicorn.Server(

@@ -42,7 +42,7 @@ class Live:
     cluster: Cluster
 
     def client(self, key: str = "sk-red") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60.0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=240.0)
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
@@ -65,7 +65,14 @@ def eventually(true: Callable[[], bool]) -> bool:
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
     tenants = Tenants({hashlib.sha256(key.encode()).hexdigest(): name for key, name in KEYS.items()})
-    worker = {"device": "cpu", "cache_tokens": 4096, "break_even": False, "min_segment_tokens": 6}
+    # One thread each: two teams on two busy cores wait for each other at every operator.
+    worker = {
+        "device": "cpu",
+        "threads": 1,
+        "cache_tokens": 4096,
+        "break_even": False,
+        "min_segment_tokens": 6,
+    }
     transport = {"arena_bytes": 128 << 20, "pull_timeout_s": 20.0}  # a busy machine is no fault
     with Cluster(small_cluster(worker=worker, transport=transport)) as cluster:
         start_workers(cluster)

@@ -42,7 +42,7 @@ def settled(url: str) -> bool:
 
 def check(url: str) -> None:
     """What a client sees: an answer, the same streamed, a relayed one, errors, and that it may go away."""
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60.0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240.0)
     ask: dict[str, Any] = {"model": DEFAULT_MODEL, "max_tokens": 20, "temperature": 0, "seed": 1}
     chat: list[Any] = [{"role": "user", "content": TEXT}]
     text = client.chat.completions.create(**ask, messages=chat).choices[0].message.content
