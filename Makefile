@@ -24,7 +24,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv model demo bench test test-bench test-long test-grid test-multihost test-fast lint format clean
+.PHONY: help venv model demo serve bench test test-bench test-long test-grid test-multihost test-fast lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ demo: model ## three agents on three workers, compared with full prefill -> runs
 	$(BIN)/relay run configs/pipelines/demo.yaml --input-file configs/pipelines/demo_input.jsonl \
 	  --cluster configs/clusters/local_cpu.yaml --compare full_prefill \
 	  --json runs/demo.json --plot runs/demo.png
+
+serve: model ## the OpenAI API on http://127.0.0.1:8000, until Ctrl-C
+	$(BIN)/relay serve configs/clusters/local_cpu.yaml
 
 bench: model ## the quick form of every benchmark -> runs/bench-*.json, runs/bench-*.png
 	for name in ttft chain fidelity decay; do \

@@ -50,7 +50,7 @@ from transport.directory.view import View
 from transport.errors import Cancelled, ConfigError, DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
-from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck
+from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck, Token
 from workers.methods import parse_method
 
 log = logging.getLogger(__name__)
@@ -223,6 +223,16 @@ class Cluster:
         """Start the workers that the pipeline needs, unless they run already; place its agents; warm their
         prefixes."""
         agents = self._models(pipeline)
+        self.start_workers(agents)
+        self._placed.update(place(agents, self.views()))
+        self._prepare(pipeline)
+
+    def start_workers(self, agents: Sequence[tuple[str, str]]) -> None:
+        """Start workers for (agent, model) pairs and wait until they are ready, unless they run already.
+
+        Raises:
+            RelayError: a worker did not come up within runtime.start_timeout_s.
+        """
         if not self._shards:
             self.start()
         if not self._members:
@@ -236,9 +246,6 @@ class Cluster:
                 self._spawn(WorkerId(f"w{i}"), model, count, places[i % len(places)])
             self._await_ready()
         self._welcome_back()
-        views = [WorkerView(w, m.spec.model, alive=not m.lost) for w, m in self._members.items()]
-        self._placed.update(place(agents, views))
-        self._prepare(pipeline)
 
     def _models(self, pipeline: Pipeline) -> list[tuple[str, str]]:
         default = pipeline.model or self.config.model
@@ -433,18 +440,30 @@ class Cluster:
         """See executor.Workers."""
         begin = time.perf_counter()
         first = 0.0
-        count = 0
+        for count, item in enumerate(self.stream(worker, request, stop), start=1):
+            if isinstance(item, Reply):
+                return item, first
+            first = first or time.perf_counter() - begin
+            on_token(count)
+        raise AssertionError("unreachable: a stream ends with a reply or raises")
+
+    def stream(
+        self, worker: WorkerId, request: Request, stop: threading.Event | None = None
+    ) -> Iterator[Token | Reply]:
+        """Answer a request: its tokens as they are drawn, and at last the reply.
+
+        Raises:
+            WorkerLost: the process died. Cancelled: soon after `stop` was set (the worker is not told:
+            `cancel` does that). Else what the worker raised.
+        """
         member = self._members[worker]
         info = member.info
         try:
             stream = member.handle.generate.options(num_returns="streaming").remote(request)
             for kind, item in self._items(stream, worker, stop or threading.Event()):
+                yield item
                 if kind == "reply":
-                    return item, first
-                if not count:
-                    first = time.perf_counter() - begin
-                count += 1
-                on_token(count)
+                    return
         except WorkerFrozen:
             member.handle.cancel.remote(request.id)  # should it go on one day
             raise
@@ -490,6 +509,16 @@ class Cluster:
             self._directory.drop_owner(worker, info.incarnation)
         except RelayError as error:
             log.warning("the directory was not told that %s died: %s", worker, error)
+
+    def is_up(self, worker: WorkerId, *, timeout_s: float) -> bool:
+        """Whether the worker's process answers; one that is being restarted is waited for."""
+        up = self._answers(worker, timeout_s)
+        self._members[worker].lost = not up
+        return up
+
+    def views(self) -> tuple[WorkerView, ...]:
+        """The workers as placement sees them, in the order in which they were started."""
+        return tuple(WorkerView(w, m.spec.model, alive=not m.lost) for w, m in self._members.items())
 
     def compare(
         self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int

@@ -43,17 +43,28 @@ def place(agents: Sequence[tuple[str, str]], workers: Sequence[WorkerView]) -> d
     load: Counter[WorkerId] = Counter()
     placed: dict[str, WorkerId] = {}
     for agent, model in agents:
-        able = [w.worker for w in workers if w.alive and w.model == model]
-        if not able:
-            hosted = ", ".join(sorted({w.model for w in workers})) or "none"
-            raise PipelineError(
-                f'agent "{agent}" needs model {model}, which no live worker hosts (hosted: {hosted}). '
-                "Set `model` in the cluster file, or start more workers."
-            )
-        chosen = min(able, key=lambda name: (load[name], able.index(name)))
-        load[chosen] += 1
-        placed[agent] = chosen
+        placed[agent] = place_next(agent, model, workers, load)
+        load[placed[agent]] += 1
     return placed
+
+
+def place_next(
+    agent: str, model: str, workers: Sequence[WorkerView], load: Mapping[WorkerId, float]
+) -> WorkerId:
+    """The worker for one more agent: the one with the least `load` (a worker that it lacks has none), the
+    first of those equal.
+
+    Raises:
+        PipelineError: no worker that is alive hosts the model.
+    """
+    able = [w.worker for w in workers if w.alive and w.model == model]
+    if not able:
+        hosted = ", ".join(sorted({w.model for w in workers})) or "none"
+        raise PipelineError(
+            f'agent "{agent}" needs model {model}, which no live worker hosts (hosted: {hosted}). '
+            "Set `model` in the cluster file, or start more workers."
+        )
+    return min(able, key=lambda name: (load.get(name, 0), able.index(name)))
 
 
 def worker_models(agents: Sequence[tuple[str, str]], count: int, default_model: str) -> list[str]:

@@ -168,13 +168,13 @@ class Worker:
         return self._agent.prepare(system, prompt)
 
     def generate(self, request: Request) -> Iterator[tuple[str, Any]]:
-        """Stream of ("token", (id, text)) and at last ("reply", Reply). Errors are raised where they
+        """Stream of ("token", Token) and at last ("reply", Reply). Errors are raised where they
         happen."""
         items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
         def answer() -> None:
             try:
-                reply = self._agent.generate(request, lambda token, text: items.put(("token", (token, text))))
+                reply = self._agent.generate(request, lambda token: items.put(("token", token)))
                 items.put(("reply", reply))
             except Exception as error:  # noqa: BLE001 - carried to the caller's thread and raised there
                 items.put(("error", error))

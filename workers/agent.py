@@ -10,10 +10,13 @@ Decisions live elsewhere: spans in `segment.py`, room in `admission.py`, pulls a
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
+import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,7 +32,7 @@ from workers.engine import Engine
 from workers.heal import Heal, chunk_rows
 from workers.kv_cache import CachePool
 from workers.loading import Loading, prefill_model
-from workers.messages import Comparison, Reply, Request, ShadowCheck
+from workers.messages import Comparison, Reply, Request, ShadowCheck, Token, TokenScore
 from workers.methods import parse_reuse
 from workers.methods.base import HealMode, ModelProfile, Span
 from workers.methods.kvcomm import KVComm
@@ -42,6 +45,7 @@ from workers.scheduler import Event, FailedEvent, FinishedEvent, Sequence, StepL
 from workers.segment import Prompt, PromptBuilder, PromptTemplate, special_token_ids, splice, stop_token_ids
 from workers.settings import WorkerSettings
 from workers.shadow import Evidence, EvidenceBox, judge, relayed_positions
+from workers.stopping import StopText, tokens_before
 from workers.store import SegmentStore
 from workers.tokens import TokenStream
 from workers.turn import Scored, Turn, build_reply, build_scored
@@ -49,11 +53,13 @@ from workers.turn import Scored, Turn, build_reply, build_scored
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OnToken = Callable[[int, str], None]
+OnToken = Callable[[Token], None]
 
 _SETTLE_S = 1.0
 _MOST_EVIDENCE = 16
 """Answered requests that can wait for a shadow check."""
+_MOST_TEMPLATES = 256
+"""Parsed templates that are kept. A pipeline has a handful; every chat of a service is one of its own."""
 
 
 class AgentWorker:
@@ -98,7 +104,8 @@ class AgentWorker:
             self.on_engine,
             producer=str(worker),
         )
-        self._templates: dict[tuple[str | None, str], PromptTemplate] = {}
+        self._templates: OrderedDict[tuple[object, ...], PromptTemplate] = OrderedDict()
+        self._templates_lock = threading.Lock()
         self._admission = Admission(
             self.pool, max_sequences=settings.max_sequences, timeout_s=settings.request_timeout_s
         )
@@ -132,7 +139,7 @@ class AgentWorker:
 
         Args:
             request: what to do.
-            on_token: called with (token id, text that is certain by now) for every token, on this thread.
+            on_token: called for every token, on this thread.
 
         Raises:
             ConfigError: template, values, method or length do not fit.
@@ -338,14 +345,26 @@ class AgentWorker:
     def _arrival(self, request: Request, answer_tokens: int) -> Arrival:
         reuse = parse_reuse(request.method, self.profile)
         template = self._template(request)
-        prompt = self._builder.build(template, request.values, max_new_tokens=answer_tokens)
+        prompt = self._builder.build(template, request.values, answer_tokens, request.tenant)
         return Arrival(request, reuse, prompt, answer_tokens)
 
     def _template(self, request: Request) -> PromptTemplate:
-        key = (request.system, request.prompt)
-        if key not in self._templates:
-            self._templates[key] = self._builder.template(*key)
-        return self._templates[key]
+        key = (request.system, request.prompt, request.messages, request.raw)
+        with self._templates_lock:
+            if key in self._templates:
+                self._templates.move_to_end(key)
+                return self._templates[key]
+        if request.messages:
+            template = self._builder.chat_template(request.messages)
+        elif request.raw:
+            template = self._builder.raw_template(request.prompt)
+        else:
+            template = self._builder.template(request.system, request.prompt)
+        with self._templates_lock:
+            self._templates[key] = template
+            while len(self._templates) > _MOST_TEMPLATES:
+                self._templates.popitem(last=False)
+        return template
 
     def _end(self, turn: Turn) -> None:
         """Give everything back, whatever happened."""
@@ -471,6 +490,13 @@ class AgentWorker:
             text=text,
             reason=reason,
             output=output,
+            output_text=self._spelt(output.token_ids or ()),
+            kv_text=self._spelt((output.token_ids or ())[: output.kv_tokens]),
+        )
+
+    def _spelt(self, ids: Iterable[int]) -> str:
+        return self.loaded.tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
 
     def _wait(self, turn: Turn, sequence: Sequence) -> None:
@@ -481,21 +507,41 @@ class AgentWorker:
 
     def _decode(self, turn: Turn, sequence: Sequence, on_token: OnToken | None) -> tuple[str, str]:
         stream = TokenStream(self.loaded.tokenizer)
-        pieces: list[str] = []
+        answer = StopText(turn.request.sampling.stop)
+        kept = 0
         reason = ""
         for event in self._events(turn, sequence):
             if isinstance(event, FinishedEvent):
                 reason = event.reason
                 break
             assert isinstance(event, TokenEvent)  # failures are raised in _events
-            piece = "" if event.token in self._stop_ids else stream.push(event.token)
-            pieces.append(piece)
+            if answer.found:
+                continue  # drawn before the engine knew
+            piece = answer.push("" if event.token in self._stop_ids else stream.push(event.token))
             if on_token is not None:
-                on_token(event.token, piece)
+                on_token(self._token(event, piece))
             turn.clock.last_token = event.at
+            kept += 1
+            if answer.found:
+                sequence.enough.set()
             if event.first:
                 turn.clock.first_token = event.at
                 if turn.request.publish:
                     self._publishing.remember(turn)
-        pieces.append(stream.finish())
-        return "".join(pieces), reason
+        if not answer.found:
+            answer.push(stream.finish())
+        if answer.found:  # only what comes before the stop text is the answer, and is published
+            decode = functools.partial(
+                self.loaded.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            del sequence.tokens[tokens_before(sequence.tokens, answer.text, decode, kept - 1) :]
+            reason = "stop"
+        return answer.text, reason
+
+    def _token(self, event: TokenEvent, piece: str) -> Token:
+        if event.scores is None:
+            return Token(event.token, piece)
+        own, best = event.scores
+        alone = self.loaded.tokenizer.decode
+        top = tuple(TokenScore(alone([i]), logprob) for i, logprob in best)
+        return Token(event.token, piece, TokenScore(alone([event.token]), own), top)

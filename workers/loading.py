@@ -99,7 +99,10 @@ class Loading:
         method = turn.reuse.method
         wanted: dict[SegmentKey, int] = {}
         if method.uses_segments:
+            known = self._prefixes.match(prompt.token_ids, request.tenant) if request.prefix_first else 0
             for span in prompt.spans:
+                if span.stop <= known:
+                    continue  # it is here already, exact
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
         # A prompt that is repeated relays what it relayed before, whatever was measured since.
@@ -225,7 +228,9 @@ class Loading:
         limit = min(leading, len(turn.prompt.token_ids) - 1)
         if turn.request.prefix_limit is not None:
             limit = min(limit, turn.request.prefix_limit)
-        return self._prefixes.load(turn.prompt.token_ids, turn.cache, limit=max(0, limit))
+        return self._prefixes.load(
+            turn.prompt.token_ids, turn.cache, limit=max(0, limit), tenant=turn.request.tenant
+        )
 
     def _count_fallbacks(self, turn: Turn) -> None:
         for fallback in fallbacks(turn):

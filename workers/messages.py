@@ -7,10 +7,33 @@ No tensor is ever part of a message. Durations are in seconds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from transport.types import NodeId, SegmentKey, Transfer, WorkerId
-from workers.segment import SlotValue
+from workers.segment import Message, SlotValue
 from workers.settings import SamplingSettings
+
+
+class TokenScore(NamedTuple):
+    """A token that might come next: its text alone, and the natural logarithm of its probability."""
+
+    text: str
+    logprob: float
+
+
+class Token(NamedTuple):
+    """A token of an answer while it is made.
+
+    Attributes:
+        id: of the model's vocabulary.
+        text: what has become certain of the answer's text with it; often more or less than its own.
+        score: its own, where log-probabilities were asked for; top: of the most likely ones, best first.
+    """
+
+    id: int
+    text: str
+    score: TokenScore | None = None
+    top: tuple[TokenScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +44,9 @@ class Request:
         id: unique; names the request in logs and for `cancel`.
         agent: name of the agent, for reports.
         system, prompt: the agent's template; `{slot}` marks the slots of `prompt`.
+        messages: a whole chat instead of these two.
+        raw: `prompt` is continued as it is, without the chat template around it.
+        tenant: whose request it is; KV is shared within a tenant only. "": of nobody in particular.
         values: slot -> content.
         method: reuse method, as users write it.
         sampling: how tokens are drawn.
@@ -28,6 +54,7 @@ class Request:
         publish_inputs: and copies of the slots that were computed here. False for a request that a probe will
             judge: the probe is to relay what the upstream agents made, as a new request would.
         only_keys: relay only these segments (None: any); used to repeat a run exactly.
+        prefix_first: relay nothing that the worker's exact prefix cache has.
         prefix_limit: most tokens to take from the prefix cache (None: no limit).
         consumers: requests that are expected to relay the answer (0: unknown); once they have, its segment is
             the first to be evicted.
@@ -36,14 +63,18 @@ class Request:
 
     id: str
     agent: str
-    prompt: str
+    prompt: str = ""
     system: str | None = None
+    messages: tuple[Message, ...] = ()
+    raw: bool = False
+    tenant: str = ""
     values: dict[str, SlotValue] = field(default_factory=dict[str, SlotValue])
     method: str = "auto"
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     publish: bool = True
     publish_inputs: bool = True
     only_keys: frozenset[SegmentKey] | None = None
+    prefix_first: bool = False
     prefix_limit: int | None = None
     consumers: int = 0
     shadow_tokens: int = 0
@@ -137,7 +168,7 @@ class Reply:
         flop_ratio: the same, of the rows that were computed.
         relayed_keys: segments whose KV was used; a method may compute a span although its segment was pulled.
         span_costs: of every span that was relayed, or might have been but for its cost.
-        output: what downstream slots get.
+        output: what downstream slots get; output_text: what its ids spell; kv_text: those with KV.
         notes: facts worth telling ("prompt segment not published: arena full").
         healed_entries: stale (token, layer) entries that were made exact after the first token.
         healed_at_token: index of the first answer token that was drawn from exact logits; the length of the
@@ -169,6 +200,8 @@ class Reply:
     text: str
     finish_reason: str
     output: SlotValue
+    output_text: str = ""
+    kv_text: str = ""
     notes: tuple[str, ...] = ()
     resolved_method: str = ""
     flop_ratio_predicted: float | None = None

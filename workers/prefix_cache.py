@@ -22,7 +22,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._entries: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, bytes], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -33,19 +33,15 @@ class PrefixCache:
     def _nbytes(self) -> int:
         return sum(t.nbytes for t in self._entries.values())
 
-    def load(self, token_ids: Sequence[int], cache: SequenceCache, *, limit: int) -> int:
-        """Copy the longest known prefix of `token_ids`, at most `limit` tokens, into `cache`.
+    def load(self, token_ids: Sequence[int], cache: SequenceCache, *, limit: int, tenant: str = "") -> int:
+        """Copy the longest prefix of `token_ids` that the tenant has left, at most `limit` tokens, into
+        `cache`.
 
         Returns:
             Number of leading tokens whose KV is now in place.
         """
-        wanted = np.asarray(token_ids, dtype=np.int32)
         with self._lock:
-            best, entry = 0, None
-            for key in self._entries:
-                n = _common_prefix(np.frombuffer(key, dtype=np.int32), wanted)
-                if n > best:
-                    best, entry = n, key
+            best, entry = self._longest(token_ids, tenant)
             best = min(best, limit)
             if entry is None or best <= 0:
                 return 0
@@ -53,7 +49,23 @@ class PrefixCache:
             cache.kv[:, :, :, :best] = self._entries[entry][:, :, :, :best]
             return best
 
-    def store(self, token_ids: Sequence[int], cache: SequenceCache) -> None:
+    def match(self, token_ids: Sequence[int], tenant: str = "") -> int:
+        """How many leading tokens `load` would find."""
+        with self._lock:
+            return self._longest(token_ids, tenant)[0]
+
+    def _longest(self, token_ids: Sequence[int], tenant: str) -> tuple[int, tuple[str, bytes] | None]:
+        wanted = np.asarray(token_ids, dtype=np.int32)
+        best, entry = 0, None
+        for owner, key in self._entries:
+            if owner != tenant:
+                continue  # how long a stranger's prompt takes must not tell what others have asked
+            n = _common_prefix(np.frombuffer(key, dtype=np.int32), wanted)
+            if n > best:
+                best, entry = n, (owner, key)
+        return best, entry
+
+    def store(self, token_ids: Sequence[int], cache: SequenceCache, tenant: str = "") -> None:
         """Keep the KV of `token_ids`, which stand at the start of `cache` and were computed in full."""
         count = len(token_ids)
         key = np.asarray(token_ids, dtype=np.int32).tobytes()
@@ -62,10 +74,10 @@ class PrefixCache:
             return
         with self._lock:
             for known in list(self._entries):
-                if known.startswith(key):
+                if known[0] == tenant and known[1].startswith(key):
                     self._entries.move_to_end(known)
                     return
-            self._entries[key] = cache.kv[:, :, :, :count].clone()
+            self._entries[tenant, key] = cache.kv[:, :, :, :count].clone()
             while self._nbytes() > self._max_bytes:
                 self._entries.popitem(last=False)
 

@@ -23,7 +23,7 @@ from workers.messages import Published
 from workers.methods.base import RectifyPlan
 from workers.methods.kvcomm import KVComm
 from workers.prefix_cache import PrefixCache
-from workers.segment import SlotValue, digest_tokens
+from workers.segment import SlotValue, digest_tokens, tenant_space
 from workers.store import SegmentStore
 from workers.turn import Turn
 
@@ -76,8 +76,9 @@ class Publishing:
         assert turn.prefill is not None  # there is a first token
         relayed = [s.span.start for s in turn.prefill.plan.spans if s.source]
         exact = min(relayed, default=len(turn.prompt.token_ids))
+        tenant = turn.request.tenant
         try:
-            self._on_engine(lambda: self._prefixes.store(turn.prompt.token_ids[:exact], turn.cache))
+            self._on_engine(lambda: self._prefixes.store(turn.prompt.token_ids[:exact], turn.cache, tenant))
         except RelayError as error:
             turn.notes.append(f"the exact prefix was not kept: {error}")
         self.learn_anchors(turn)
@@ -105,7 +106,8 @@ class Publishing:
             self._inputs(turn, held_back=True)
         if output.kv_tokens >= self._min_segment_tokens:
             assert output.token_ids is not None  # an answer is made of ids
-            key = SegmentKey(self._space, digest_tokens(output.token_ids[: output.kv_tokens]))
+            space = tenant_space(self._space, turn.request.tenant)
+            key = SegmentKey(space, digest_tokens(output.token_ids[: output.kv_tokens]))
             readers = turn.request.consumers
             self._publish(turn, key, len(turn.prompt.token_ids), output.kv_tokens, None, readers)
 

@@ -55,6 +55,15 @@ class Sampler:
             return int(index)
         return self._draw(logits)
 
+    def scores(self, logits: torch.Tensor, token: int) -> tuple[float, tuple[tuple[int, float], ...]] | None:
+        """Log-probability (natural, at temperature 1) of `token`, and (id, log-probability) of the most
+        likely ones, best first; None unless they were asked for. logits: [vocab]."""
+        if self._settings.logprobs is None:
+            return None
+        logs = torch.log_softmax(logits.float(), dim=0)
+        best, ids = logs.topk(min(self._settings.logprobs, logs.numel()))
+        return float(logs[token]), tuple(zip(ids.tolist(), best.tolist(), strict=True))
+
     def _draw(self, logits: torch.Tensor) -> int:
         # float64 on the CPU: the same tokens for the same seed, whatever the device and dtype of the model
         scaled = logits.detach().to("cpu", torch.float64)

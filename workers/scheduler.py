@@ -49,11 +49,13 @@ BACKGROUND_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """A sampled token; `first` ends the time to first token. at: time.perf_counter() instant."""
+    """A sampled token; `first` ends the time to first token. at: time.perf_counter() instant. scores: see
+    Sampler.scores."""
 
     token: int
     first: bool
     at: float
+    scores: tuple[float, tuple[tuple[int, float], ...]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Sequence:
         heal: recomputes stale entries between decode steps; None where nothing is to be healed.
         evidence: what is kept for a shadow check; None when this request is not sampled.
         background: gets rows only in steps in which nobody else wants any.
+        enough: set by whoever reads the answer when its text has reached a stop text.
         ending: why the answer ended, while its last stale entries are still being healed; else "".
         stalled_s: seconds for which its prefill could not go on because layers had yet to arrive;
             stalled_since: time.perf_counter() instant since when that is so now.
@@ -102,6 +105,7 @@ class Sequence:
     background: bool = False
     events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    enough: threading.Event = field(default_factory=threading.Event)
     tokens: list[int] = field(default_factory=list[int])
     fed: int = 0
     logits: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
@@ -303,6 +307,8 @@ class StepLoop:
     def _gave_up(self, sequence: Sequence) -> bool:
         if sequence.cancelled.is_set():
             _fail(sequence, Cancelled("the request was cancelled."))
+        elif sequence.enough.is_set() and not sequence.ending:
+            self._end(sequence, "stop")
         elif time.monotonic() > sequence.deadline:
             if sequence.ending:  # the answer is whole; only its KV stays unhealed
                 _finish(sequence, sequence.ending)
@@ -430,7 +436,8 @@ class StepLoop:
         assert sequence.sampler is not None  # scoring sequences never get here
         token = sequence.sampler.sample(logits)
         sequence.tokens.append(token)
-        sequence.events.put(TokenEvent(token, len(sequence.tokens) == 1, time.perf_counter()))
+        scores = sequence.sampler.scores(logits, token)
+        sequence.events.put(TokenEvent(token, len(sequence.tokens) == 1, time.perf_counter(), scores))
         if token in sequence.stop_ids:
             self._end(sequence, "stop")
         elif len(sequence.tokens) >= sequence.max_new_tokens:

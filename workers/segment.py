@@ -63,6 +63,14 @@ class SlotValue:
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a chat. content: a template, in which `{slot}` marks a slot."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """A stretch of a template: fixed token ids, or a slot (then without ids)."""
 
@@ -99,6 +107,13 @@ class Prompt:
 
     def tokens_of(self, span: Span) -> tuple[int, ...]:
         return self.token_ids[span.start : span.stop]
+
+
+def tenant_space(space: str, tenant: str) -> str:
+    """The space of one tenant's segments; `space` itself for the tenant "" (requests of one owner)."""
+    if not tenant:
+        return space
+    return hashlib.blake2b(f"{len(space)}:{space}:{tenant}".encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def digest_tokens(token_ids: Sequence[int]) -> bytes:
@@ -243,6 +258,7 @@ def splice(
     kv_tokens = len(ids) if complete else max(len(ids) - 1, 0)
     control = set(special_ids) | set(stop_ids)
     first = next((n for n, i in enumerate(ids) if i in control), None)
+    kv_tokens = _without_last_blanks(ids, min(kv_tokens, len(ids) if first is None else first), tokenizer)
     if first is None:
         return SlotValue(token_ids=tuple(ids), kv_tokens=kv_tokens)
     encoder = TextEncoder(tokenizer)
@@ -251,7 +267,21 @@ def splice(
         plain.extend(
             encoder.encode(tokenizer.decode([i], skip_special_tokens=False)) if i in control else (i,)
         )
-    return SlotValue(token_ids=tuple(plain), kv_tokens=min(kv_tokens, first))
+    return SlotValue(token_ids=tuple(plain), kv_tokens=kv_tokens)
+
+
+def _without_last_blanks(ids: Sequence[int], count: int, tokenizer: Any) -> int:
+    """How many of the first `count` ids spell the text before its last blanks. The rest is not worth a
+    segment of its own: with and without these blanks, which clients like to strip, it is then the same."""
+
+    def spelt(upto: int) -> str:
+        return tokenizer.decode(ids[:upto], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    whole = spelt(count)
+    stripped = whole.rstrip()
+    while count and len(stripped) < len(whole) and not stripped.startswith(spelt(count)):
+        count -= 1
+    return count
 
 
 # -- templates --
@@ -329,7 +359,38 @@ class PromptBuilder:
         if chat_template_of(self._tokenizer) is None:
             parts = [*head, *([_Part(_JOIN)] if head else []), *body]
             return self._finish(self._pieces(_merge(parts), opening=True))
-        rendered, parts = self._render(head, body)
+        return self._cut(*self._render(head, body))
+
+    def raw_template(self, prompt_text: str) -> PromptTemplate:
+        """As `template`, of text that is continued as it is, with no chat template around it."""
+        return self._finish(self._pieces(_parse(prompt_text), opening=True))
+
+    def chat_template(self, messages: Sequence[Message]) -> PromptTemplate:
+        """As `template`, of a whole chat; the chat template decides which roles may follow each other.
+
+        Raises:
+            ModelError: the model has no chat template, or it refuses or spoils these messages.
+        """
+        if chat_template_of(self._tokenizer) is None:
+            raise ModelError("the model has no chat template: send it a plain prompt instead of messages.")
+        turns = [(m.role, _parse(m.content)) for m in messages]
+        try:
+            return self._cut(*self._render_chat(turns))
+        except ModelError:
+            if len(turns) < 2 or (turns[0][0], turns[1][0]) != ("system", "user"):
+                raise
+        # No system role: the system text opens the user message, as in `template`.
+        opening = ("user", _merge([*turns[0][1], _Part(_JOIN), *turns[1][1]]))
+        return self._cut(*self._render_chat([opening, *turns[2:]]))
+
+    def _render_chat(self, turns: Sequence[tuple[str, list[_Part]]]) -> tuple[str, list[_Part]]:
+        parts = [part for _, body in turns for part in body]
+        marks = iter(_sentinels(len(parts)))
+        messages = [{"role": role, "content": "".join(next(marks) for _ in body)} for role, body in turns]
+        return self._checked(self._apply(messages), parts), parts
+
+    def _cut(self, rendered: str, parts: Sequence[_Part]) -> PromptTemplate:
+        """Cut a rendered template at its sentinels, and tokenise what is between them."""
         pieces: list[Piece] = []
         rest = rendered
         for sentinel, part in zip(_sentinels(len(parts)), parts, strict=True):
@@ -340,7 +401,11 @@ class PromptBuilder:
         return self._finish(pieces)
 
     def build(
-        self, template: PromptTemplate, values: Mapping[str, SlotValue], max_new_tokens: int = 0
+        self,
+        template: PromptTemplate,
+        values: Mapping[str, SlotValue],
+        max_new_tokens: int = 0,
+        tenant: str = "",
     ) -> Prompt:
         """Fill the slots and tile the prompt with spans.
 
@@ -354,13 +419,14 @@ class PromptBuilder:
         """
         _check_values(template.slots, values)
         filled = {name: self._fill(values[name]) for name in template.slots}
+        space = tenant_space(self._space, tenant)
         ids: list[int] = []
         spans: list[Span] = []
         for piece in template.pieces:
             runs = [(piece.token_ids, False)] if piece.slot is None else filled[piece.slot]
             for run, keyed in runs:
                 if run:
-                    key = SegmentKey(self._space, digest_tokens(run)) if keyed else None
+                    key = SegmentKey(space, digest_tokens(run)) if keyed else None
                     spans.append(Span(len(ids), len(ids) + len(run), piece.slot, key))
                     ids.extend(run)
         if not ids:

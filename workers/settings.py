@@ -72,6 +72,8 @@ class SamplingSettings:
         temperature: 0 for greedy, else the softmax temperature.
         top_p: nucleus mass kept when sampling.
         seed: of the request's own generator; the same seed gives the same tokens.
+        stop: the answer ends before the first of these texts.
+        logprobs: tell the log-probability of every token, and of so many most likely ones; None tells none.
     """
 
     max_new_tokens: Annotated[int, Ge(1)] = 256
@@ -79,3 +81,5 @@ class SamplingSettings:
     temperature: Annotated[float, Ge(0)] = 0.0
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     seed: Annotated[int, Ge(0)] = 0
+    stop: tuple[str, ...] = ()
+    logprobs: Annotated[int, Ge(0)] | None = None

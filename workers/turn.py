@@ -92,7 +92,16 @@ class Turn:
 
 
 def build_reply(
-    turn: Turn, *, worker: WorkerId, node: NodeId, model: str, text: str, reason: str, output: SlotValue
+    turn: Turn,
+    *,
+    worker: WorkerId,
+    node: NodeId,
+    model: str,
+    text: str,
+    reason: str,
+    output: SlotValue,
+    output_text: str,
+    kv_text: str,
 ) -> Reply:
     """The facts of a finished request."""
     assert turn.prefill is not None  # a finished request has been prefilled
@@ -126,6 +135,8 @@ def build_reply(
         text=text,
         finish_reason=reason,
         output=output,
+        output_text=output_text,
+        kv_text=kv_text,
         notes=tuple(turn.notes),
         flop_ratio_predicted=turn.prefill.flop_ratio_predicted,
         flop_ratio=turn.prefill.flop_ratio,

@@ -254,6 +254,17 @@ def test_an_answer_cut_by_max_tokens_has_a_last_token_without_kv(
     assert slot_spans(prompt, "p") == [(ids[:-1], True), (ids[-1:], False)]
 
 
+@pytest.mark.parametrize("blanks", ["\n", " \n\n ", "\t"])
+def test_the_blanks_at_the_end_of_an_answer_are_not_part_of_its_segment(tokenizer: Any, blanks: str) -> None:
+    text = "The answer is 42, I think"
+    value = relayed(tokenizer, text + blanks)
+    assert value.token_ids is not None
+    assert value.token_ids == ids_of(tokenizer, text + blanks)
+    assert value.token_ids[: value.kv_tokens] == ids_of(tokenizer, text), "the key of the stripped text"
+    only_blanks = relayed(tokenizer, blanks)
+    assert only_blanks.kv_tokens == 0
+
+
 def test_a_stop_token_that_is_also_the_last_allowed_one_counts_as_ended(tokenizer: Any) -> None:
     ids = [*ids_of(tokenizer, "done."), tokenizer.eos_token_id]
     value = splice(ids, stop_ids={2}, special_ids={2}, tokenizer=tokenizer, finish_reason="length")

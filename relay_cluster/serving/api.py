@@ -1,0 +1,343 @@
+"""HTTP: routes, keys, bodies and who went away. The same ASGI app runs under uvicorn and under Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from relay_cluster.serving.errors import ApiError, api_error
+from relay_cluster.serving.replies import DONE, ChatForm, Form, TextForm, broken, event
+from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest, parse
+from relay_cluster.serving.service import Ask, Finished, Service, random_seed, raw_text
+from relay_cluster.serving.tenants import Tenants
+from transport.errors import RelayError
+from workers.messages import Token
+from workers.settings import SamplingSettings
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Body = ChatRequest | CompletionRequest
+Source = AsyncGenerator[Token | Finished, None]
+Healthy = Callable[[], Awaitable[dict[str, Any]]]
+
+_CLIENT_GONE = 499
+_LEAST_TOP_P = 1e-9
+
+
+def build_app(
+    service: Service, tenants: Tenants, healthy: Healthy, on_close: Callable[[], None] | None = None
+) -> FastAPI:
+    """The ASGI app.
+
+    Args:
+        service: answers.
+        tenants: whose keys are taken.
+        healthy: facts for /healthz; its "status" is "ok" where requests can be answered.
+        on_close: called in a thread at the very end.
+    """
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await service.drain()
+            await asyncio.to_thread(service.close)
+            if on_close is not None:
+                await asyncio.to_thread(on_close)
+
+    app = FastAPI(title="relay_cluster", version="1", lifespan=life, docs_url=None, redoc_url=None)
+    routes = _Routes(service, tenants, healthy)
+    schemas: dict[str, Any] = {}
+    for path, handler, kind in (
+        ("/v1/chat/completions", routes.chat, ChatRequest),
+        ("/v1/completions", routes.complete, CompletionRequest),
+    ):
+        extra = {"requestBody": {"required": True, "content": _content(kind, schemas)}}
+        app.add_api_route(path, handler, methods=["POST"], openapi_extra=extra, response_model=None)
+    app.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
+    app.add_api_route("/v1/models/{model:path}", routes.model, methods=["GET"], response_model=None)
+    app.add_api_route("/healthz", routes.healthz, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ApiError, _api_error)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            found.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+            app.openapi_schema = found
+        return app.openapi_schema
+
+    app.openapi = openapi
+    return app
+
+
+def _content(kind: type[Body], schemas: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI's description of a body; what it refers to goes to `schemas`."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(schema.pop("$defs", {}))
+    schemas[kind.__name__] = schema
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    found = api_error(error)
+    return JSONResponse(found.body(), found.status, headers=found.headers())
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    found = ApiError(error.status_code, f"{error.detail}.")
+    return JSONResponse(found.body(), error.status_code, headers=error.headers)
+
+
+class _Routes:
+    def __init__(self, service: Service, tenants: Tenants, healthy: Healthy) -> None:
+        self._service = service
+        self._tenants = tenants
+        self._healthy = healthy
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a chat."""
+        return await self._post(request, ChatRequest, ChatForm, "chat")
+
+    async def complete(self, request: Request) -> Response:
+        """Continue a text."""
+        return await self._post(request, CompletionRequest, TextForm, "completions")
+
+    async def models(self, request: Request) -> Response:
+        """The models that are served."""
+        self._tenant(request)
+        return JSONResponse({"object": "list", "data": [self._model(m) for m in self._service.models]})
+
+    async def model(self, request: Request, model: str) -> Response:
+        """One of them."""
+        self._tenant(request)
+        if model not in self._service.models:
+            raise ApiError(404, f'model "{model}" is not served.', code="model_not_found", param="model")
+        return JSONResponse(self._model(model))
+
+    async def healthz(self) -> Response:
+        """200 while requests can be answered, else 503."""
+        facts = await self._healthy()
+        if self._service.places.draining:
+            facts = {**facts, "status": "draining"}
+        return JSONResponse(facts, 200 if facts["status"] == "ok" else 503)
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        self._service.observe()
+        return PlainTextResponse(self._service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._service.started, "owned_by": "relay_cluster"}
+
+    def _tenant(self, request: Request) -> str:
+        tenant = self._tenants.of(request.headers.get("authorization"))
+        if tenant is None:
+            raise ApiError(
+                401,
+                'the API key is missing or not known. Send "Authorization: Bearer KEY".',
+                code="invalid_api_key",
+            )
+        return tenant
+
+    async def _post(
+        self, request: Request, kind: type[Body], form: type[ChatForm] | type[TextForm], name: str
+    ) -> Response:
+        try:
+            tenant = self._tenant(request)
+            body: Any = parse(await self._read(request), kind)
+            response = await self._respond(request, body, self._ask(body, tenant), form)
+        except ClientDisconnect:
+            self._service.metrics.cancelled.inc()
+            response = Response(status_code=_CLIENT_GONE)
+        except (ApiError, RelayError) as error:
+            response = await _api_error(request, error)
+        except Exception as error:
+            log.exception("a request failed")
+            response = await _api_error(request, error)
+        self._service.metrics.requests.labels(name, str(response.status_code)).inc()
+        return response
+
+    async def _read(self, request: Request) -> bytes:
+        """The body, if it comes whole, in time, and is not too large."""
+        limit = self._service.settings.max_body_bytes
+        too_large = ApiError(
+            413, f"the body is larger than {limit} bytes (serve.max_body_bytes).", code="body_too_large"
+        )
+        length = request.headers.get("content-length", "")
+        if length.isdigit() and int(length) > limit:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._service.settings.body_timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > limit:
+                        raise too_large
+                    parts.append(part)
+        except TimeoutError:
+            raise ApiError(
+                408, "the body did not come in time (serve.body_timeout_s).", code="timeout"
+            ) from None
+        return b"".join(parts)
+
+    def _ask(self, body: Body, tenant: str) -> Ask:
+        raw = isinstance(body, CompletionRequest)
+        relay = body.relay
+        agent = None
+        if relay is not None and (relay.agent or relay.pipeline):
+            agent = "/".join(filter(None, (relay.pipeline, relay.agent)))
+        only = None if relay is None or relay.inputs is None else frozenset(i.id for i in relay.inputs)
+        return Ask(
+            tenant=tenant,
+            model=body.model,
+            texts=raw_text(body.text) if raw else tuple(m.text() for m in body.messages),
+            raw=raw,
+            sampling=self._sampling(body),
+            relay=relay is None or relay.enabled,
+            reuse=None if relay is None or relay.reuse is None else REUSE.get(relay.reuse, relay.reuse),
+            agent=agent,
+            only=only,
+        )
+
+    def _sampling(self, body: Body) -> SamplingSettings:
+        return SamplingSettings(
+            max_new_tokens=body.limit or self._service.settings.default_max_tokens,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else max(body.top_p, _LEAST_TOP_P),
+            seed=random_seed() if body.seed is None else body.seed % (1 << 63),
+            stop=body.stops,
+            logprobs=body.scored,
+        )
+
+    async def _respond(
+        self, request: Request, body: Body, ask: Ask, form: type[ChatForm] | type[TextForm]
+    ) -> Response:
+        writer = form(uuid.uuid4().hex, body.model)
+        source = self._service.answer(ask)
+        if not body.stream:
+            async with aclosing(source):
+                whole = await _unless_gone(request, _whole(source, writer))
+            return JSONResponse(whole)
+        # The first token decides on the status: until then an error can have one of its own.
+        try:
+            first = await _unless_gone(request, anext(source))
+        except BaseException:
+            await source.aclose()
+            raise
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        return _EventStream(source, _events(first, source, writer, usage=usage), self._service)
+
+
+async def _whole(source: Source, writer: Form) -> dict[str, Any]:
+    tokens: list[Token] = []
+    async for item in source:
+        if isinstance(item, Finished):
+            return writer.whole(item.reply.text, tokens, item)
+        tokens.append(item)
+    raise AssertionError("unreachable: a source ends with how it finished, or raises")
+
+
+async def _events(
+    first: Token | Finished, source: Source, writer: Form, *, usage: bool
+) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events. Tokens that add no text yet are kept for the next one's chunk."""
+    for chunk in writer.opening():
+        yield event(chunk)
+    held: list[Token] = []
+    sent = 0
+    try:
+        item: Token | Finished | None = first
+        while isinstance(item, Token):
+            held.append(item)
+            text = "".join(token.text for token in held)
+            if text:
+                yield event(writer.piece(text, held))
+                sent += len(text)
+                held = []
+            item = await anext(source)
+        assert isinstance(item, Finished)  # a source ends with how it finished, or raises
+        rest = item.reply.text[sent:]
+        if rest or held:
+            yield event(writer.piece(rest, held))
+        for chunk in writer.ending(item, usage=usage):
+            yield event(chunk)
+    except RelayError as error:
+        yield broken(api_error(error))
+    except Exception as error:
+        log.exception("a request failed after its answer had begun")
+        yield broken(api_error(error))
+    yield DONE
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events whose source is closed however they end: leaving it early cancels the work."""
+
+    def __init__(self, source: Source, events: AsyncGenerator[bytes, None], service: Service) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._source = source
+        self._events = events
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        done = False
+
+        async def watched(message: Any) -> None:
+            nonlocal done
+            await send(message)
+            done = done or (message["type"] == "http.response.body" and not message.get("more_body"))
+
+        try:
+            await super().__call__(scope, receive, watched)
+        except ClientDisconnect:
+            pass  # counted below; nobody is left to tell
+        finally:
+            await self._events.aclose()
+            await self._source.aclose()
+            if not done:
+                self._service.metrics.cancelled.inc()
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientDisconnect: it did.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    begin = time.monotonic()
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        log.info("a client went away after %.1f s", time.monotonic() - begin)
+        raise ClientDisconnect
+    finally:
+        for one in (task, gone):
+            one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

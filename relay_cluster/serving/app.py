@@ -1,0 +1,105 @@
+"""The service on a cluster: builds the parts, and runs the app under uvicorn."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from relay_cluster.cluster import Cluster
+from relay_cluster.config import ClusterConfig
+from relay_cluster.serving.answering import Answering
+from relay_cluster.serving.api import build_app
+from relay_cluster.serving.places import Places
+from relay_cluster.serving.service import Service
+from relay_cluster.serving.tenants import Tenants, load_tenants
+
+_HEALTH_TIMEOUT_S = 2.0
+_HEALTH_KEPT_S = 2.0
+_KEEP_ALIVE_S = 75
+
+
+def start_workers(cluster: Cluster) -> None:
+    """Start the workers of a service, all of the cluster's default model, and wait until they are ready.
+
+    Raises:
+        RelayError: one of them did not come up.
+    """
+    config = cluster.config
+    count = config.serve.workers if config.workers == "auto" else config.workers
+    cluster.start_workers([(f"serve-{i}", config.model) for i in range(count)])
+
+
+def make_app(cluster: Cluster, tenants: Tenants, on_close: Callable[[], None] | None = None) -> FastAPI:
+    """The ASGI app over a cluster whose workers are up. on_close: called at the very end."""
+    config = cluster.config
+    running = max(1, config.worker.max_sequences * len(cluster.workers))
+    serve = config.serve
+    answering = Answering(
+        cluster, threads=running, max_agents=serve.max_agents, max_retries=config.runtime.max_retries
+    )
+    places = Places(running=running, max_waiting=serve.max_waiting, queue_timeout_s=serve.queue_timeout_s)
+    service = Service(serve, [config.model], answering, places)
+    return build_app(service, tenants, _Health(cluster), on_close)
+
+
+class _Health:
+    """Asks the workers, not more often than every few seconds."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._facts: dict[str, Any] = {}
+        self._asked = float("-inf")
+        self._lock = asyncio.Lock()
+
+    async def __call__(self) -> dict[str, Any]:
+        async with self._lock:
+            if time.monotonic() - self._asked > _HEALTH_KEPT_S:
+                names = list(self._cluster.workers)
+                up = await asyncio.gather(
+                    *(asyncio.to_thread(self._cluster.is_up, w, timeout_s=_HEALTH_TIMEOUT_S) for w in names)
+                )
+                self._facts = {
+                    "status": "ok" if any(up) else "down",
+                    "workers": {
+                        str(w): "up" if answers else "down" for w, answers in zip(names, up, strict=True)
+                    },
+                }
+                self._asked = time.monotonic()
+            return self._facts
+
+
+def run_uvicorn(
+    config: ClusterConfig, *, host: str, port: int, on_event: Callable[..., None] | None = None
+) -> None:
+    """Serve until a signal comes: workers, then the app, in this process.
+
+    Raises:
+        ConfigError: no keys where they are needed. RelayError: a worker did not come up.
+    """
+    import uvicorn
+
+    tenants = load_tenants(config.serve, host)
+    # An answer whose client went away ends with an error that nobody takes: no news.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    with Cluster(config, on_event=on_event) as cluster:
+        start_workers(cluster)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(cluster, tenants),
+                host=host,
+                port=port,
+                log_level="warning",
+                access_log=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(config.serve.drain_timeout_s) or 1,
+                server_header=False,
+            )
+        )
+        if on_event is not None:
+            on_event("cluster", f"serving on http://{host}:{port}/v1")
+        server.run()

@@ -1,0 +1,268 @@
+"""The life of one request of the service:
+
+    model and method known? -> a place to run -> remembered texts become slots -> a worker answers
+    -> the answer and its inputs are remembered -> the caller gets the reply and its reuse report
+
+It runs on one event loop; only `answering.py` has threads. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Collection
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from relay_cluster.serving.answering import Answering
+from relay_cluster.serving.errors import ApiError
+from relay_cluster.serving.memory import ChatText, Memory, Rewritten, plain
+from relay_cluster.serving.metrics import Metrics
+from relay_cluster.serving.places import Places
+from relay_cluster.serving.settings import ServeSettings
+from transport.errors import ConfigError
+from workers.messages import Reply, Request, Token
+from workers.methods import parse_method
+from workers.segment import SlotValue
+from workers.settings import SamplingSettings
+
+log = logging.getLogger(__name__)
+
+_MOST_MEMORIES = 1024
+"""Pairs of tenant and model."""
+_MOST_CHARS = 1 << 20
+"""A longer prompt is not searched: the event loop would stand still for it, and no model takes it."""
+_RAW = "user"
+"""Role under which the prompt of a plain completion is searched: its texts are shared as a user's are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A request, whichever route it came by.
+
+    Attributes:
+        tenant: whose it is; "" when no keys are asked for.
+        model: as the client names it.
+        texts: the messages; of a plain completion one, the prompt.
+        raw: continue the text, without a chat template.
+        sampling: how tokens are drawn.
+        relay: False finds and remembers nothing.
+        reuse: method; None leaves it to the service.
+        agent: who asks; None: told by the first message.
+        only: find nothing but these ids; None: anything.
+    """
+
+    tenant: str
+    model: str
+    texts: tuple[ChatText, ...]
+    sampling: SamplingSettings
+    raw: bool = False
+    relay: bool = True
+    reuse: str | None = None
+    agent: str | None = None
+    only: frozenset[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a request ended.
+
+    Attributes:
+        reply: of the worker.
+        segment: id of the answer, for later requests; None where it cannot be relayed.
+        prompt: the slots that were made.
+        queue_s: waiting for a place. match_s: finding texts. ttft_s: from the request to its first token.
+    """
+
+    reply: Reply
+    segment: str | None
+    prompt: Rewritten
+    queue_s: float
+    match_s: float
+    ttft_s: float
+
+
+class Service:
+    """Answers requests on a cluster's workers. All methods belong to one event loop.
+
+    Args:
+        settings: knobs.
+        models: names that are served; the first is the default.
+        answering: the workers.
+        places: the queue.
+    """
+
+    def __init__(
+        self, settings: ServeSettings, models: Collection[str], answering: Answering, places: Places
+    ) -> None:
+        self.settings = settings
+        self.models = tuple(models)
+        self.places = places
+        self.metrics = Metrics()
+        self.started = int(time.time())
+        self._answering = answering
+        self._memories: OrderedDict[tuple[str, str], Memory] = OrderedDict()
+
+    async def answer(self, ask: Ask) -> AsyncGenerator[Token | Finished, None]:
+        """Tokens as they are drawn, and at last how it ended. Close it when it is left early: that cancels
+        the work.
+
+        Raises:
+            ApiError: unknown model or method, or no place. RelayError: see `Answering.stream`.
+        """
+        arrived = time.perf_counter()
+        method = self._method(ask)
+        if ask.model not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(
+                404,
+                f'model "{ask.model}" is not served. Served: {known}.',
+                code="model_not_found",
+                param="model",
+            )
+        async with self.places.place():
+            entered = time.perf_counter()
+            prompt = self._rewrite(ask)
+            matched = time.perf_counter()
+            request = self._request(ask, prompt, method)
+            first = 0.0
+            async with aclosing(self._answering.stream(request, ask.model)) as stream:
+                async for item in stream:
+                    first = first or time.perf_counter()
+                    if isinstance(item, Token):
+                        yield item
+                        continue
+                    segment = self._remember(ask, prompt, item)
+                    self.metrics.count(ask.model, item)
+                    self.metrics.ttft.labels(ask.model).observe(first - arrived)
+                    self.metrics.seconds.labels(ask.model).observe(time.perf_counter() - arrived)
+                    log.info(
+                        "answered after %.3f s, first token after %.3f s, %d of %d prompt tokens relayed",
+                        time.perf_counter() - arrived,
+                        first - arrived,
+                        item.relayed_tokens,
+                        item.prompt_tokens,
+                        extra={"request": request.id, "worker": item.worker},
+                    )
+                    yield Finished(
+                        item, segment, prompt, entered - arrived, matched - entered, first - arrived
+                    )
+
+    def forget(self) -> None:
+        """Remember nothing any more."""
+        self._memories.clear()
+
+    def observe(self) -> None:
+        """Bring the gauges up to date."""
+        self.metrics.running.set(self.places.running)
+        self.metrics.waiting.set(self.places.waiting)
+        self.metrics.texts.set(sum(len(m) for m in self._memories.values()))
+        self.metrics.nbytes.set(sum(m.nbytes for m in self._memories.values()))
+
+    async def drain(self) -> None:
+        """Let nobody in any more, and wait for those that run, at most settings.drain_timeout_s."""
+        if not await self.places.drain(self.settings.drain_timeout_s):
+            log.warning(
+                "%d requests were still running at the end of serve.drain_timeout_s", self.places.running
+            )
+
+    def close(self) -> None:
+        """Let the threads go. Idempotent."""
+        self._answering.close()
+
+    @property
+    def _relaying(self) -> bool:
+        return self.settings.relay
+
+    def _method(self, ask: Ask) -> str:
+        if not (self._relaying and ask.relay):
+            return "full_prefill"
+        method = ask.reuse or self.settings.method
+        try:
+            parse_method(method)
+        except ConfigError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="relay.reuse") from None
+        if ask.tenant and method.partition(":")[0] == "kvcomm":
+            what = "its anchors are shared by all tenants, so it is not available with API keys."
+            raise ApiError(400, f"reuse method kvcomm: {what}", code="invalid_value", param="relay.reuse")
+        return method
+
+    def _rewrite(self, ask: Ask) -> Rewritten:
+        if not (self._relaying and ask.relay):
+            return plain(ask.texts)
+        begin = time.perf_counter()
+        if sum(len(m.text) for m in ask.texts) > _MOST_CHARS:
+            return plain(ask.texts)
+        prompt = self._memory(ask).rewrite(ask.texts, ask.only)
+        self.metrics.matching.observe(time.perf_counter() - begin)
+        for found in prompt.found:
+            self.metrics.found.labels(found.kind).inc()
+        return prompt
+
+    def _remember(self, ask: Ask, prompt: Rewritten, reply: Reply) -> str | None:
+        if not (self._relaying and ask.relay):
+            return None
+        memory = self._memory(ask)
+        memory.keep_inputs(prompt)
+        # What a client quotes is the text that it was given; ids that spell another one are no use.
+        if not reply.output_text or not reply.text.startswith(reply.output_text):
+            return None
+        kept = memory.keep_answer(reply.output_text, reply.output)
+        if reply.kv_text != reply.output_text and reply.output.token_ids:
+            # The same segment, for clients that strip the blanks at the end, or quote less than all.
+            count = reply.output.kv_tokens
+            memory.keep_answer(reply.kv_text, SlotValue(None, reply.output.token_ids[:count], count))
+        return kept
+
+    def _memory(self, ask: Ask) -> Memory:
+        key = (ask.tenant, ask.model)
+        if key not in self._memories:
+            self._memories[key] = Memory(
+                max_texts=self.settings.remember_texts,
+                max_bytes=self.settings.remember_bytes,
+                min_input_chars=self.settings.min_input_chars,
+                common_chars=self.settings.common_chars,
+            )
+        self._memories.move_to_end(key)
+        while len(self._memories) > _MOST_MEMORIES:
+            self._memories.popitem(last=False)
+        return self._memories[key]
+
+    def _request(self, ask: Ask, prompt: Rewritten, method: str) -> Request:
+        raw = ask.raw
+        return Request(
+            id=f"req-{uuid.uuid4().hex}",
+            agent=ask.agent or _agent(ask),
+            prompt=prompt.messages[0].content if raw else "",
+            messages=() if raw else prompt.messages,
+            raw=raw,
+            tenant=ask.tenant,
+            values=prompt.values,
+            method=method,
+            sampling=ask.sampling,
+            prefix_first=True,
+            publish=self._relaying and ask.relay,
+        )
+
+
+def _agent(ask: Ask) -> str:
+    """A name for whoever asks: the same for the same opening, which is what its worker has cached."""
+    opening = f"{ask.tenant}\0{ask.texts[0].role}\0{ask.texts[0].text}"
+    return "agent-" + hashlib.blake2b(opening.encode(), digest_size=6).hexdigest()
+
+
+def random_seed() -> int:
+    """For requests that name none."""
+    return secrets.randbits(31)
+
+
+def raw_text(prompt: str) -> tuple[ChatText, ...]:
+    """The prompt of a plain completion, as `Ask.texts` has it."""
+    return (ChatText(_RAW, prompt),)
+
+
+__all__ = ["Ask", "Finished", "Service", "random_seed", "raw_text"]

@@ -1,0 +1,111 @@
+"""The same app behind Ray Serve's proxy, and `relay serve` as a user starts it. Each starts a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import small_cluster
+from workers.settings import DEFAULT_MODEL
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`"),  # Ray Serve's own
+]
+
+TEXT = "A farmer has 17 sheep and buys 5 more every week. How many sheep does he have after six weeks?"
+START_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def settled(url: str) -> bool:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return "relay_requests_running 0.0" in lines
+
+
+def check(url: str) -> None:
+    """What a client sees: an answer, the same streamed, a relayed one, errors, and that it may go away."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240.0)
+    ask: dict[str, Any] = {"model": DEFAULT_MODEL, "max_tokens": 20, "temperature": 0, "seed": 1}
+    chat: list[Any] = [{"role": "user", "content": TEXT}]
+    text = client.chat.completions.create(**ask, messages=chat).choices[0].message.content
+    chunks = list(client.chat.completions.create(**ask, messages=chat, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == text
+    chat = [
+        {"role": "system", "content": "You judge."},
+        {"role": "user", "content": f"He said:\n{text}\nWhy?"},
+    ]
+    judged = client.chat.completions.create(**ask, messages=chat)
+    assert [f["kind"] for f in judged.model_extra["relay"]["found"]] == ["response"]  # type: ignore[index]
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-4", messages=chat)
+    for stream in (True, False):
+        body = {**ask, "max_tokens": 1500, "messages": chat, "stream": stream}
+        try:
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=2.0) as response:
+                next(response.iter_lines())
+        except httpx.ReadTimeout:
+            pass
+        deadline = time.monotonic() + 30
+        while not settled(url) and time.monotonic() < deadline:
+            time.sleep(0.1)  # between two looks
+        assert settled(url)
+
+
+def test_ray_serve_carries_the_same_app() -> None:
+    from relay_cluster.serving.deployment import run_serve
+
+    port = free_port()
+    config = small_cluster(workers=1, ray={"num_cpus": 3})
+    run_serve(config, host="127.0.0.1", port=port, wait=lambda: check(f"http://127.0.0.1:{port}"))
+
+
+def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+    port = free_port()
+    file = tmp_path / "one.yaml"
+    file.write_text(
+        "workers: 1\nworker: {device: cpu, cache_tokens: 4096}\n"
+        "transport: {arena_bytes: 128MiB}\nray: {num_cpus: 2, auth: disabled}\n"
+    )
+    command = [sys.executable, "-m", "relay_cluster", "serve", str(file), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_until_up(f"http://127.0.0.1:{port}", process)
+            check(f"http://127.0.0.1:{port}")
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130, told
+    assert "serving on" in told
+    assert "Traceback" not in told
+
+
+def wait_until_up(url: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None
+        try:
+            if httpx.get(f"{url}/healthz").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.2)  # not listening yet
+    raise AssertionError(f"not up within {START_S} s")
