@@ -74,7 +74,7 @@ def test_a_relayed_prompt_adds_up(pair: tuple[Desk, Desk]) -> None:
     streamed: list[str] = []
     second = two.agent.generate(
         request("critic", CHECK, "auto", question=QUESTION, solver=first.output),
-        lambda _, text: streamed.append(text),
+        lambda token: streamed.append(token.text),
     )
     assert second.fresh_tokens + second.relayed_tokens == second.prompt_tokens
     assert second.relayed_tokens >= sum(p.tokens for p in first.published)
