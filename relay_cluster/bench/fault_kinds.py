@@ -79,7 +79,8 @@ KINDS: Final[Mapping[str, Kind]] = {
         _inside(FaultKind.STALE),
         _inside(FaultKind.REUSE),
         _inside(FaultKind.LEASE_EXPIRY),
-        _inside(FaultKind.ARENA_FULL, times=2),
+        # Of up to four segments at a time, each of which tries twice.
+        _inside(FaultKind.ARENA_FULL, times=8),
         _inside(FaultKind.DIRECTORY_DROP, pull_fails=False),
         _inside(FaultKind.DIRECTORY_DELAY, pull_fails=False, delay_ms=300.0),
         Kind("disk_full", pull_fails=True),

@@ -57,7 +57,7 @@ W0, W1 = WORKERS
 SETTINGS = FaultsSettings(
     seed=5,
     backends=("auto",),
-    max_new_tokens=6,
+    max_new_tokens=8,
     lease_ttl_s=4.0,
     pull_timeout_s=3.0,
     call_timeout_s=3.0,
@@ -228,7 +228,7 @@ class Relay:
             prompt=PAIR[agent].prompt,
             values=values,
             publish=publish,
-            sampling=SamplingSettings(max_new_tokens=5),
+            sampling=SamplingSettings(max_new_tokens=8),
         )
 
     def _publish(self, agent: str, **values: SlotValue) -> Reply:
