@@ -23,7 +23,7 @@ _BACKENDS = ("auto", "shm", "nixl", "tcp")
 @command
 def faults(
     trials: Annotated[
-        int | None, typer.Option("--trials", min=1, metavar="N", help="Pipelines to run [306].")
+        int | None, typer.Option("--trials", min=1, metavar="N", help="Pipelines to run [300].")
     ] = None,
     seed: Annotated[
         int, typer.Option("--seed", min=0, metavar="N", help="Of kinds, stages, pipelines and texts.")
@@ -37,7 +37,7 @@ def faults(
         typer.Option(
             "--backends", metavar="A,B,...", help="Each takes its share of the trials: auto, shm, nixl, tcp."
         ),
-    ] = "auto,tcp",
+    ] = "auto,nixl,tcp",
     quick: Annotated[bool, typer.Option("--quick", help="Fewer trials.")] = False,
     json_file: JsonOption = None,
     debug: DebugOption = False,

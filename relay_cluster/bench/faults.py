@@ -58,13 +58,13 @@ class FaultsSettings:
         lease_ttl_s, pull_timeout_s, call_timeout_s: of the cluster.
     """
 
-    trials: int = 306
+    trials: int = 300
     kinds: tuple[str, ...] = tuple(KINDS)
-    backends: tuple[str, ...] = ("auto", "tcp")
+    backends: tuple[str, ...] = ("auto", "nixl", "tcp")
     model: str = DEFAULT_MODEL
     seed: int = 0
     threads: int = 1
-    max_new_tokens: int = 6
+    max_new_tokens: int = 10
     deadline_s: float = 120.0
     lease_ttl_s: float = 2.0
     pull_timeout_s: float = 2.0
