@@ -23,7 +23,7 @@ from typing import Any, Final, Literal
 
 from relay_cluster.config import RaySettings
 from transport.errors import ConfigError
-from transport.hosts import is_loopback
+from transport.loopback import is_loopback
 
 Mode = Literal["token", "disabled"]
 

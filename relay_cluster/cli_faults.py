@@ -13,7 +13,7 @@ from transport.errors import ConfigError, RelayError
 
 EPILOG = examples(
     "relay bench faults --quick",
-    "relay bench faults --trials 306 --seed 7 --json runs/faults.json",
+    "relay bench faults --trials 300 --seed 7 --json runs/faults.json",
     "relay bench faults --kinds owner_kill,owner_stop --trials 20",
 )
 _QUICK_TRIALS = 34

@@ -18,8 +18,8 @@ from typing import Final
 from transport.arena import Arena
 from transport.backend import Backend
 from transport.errors import ArenaFull, TransportError
-from transport.hosts import is_loopback
 from transport.inprocess import InProcessTransport
+from transport.loopback import is_loopback
 from transport.nixl import INSTALL_HINT, NixlTransport
 from transport.nixl import probe as probe_nixl
 from transport.pulling import OnPart

@@ -32,7 +32,7 @@ from typing import Any, Final
 from transport.arena import HEADER_NBYTES, Arena
 from transport.backend import Backend
 from transport.errors import TransportError
-from transport.hosts import is_loopback
+from transport.loopback import is_loopback
 from transport.nixl_binding import INSTALL_HINT, load_bindings, make_agent, probe, register_arena
 from transport.nixl_puller import Address, Late, Posts, Puller
 from transport.pulling import ReadFailed, Reading, check_headers, plan_steps

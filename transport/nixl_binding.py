@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from transport.arena import Arena
 from transport.errors import TransportError
-from transport.hosts import LOOPBACK_DEVICE
+from transport.loopback import LOOPBACK_DEVICE
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from transport.arena import Arena
 from transport.backend import Backend
 from transport.errors import TransportError
 from transport.frames import MAX_BLOCKS, Asking, FrameError, decode_body, expect_data
-from transport.hosts import is_loopback
+from transport.loopback import is_loopback
 from transport.pulling import Landed, ReadFailed, Reading, plan_steps, time_out
 from transport.types import BlockId, Lease, Outcome
 from transport.ucx_binding import Binding, close_endpoint, load_binding

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Final
 
 from transport.errors import TransportError
-from transport.hosts import LOOPBACK_DEVICE
+from transport.loopback import LOOPBACK_DEVICE
 
 INSTALL_HINT: Final = "install it with `pip install 'relay-cluster[ucx]'` (or ucxx-cu12)"
 

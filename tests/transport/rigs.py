@@ -19,7 +19,7 @@ import psutil
 from transport.arena import Arena
 from transport.auto import make_transport
 from transport.directory.granting import Granter, blocks_digest
-from transport.hosts import is_loopback
+from transport.loopback import is_loopback
 from transport.settings import TransportSettings
 from transport.tokens import PullKey
 from transport.types import (

@@ -12,7 +12,7 @@ from tests.transport.rigs import own_address
 from transport import ucx_binding
 from transport.arena import Arena
 from transport.auto import AutoTransport, make_transport
-from transport.hosts import is_loopback
+from transport.loopback import is_loopback
 from transport.nixl import probe
 from transport.settings import TransportSettings
 
