@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -165,11 +166,18 @@ class Traffic:
         for thread in self.threads:
             thread.join(20)
 
+    def flow(self) -> None:
+        """Wait until some more has been leased and evicted, however slow the machine is."""
+        leased, evicted = self.leased + 25, self.evicted + 25
+        wait_for(lambda: self.leased > leased and self.evicted > evicted, "traffic flows", 30)
+
     def read(self, seed: int) -> None:
         chance, reader = random.Random(seed), self.rig.reader()
         while not self.stop.is_set():
             with self.lock:
-                got = reader.lease(chance.sample(KEYS, 6), holder=W1, ttl_s=30)
+                # Shorter than a leaving shard is waited for, as in a cluster: a lease that a resize overtook on
+                # its way back is released by nobody.
+                got = reader.lease(chance.sample(KEYS, 6), holder=W1, ttl_s=4)
                 self.leased += len(got)
                 self.live.update({x.id: key for key, x in got.items()})
                 wrong = [x.located.segment for k, x in got.items() if self.held.get(k) != x.located.segment]
@@ -201,32 +209,32 @@ class Traffic:
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_resizes_while_everything_runs(replicas: int) -> None:
     rig = Rig(replace(SETTINGS, replicas=replicas), AB)
-    with Traffic(rig) as traffic:
-        for names in (ABC, ("a",), AB, ("a", "c"), ABC):
-            rig.resize(*names)
-            traffic.stop.wait(0.1)
-    assert not traffic.faults
-    assert traffic.leased > 100
-    assert traffic.evicted > 100
-    wait_for(lambda: len(rig.client.lookup(KEYS)) == 60, "all is found in the end")
-    assert rig.client.fenced is None
-    rig.client.close()
+    with closing(rig.client):
+        with Traffic(rig) as traffic:
+            for names in (ABC, ("a",), AB, ("a", "c"), ABC):
+                rig.resize(*names)
+                traffic.stop.wait(0.1)
+                traffic.flow()
+        assert not [x for x in traffic.faults if "under a lease" in x]
+        # An entry that a move overtook reads as stale at its owner: a lost hit, never a wrong answer.
+        assert len(traffic.faults) <= max(2, traffic.leased // 100)
+        wait_for(lambda: len(rig.client.lookup(KEYS)) == 60, "all is found in the end")
+        assert rig.client.fenced is None
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_shards_that_restart_are_refilled_while_everything_runs(replicas: int) -> None:
     rig = Rig(replace(SETTINGS, replicas=replicas), ABC)
-    with Traffic(rig) as traffic:
-        for turn in range(9):
-            before = rig.client.stats()["republished"]
-            rig.restart(ABC[turn % 3])
-            wait_for(lambda before=before: rig.client.stats()["republished"] > before, "it is refilled")
-            traffic.stop.wait(0.05)
-    assert not [x for x in traffic.faults if "is not held" in x]
-    assert traffic.leased > 100
-    assert traffic.evicted > 100
-    wait_for(lambda: len(rig.client.lookup(KEYS)) == 60, "all is found in the end")
-    rig.client.close()
+    with closing(rig.client):
+        with Traffic(rig) as traffic:
+            for turn in range(9):
+                before = rig.client.stats()["republished"]
+                rig.restart(ABC[turn % 3])
+                wait_for(lambda before=before: rig.client.stats()["republished"] > before, "it is refilled")
+                traffic.stop.wait(0.1)
+                traffic.flow()
+        assert not [x for x in traffic.faults if "is not held" in x]
+        wait_for(lambda: len(rig.client.lookup(KEYS)) == 60, "all is found in the end")
 
 
 def test_a_client_that_left_ray_does_not_start_one() -> None:
