@@ -175,8 +175,8 @@ class Traffic:
         chance, reader = random.Random(seed), self.rig.reader()
         while not self.stop.is_set():
             with self.lock:
-                # Shorter than a leaving shard is waited for, as in a cluster: a lease that a resize overtook on
-                # its way back is released by nobody.
+                # Shorter than a leaving shard is waited for, as in a cluster: a lease that a resize overtook
+                # on its way back is released by nobody.
                 got = reader.lease(chance.sample(KEYS, 6), holder=W1, ttl_s=4)
                 self.leased += len(got)
                 self.live.update({x.id: key for key, x in got.items()})
