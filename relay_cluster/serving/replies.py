@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -81,7 +82,7 @@ def reuse_report(done: Finished) -> dict[str, Any]:
     }
 
 
-class _Form:
+class _Form(ABC):
     """What the two routes have in common."""
 
     prefix = ""
@@ -117,14 +118,17 @@ class _Form:
             chunks.append({**self._chunk(None), "usage": usage_of(done)})
         return chunks
 
+    @abstractmethod
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """The tokens' scores in this API's shape; None where nobody asked."""
 
+    @abstractmethod
     def _said(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole answer, as a choice has it."""
 
+    @abstractmethod
     def _delta(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """A piece of one."""
 
     def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         choices = [] if choice is None else [{"index": 0, **choice}]

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.transport.directory_rigs import segment
+from tests.transport.hostile import SCALARS, VALUES
 from tests.transport.rigs import LocalOwner, make_lease, wait_for
 from transport import frames, tcp, tcp_server, ucx, ucx_binding, ucx_server
 from transport.arena import HEADER_NBYTES, Arena
@@ -35,17 +36,6 @@ from transport.ucx_binding import load_binding
 
 HAS_UCX, WHY_NOT = ucx_binding.probe()
 
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.binary(max_size=40)
-    | st.text(max_size=40)
-)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(SCALARS, inner, max_size=4)
-)
 BYTES = st.binary(max_size=300) | VALUES.map(lambda v: bytes(msgpack.packb(v) or b""))
 
 

@@ -14,23 +14,12 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from tests.transport.directory_rigs import ME, segment
+from tests.transport.hostile import VALUES
 from transport.directory import wire
 from transport.directory.catalogue import Filter
 from transport.directory.shard import Shard
 from transport.settings import DirectorySettings
 from transport.types import Incarnation, WorkerId
-
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.binary(max_size=40)
-    | st.text(max_size=40)
-)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(SCALARS, inner, max_size=4)
-)
 
 CALLS: dict[str, list[Any]] = {
     "announce": [wire.pack_announcing(ME, 5)],
