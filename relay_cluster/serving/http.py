@@ -88,9 +88,7 @@ class _Connection(H11Protocol):
         if self.conn.their_state is not h11.IDLE or not self.conn.trailing_data[0]:
             self.transport.close()  # answered, or nothing was asked: nobody waits
             return
-        what = (
-            f"the request's head did not come within {self.head_timeout_s:g} s (serve.head_timeout_s)."
-        )
+        what = f"the request's head did not come within {self.head_timeout_s:g} s (serve.head_timeout_s)."
         self._refuse(ApiError(408, what, code="timeout"))
 
     def _refuse(self, error: ApiError) -> None:

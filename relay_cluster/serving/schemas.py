@@ -144,7 +144,7 @@ class ChatMessage(BaseModel):
 class _Sampled(BaseModel):
     """What both kinds of request have."""
 
-    model_config = ConfigDict(**_OPEN, json_schema_extra=_publish_unsupported)
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=_publish_unsupported)
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
