@@ -3,8 +3,9 @@
     document -> planner -> solver (document, plan) -> judge (document, plan, solution)
 
 A round runs as many pipelines at once as its concurrency says, first with relay and then without, or the
-other way about in every second round, on the same documents: a request with relay off finds nothing and leaves
-nothing behind, so the order makes no difference to what the other one finds. No document is in two rounds.
+other way about in every second round, on the same documents: a request with relay off finds nothing and
+leaves nothing behind, so the order makes no difference to what the other one finds. No document is in two
+rounds.
 """
 
 from __future__ import annotations

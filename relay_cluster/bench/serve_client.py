@@ -161,8 +161,8 @@ def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RelayError(
-                f"the service ended with status {process.returncode} before it was up. Run `relay serve` with "
-                "the same file to see why."
+                f"the service ended with status {process.returncode} before it was up. Run `relay serve` "
+                "with the same file to see why."
             )
         try:
             if httpx.get(f"{url}/healthz", timeout=5.0).status_code == 200:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from relay_cluster import __version__
-from relay_cluster.serving.schemas import ChatRequest, CompletionRequest
+from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest
+from workers.methods import method_names
 
 _CLOSED = ConfigDict(extra="forbid")
 _REF = "#/components/schemas/{model}"
@@ -268,6 +269,9 @@ def describe(*, keys: bool) -> dict[str, Any]:
         (kind, "validation") for kind in (*_REQUESTS, *_ANSWERS)
     ]
     _, schemas = models_json_schema(modes, ref_template=_REF)
+    reuse = schemas["$defs"]["RelayOptions"]["properties"]["reuse"]
+    reuse["anyOf"][0] = {"type": "string", "enum": _methods(keys=keys)}
+    reuse["description"] = "A reuse method. (Methods with parameters, NAME:key=value+..., are taken as well.)"
     return {
         "openapi": "3.1.0",
         "info": {
@@ -319,14 +323,22 @@ def describe(*, keys: bool) -> dict[str, Any]:
     }
 
 
+def _methods(*, keys: bool) -> list[str]:
+    """Names that `relay.reuse` may have."""
+    shared = {"kvcomm", "anchor"} if keys else set[str]()  # anchors are all tenants', so nobody's
+    return [name for name in (*REUSE, *method_names()) if name not in shared]
+
+
 def _post(
     name: str, summary: str, request: type[BaseModel], answer: type[ChatCompletion] | type[Completion]
 ) -> dict[str, Any]:
     chunk = ChatCompletionChunk if answer is ChatCompletion else CompletionChunk
     whole = _response("The answer; with `stream: true` as server-sent events", answer)
-    # Each event's data is a chunk, the last one's is [DONE]; OpenAPI 3.1 has no words for that.
+    encoded = {"contentMediaType": _JSON, "contentSchema": _ref(chunk)}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, encoded]}
+    # Of each event.
     whole["content"]["text/event-stream"] = {
-        "schema": {"type": "string", "description": f"Events whose data are {chunk.__name__}, then [DONE]"}
+        "schema": {"type": "object", "required": ["data"], "properties": {"data": data}}
     }
     return {
         "operationId": name,

@@ -52,6 +52,11 @@ def _publish_unsupported(schema: dict[str, Any]) -> None:
     """Say in the published schema what `_refuse` does."""
     for name, harmless in _UNSUPPORTED.items():
         schema["properties"][name] = {"enum": [None, *harmless], "description": "Not supported otherwise."}
+    if "top_logprobs" in schema["properties"]:
+        schema.update(_LOGPROBS_RULE)
+
+
+_WHOLE = ("max_tokens", "max_completion_tokens", "seed", "logprobs", "top_logprobs")
 
 
 def _unsupported(name: str) -> PydanticCustomError:
@@ -117,16 +122,31 @@ _Stops = str | Annotated[list[str], Field(max_length=_MOST_STOPS)] | None
 _Prompt = str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
 
+_CONTENT_RULE: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+    ]
+}
+"""What `ChatMessage._said` asks for, for the published schema; likewise the next one."""
+_LOGPROBS_RULE: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"top_logprobs": {"type": "null"}}},
+        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+    ]
+}
+
+
 class ChatMessage(BaseModel):
     """One message. A developer's is a system message; a function's result is a tool's."""
 
-    model_config = _OPEN
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=_CONTENT_RULE)
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=_Content)] = (
         None
     )
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
+    tool_calls: Annotated[list[Any], Field(json_schema_extra={"maxItems": 0})] | None = None
+    function_call: Annotated[Any, Field(json_schema_extra={"type": "null"})] = None
 
     @model_validator(mode="after")
     def _said(self) -> ChatMessage:
@@ -160,8 +180,13 @@ class _Sampled(BaseModel):
     def _refuse(cls, data: Any) -> Any:
         for name, harmless in _UNSUPPORTED.items():
             value = data.get(name) if isinstance(data, dict) else None
-            if value is not None and value not in harmless:
+            # To Python False is 0; to JSON it is not.
+            same = [isinstance(value, bool) is isinstance(one, bool) and value == one for one in harmless]
+            if value is not None and not any(same):
                 raise _unsupported(name)
+        if isinstance(data, dict):  # 4.0 is a whole number to JSON
+            whole = {k: int(v) for k in _WHOLE if type(v := data.get(k)) is float and v.is_integer()}
+            return {**data, **whole}
         return data
 
     @field_validator("stop")
