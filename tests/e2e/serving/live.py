@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import threading
@@ -16,7 +17,7 @@ import openai
 
 from relay_cluster import Cluster
 from relay_cluster.serving.app import make_app, start_workers
-from relay_cluster.serving.http import make_server
+from relay_cluster.serving.http import Server, make_server
 from relay_cluster.serving.settings import ServeSettings
 from relay_cluster.serving.tenants import Tenants
 from tests.e2e.conftest import small_cluster
@@ -52,6 +53,7 @@ class Live:
     url: str
     cluster: Cluster
     recorder: Recorder
+    server: Server
 
     def client(self, key: str = "sk-red") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=240.0)
@@ -59,6 +61,10 @@ class Live:
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """Requests that the server still has in hand."""
+        return set(self.server.server_state.tasks)
 
     def settled(self) -> bool:
         """No request, no cache and no lease is left anywhere."""
@@ -97,7 +103,7 @@ def serving() -> Iterator[Live]:
         thread.start()
         assert eventually(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Live(f"http://127.0.0.1:{port}", cluster, recorder)
+        yield Live(f"http://127.0.0.1:{port}", cluster, recorder, server)
         server.should_exit = True
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
