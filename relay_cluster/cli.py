@@ -28,6 +28,7 @@ from relay_cluster import (
     cli_profile,
     cli_pull,
     cli_serve,
+    cli_stream,
     cli_transfer,
     console,
 )
@@ -73,6 +74,7 @@ bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_dire
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
+bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 cli_directory.add_to(app)
