@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from relay_cluster.serving.places import Places
 from relay_cluster.serving.service import Service
 from relay_cluster.serving.tenants import Tenants, load_tenants
 from relay_cluster.tracing import make_tracing
+
+log = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 2.0
 _HEALTH_KEPT_S = 2.0
@@ -65,6 +68,8 @@ def _recorder(cluster: Cluster, tenants: Tenants) -> Recorder:
     recorder = Recorder([cluster.config.model], tenant_key=tenants.label_key)
     recorder.collect_also(ClusterCollector(cluster.poll()))
     cluster.observer = RunObserver(recorder)
+    for name in sorted(tenants.names):
+        log.info("tenant %s is %s in metrics", name, recorder.tenant(name))
     return recorder
 
 

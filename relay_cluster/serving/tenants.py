@@ -51,6 +51,11 @@ class Tenants:
         return not self._digests
 
     @property
+    def names(self) -> frozenset[str]:
+        """Whose keys there are."""
+        return frozenset(self._digests.values())
+
+    @property
     def label_key(self) -> bytes:
         """Key of the hash under which tenants appear in metrics: the same as long as the API keys are."""
         return hashlib.blake2b("\n".join(sorted(self._digests)).encode(), person=b"relay-metrics").digest()

@@ -337,11 +337,10 @@ def test_metrics_say_what_requests_said(live: Live) -> None:
     client = live.client("sk-blue")
     for i in range(6):  # workers predict what full prefill takes once they have made some
         hello: Any = [{"role": "system", "content": f"You are agent {i}."}, {"role": "user", "content": "Hi"}]
-        client.chat.completions.create(model=DEFAULT_MODEL, messages=hello, max_tokens=1)
+        name = {"relay": {"agent": "shepherd"}} if i == 5 else None
+        client.chat.completions.create(model=DEFAULT_MODEL, messages=hello, max_tokens=1, extra_body=name)
     before = counted(live)
-    answers = three_agents(
-        client, QUESTION + " Count them.", agents=2, extra_body={"relay": {"agent": "shepherd"}}
-    )
+    answers = three_agents(client, QUESTION + " Count them.", agents=2)
     told = {name: value - before[name] for name, value in counted(live).items()}
     for kind, field in TOKEN_KINDS.items():
         assert told[kind] == sum(getattr(a.usage, field) for a in answers)
@@ -370,7 +369,7 @@ def check_the_whole_page(live: Live) -> None:
     """After requests, and a pipeline with a quality gate: all of the table, and nothing else."""
     quality = QualitySettings(kl_budget=100, top1_budget=1, tokens=2, timeout_s=120)
     agents = [Agent("one", prompt="{q} Answer."), Agent("two", prompt="Judge: {one} Judged:")]
-    live.cluster.run(Pipeline(agents, name="gated", quality=quality), q="Hello?", max_new_tokens=8)
+    live.cluster.run(Pipeline(agents, name="gated", quality=quality), q=QUESTION, max_new_tokens=8)
     samples = live.samples()
     there = {sample.name for sample in samples}
     assert {m.name for m in TABLE if not set(m.series) <= there} == set()
