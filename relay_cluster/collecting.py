@@ -32,8 +32,6 @@ from workers.actor import WorkerInfo
 
 log = logging.getLogger(__name__)
 
-POLL_TIMEOUT_S: Final = 2.0
-"""For all workers and shards together; Prometheus itself gives up after 10 s by default."""
 _KEPT_S: Final = 0.5
 """Scrapes that come at the same time ask once."""
 _NOT_PROMOTED: Final = ("arena_full", "not_here", "damaged", "busy", "directory_down", "refused")
@@ -99,10 +97,10 @@ class ClusterCollector(Collector):
     """For a registry: asks a cluster at each scrape.
 
     Args:
-        poll: asks all within the seconds that it is given; see `polling.py`.
+        poll: asks all, with a deadline of its own; see `polling.py`.
     """
 
-    def __init__(self, poll: Callable[[float], Facts]) -> None:
+    def __init__(self, poll: Callable[[], Facts]) -> None:
         self._poll = poll
         self._lock = threading.Lock()
         self._facts = Facts({}, {})
@@ -116,7 +114,7 @@ class ClusterCollector(Collector):
         """Ask, and tell."""
         with self._lock:
             if time.monotonic() - self._asked > _KEPT_S:
-                self._facts = self._poll(POLL_TIMEOUT_S)
+                self._facts = self._poll()
                 self._asked = time.monotonic()
             facts = self._facts
         yield from samples_of(facts).families()
@@ -206,4 +204,4 @@ def _shard(out: Samples, told: Mapping[str, float], shard: str) -> None:
         out.put("relay_directory_leases", told[f"leases_age_{name}"], shard, age)
 
 
-__all__ = ["POLL_TIMEOUT_S", "ClusterCollector", "Facts", "Samples", "samples_of"]
+__all__ = ["ClusterCollector", "Facts", "Samples", "samples_of"]

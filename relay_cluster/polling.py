@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import ray
 from ray.exceptions import RayError
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 Workers = Callable[[], Mapping[WorkerId, tuple[Any, WorkerInfo]]]
 """Actor handle and facts of each worker that has come up."""
+POLL_TIMEOUT_S: Final = 2.0
+"""For all workers and shards together; Prometheus itself gives up after 10 s by default."""
 _LEAST_S = 0.1
 
 
@@ -38,25 +40,34 @@ class Poll:
         workers: asked at each poll, since workers come and go.
         shards: of the directory, by name.
         settings: of the directory.
+        timeout_s: what a poll may take.
     """
 
-    def __init__(self, workers: Workers, shards: Mapping[str, Any], settings: DirectorySettings) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        shards: Mapping[str, Any],
+        settings: DirectorySettings,
+        *,
+        timeout_s: float = POLL_TIMEOUT_S,
+    ) -> None:
         self._workers = workers
-        self._shards = dict(shards)
-        self._settings = settings
-        self._fleet: Fleet | None = None
+        self._timeout_s = timeout_s
+        # Half of the time each for the list of shards and their statistics.
+        hurried = replace(settings, call_timeout_s=timeout_s / 2)
+        self._fleet = Fleet(shards, hurried) if shards else None
         self._open: dict[WorkerId, Any] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, timeout_s: float) -> Facts:
-        """Ask all; those that do not answer within `timeout_s` have None."""
+    def __call__(self) -> Facts:
+        """Ask all; those that do not answer in time have None."""
         if not ray.is_initialized():  # a call would start a Ray of its own
             return Facts({}, {})
-        deadline = time.monotonic() + timeout_s
         with self._lock:
+            deadline = time.monotonic() + self._timeout_s
             workers = dict(self._workers())
             calls = self._send(workers)
-            shards = self._ask_shards(timeout_s)
+            shards = self._ask_shards()
             # The shards' time is not the workers': they have been computing their answers meanwhile.
             answered = self._take(calls, max(_LEAST_S, deadline - time.monotonic()))
         return Facts({w: (info, answered.get(w)) for w, (_, info) in workers.items()}, shards)
@@ -88,10 +99,9 @@ class Poll:
                 log.debug("worker %s did not tell its statistics: %s", worker, error)
         return out
 
-    def _ask_shards(self, timeout_s: float) -> dict[str, Mapping[str, float] | None]:
-        if self._fleet is None:
-            # Half of the time each for the list of shards and their statistics.
-            self._fleet = Fleet(self._shards, replace(self._settings, call_timeout_s=timeout_s / 2))
+    def _ask_shards(self) -> dict[str, Mapping[str, float] | None]:
+        if self._fleet is None:  # the cluster has not been started
+            return {}
         try:
             told = DirectoryOperator(self._fleet).stats()
         except RelayError as error:
