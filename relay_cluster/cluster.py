@@ -35,11 +35,12 @@ from relay_cluster.access import decide, ensure_token, start_options, use, users
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
-from relay_cluster.executor import Executor, OnToken, RunOptions, Stream, agent_report
+from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream, agent_report
 from relay_cluster.gate import Gate, QualitySettings
 from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities
 from relay_cluster.pipeline import Pipeline
+from relay_cluster.polling import Poll
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
 from relay_cluster.watching import POLL_S, Watch, WorkerFrozen, awaited
@@ -100,6 +101,7 @@ class Cluster:
         config: the cluster; None = this machine with defaults.
         agents_hint: start the workers that this pipeline needs at once; else the first `run` starts them.
         on_event: called with ("cluster", text) while it starts.
+        observer: hears of every agent's answer, for metrics.
     """
 
     def __init__(
@@ -108,8 +110,10 @@ class Cluster:
         *,
         agents_hint: Pipeline | None = None,
         on_event: OnEvent | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.config = config or ClusterConfig()
+        self.observer = observer
         self._hint = agents_hint
         self._on_event = on_event or _no_event
         self._members: dict[WorkerId, _Member] = {}
@@ -609,6 +613,14 @@ class Cluster:
         calls = {w: m.handle.stats.remote() for w, m in self._members.items()}
         return {w: ray.get(call, timeout=10.0) for w, call in calls.items()}
 
+    def poll(self) -> Poll:
+        """Asks workers and shards for their statistics with a deadline: for metrics. Call it when started."""
+        return Poll(
+            lambda: {w: (m.handle, m.info) for w, m in self._members.items() if m.info is not None},
+            self._shards,
+            self.config.directory,
+        )
+
     @property
     def workers(self) -> dict[WorkerId, WorkerInfo]:
         """The workers that are up."""
@@ -678,7 +690,8 @@ class Cluster:
         with self._lock:
             self._runs += 1
             run_id = f"{self._id}-{self._runs}"
-        executor = Executor(pipeline, self, options, run_id, on_event, gate=self._gate(pipeline, options))
+        gate = self._gate(pipeline, options)
+        executor = Executor(pipeline, self, options, run_id, on_event, gate=gate, observer=self.observer)
         turns, wall_s = executor.run(inputs)
         gated = executor.check(turns)
         # Afterwards and one at a time: a comparison beside a running agent would slow both down.

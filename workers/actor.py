@@ -234,11 +234,12 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)
     def stats(self) -> dict[str, Any]:
-        """Counters of the engine, the arena and the transport."""
+        """Counters of the engine, the arena and the transport, and of calls to the directory."""
         return {
             **self._agent.stats(),
             "arena": self._arena.stats(),
             "transport": self._transport.stats(),
+            "directory": self._directory.calls(),
         }
 
     @ray.method(concurrency_group=CONTROL)
