@@ -21,6 +21,7 @@ from rich.text import Text
 from relay_cluster import (
     __version__,
     cli_bench_directory,
+    cli_bench_serve,
     cli_decode,
     cli_directory,
     cli_faults,
@@ -75,6 +76,7 @@ bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
+bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 cli_directory.add_to(app)
