@@ -21,6 +21,7 @@ from rich.text import Text
 from relay_cluster import (
     __version__,
     cli_bench_directory,
+    cli_board,
     cli_decode,
     cli_directory,
     cli_faults,
@@ -75,6 +76,8 @@ bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
+app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
+app.command("top", epilog=cli_board.TOP_EPILOG)(cli_board.top)
 cli_directory.add_to(app)
 
 

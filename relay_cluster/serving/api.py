@@ -18,7 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from relay_cluster.serving.board import Board, Picture, no_picture
 from relay_cluster.serving.errors import ApiError, api_error
+from relay_cluster.serving.recent import Recent
+from relay_cluster.serving.recording import recorded
 from relay_cluster.serving.replies import DONE, ChatForm, Form, TextForm, broken, event
 from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest, parse
 from relay_cluster.serving.service import Ask, Finished, Service, random_seed, raw_text
@@ -39,7 +42,11 @@ _LEAST_TOP_P = 1e-9
 
 
 def build_app(
-    service: Service, tenants: Tenants, healthy: Healthy, on_close: Callable[[], None] | None = None
+    service: Service,
+    tenants: Tenants,
+    healthy: Healthy,
+    on_close: Callable[[], None] | None = None,
+    picture: Picture = no_picture,
 ) -> FastAPI:
     """The ASGI app.
 
@@ -48,6 +55,7 @@ def build_app(
         tenants: whose keys are taken.
         healthy: facts for /healthz; its "status" is "ok" where requests can be answered.
         on_close: called in a thread at the very end.
+        picture: of the cluster, for the live page.
     """
 
     @asynccontextmanager
@@ -61,7 +69,7 @@ def build_app(
                 await asyncio.to_thread(on_close)
 
     app = FastAPI(title="relay_cluster", version="1", lifespan=life, docs_url=None, redoc_url=None)
-    routes = _Routes(service, tenants, healthy)
+    routes = _Routes(service, tenants, healthy, picture)
     schemas: dict[str, Any] = {}
     for path, handler, kind in (
         ("/v1/chat/completions", routes.chat, ChatRequest),
@@ -73,6 +81,7 @@ def build_app(
     app.add_api_route("/v1/models/{model:path}", routes.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", routes.healthz, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    routes.board.add_to(app)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, _api_error)
 
@@ -108,10 +117,12 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    def __init__(self, service: Service, tenants: Tenants, healthy: Healthy) -> None:
+    def __init__(self, service: Service, tenants: Tenants, healthy: Healthy, picture: Picture) -> None:
         self._service = service
         self._tenants = tenants
         self._healthy = healthy
+        self._recent = Recent(service.settings.recent_requests, service.models)
+        self.board = Board(self._recent, service, picture, self._tenant)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
@@ -232,8 +243,9 @@ class _Routes:
     async def _respond(
         self, request: Request, body: Body, ask: Ask, form: type[ChatForm] | type[TextForm]
     ) -> Response:
-        writer = form(uuid.uuid4().hex, body.model)
-        source = self._service.answer(ask)
+        request_id = uuid.uuid4().hex
+        writer = form(request_id, body.model)
+        source = recorded(self._recent, request_id, ask, self._service.answer(ask))
         if not body.stream:
             async with aclosing(source):
                 whole = await _unless_gone(request, _whole(source, writer))

@@ -14,6 +14,7 @@ from relay_cluster.cluster import Cluster
 from relay_cluster.config import ClusterConfig
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.api import build_app
+from relay_cluster.serving.overview import Overview
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.service import Service
 from relay_cluster.serving.tenants import Tenants, load_tenants
@@ -44,7 +45,14 @@ def make_app(cluster: Cluster, tenants: Tenants, on_close: Callable[[], None] | 
     )
     places = Places(running=running, max_waiting=serve.max_waiting, queue_timeout_s=serve.queue_timeout_s)
     service = Service(serve, [config.model], answering, places)
-    return build_app(service, tenants, _Health(cluster), on_close)
+    picture = Overview(cluster)
+
+    def close() -> None:
+        picture.close()
+        if on_close is not None:
+            on_close()
+
+    return build_app(service, tenants, _Health(cluster), close, picture)
 
 
 class _Health:
