@@ -33,7 +33,9 @@ class ServiceAway(RelayError):
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would send the key elsewhere."""
 
-    def redirect_request(self, *_: Any) -> None:
+    def redirect_request(
+        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
         return None
 
 

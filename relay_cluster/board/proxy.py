@@ -64,7 +64,6 @@ def _is_here(host: str | None) -> bool:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: PageServer
     protocol_version = "HTTP/1.1"
     server_version = "relay"
     sys_version = ""
@@ -94,6 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _data(self) -> None:
         try:
+            assert isinstance(self.server, PageServer)  # nobody else makes handlers
             status, kind, body = self.server.client.get(self.path, self.headers.get("Authorization"))
         except ServiceAway as error:
             self._error(502, str(error), "service_away")

@@ -38,7 +38,7 @@ def totals(entries: Sequence[Entry], now: float, up_s: float, *, full: bool) -> 
         entries: newest first. now: Unix time. up_s: since when there are any.
         full: whether older ones have been forgotten, so that the list may not reach through the window.
     """
-    reach_s = min([up_s, *([now - entries[-1].at] if full and entries else [])])
+    reach_s = min(up_s, now - entries[-1].at) if full and entries else up_s
     answered = [e for e in entries if e.outcome == "ok"]
     ttfts = [e.ttft_s for e in answered if e.ttft_s is not None]
     gains = [
