@@ -78,6 +78,7 @@ def top(
         if json_file:
             write_json(found, json_file)
         if json_file is None or str(json_file) != "-":
-            console.output().print(show(found))
+            screen = console.output()
+            screen.print(show(found, width=screen.width))
         return
     watch(client, console.output(), every_s=every_s)

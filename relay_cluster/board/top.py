@@ -17,6 +17,11 @@ from relay_cluster.board.client import BoardClient, ServiceAway
 
 _ROWS = 12
 """Requests shown where the terminal does not say how tall it is."""
+_OTHER_LINES = 20
+_WIDE = 110
+_AGENT = 28
+"""Characters of an agent's name; its end tells more than its beginning."""
+_YIELDING = ("agent", "node", "device")
 
 
 def watch(
@@ -30,24 +35,28 @@ def watch(
                 last, fault = client.board(), ""
             except ServiceAway as error:
                 fault = str(error)
-            live.update(show(last, fault, rows=max(4, console.height - 24)), refresh=True)
+            live.update(
+                show(last, fault, rows=max(4, console.height - 20), width=console.width), refresh=True
+            )
             sleep(every_s)
 
 
-def show(board: Mapping[str, Any] | None, fault: str = "", *, rows: int = _ROWS) -> RenderableType:
-    """Everything as one renderable. fault: why it is not up to date. rows: requests to show."""
+def show(
+    board: Mapping[str, Any] | None, fault: str = "", *, rows: int = _ROWS, width: int = _WIDE
+) -> RenderableType:
+    """Everything as one renderable.
+
+    Args:
+        board: what the service said last. fault: why it is not up to date.
+        rows: requests to show. width: of the terminal, in characters.
+    """
     parts: list[RenderableType] = []
     if fault:
         parts.append(Text(f"the service is away: {fault}", style="bold red"))
     if board is None:
         return Group(*parts)
-    parts += [
-        _head(board),
-        workers_table(board),
-        *_links(board),
-        requests_table(board, rows),
-        *_fallbacks(board),
-    ]
+    parts += [_head(board), workers_table(board), *_links(board), requests_table(board, rows, width)]
+    parts += _fallbacks(board)
     return Group(*parts)
 
 
@@ -56,29 +65,29 @@ def _head(board: Mapping[str, Any]) -> Text:
     prompt = sums["prompt_tokens"]
     reused = sums["relayed_tokens"] + sums["prefix_tokens"]
     gain = sums["gain_p50"]
-    parts = [
-        f"{sums['per_s']:.2f} requests/s",
+    minutes = max(1, round(sums["window_s"] / 60))
+    first = [
+        f"last {minutes} min: {sums['requests']} requests, {sums['per_s']:.2f}/s",
+        f"{service['running']} running, {service['waiting']} waiting",
+        f"{sums['fallbacks']} fallbacks, {sums['errors']} errors, {sums['cancelled']} cancelled",
+    ]
+    second = [
         f"TTFT p50 {_seconds(sums['ttft_p50_s'])}, p95 {_seconds(sums['ttft_p95_s'])}",
         f"{gain:.1f}x faster than full prefill (estimate)" if gain else "no estimate of full prefill yet",
-        f"{reused / prompt:.0%} of {prompt:,} prompt tokens not computed"
-        if prompt
-        else "no prompt tokens yet",
-        f"{sums['fallbacks']} fallbacks, {sums['errors']} errors",
-        f"{service['running']} run, {service['waiting']} wait",
+        f"{reused / prompt:.0%} of {prompt:,} prompt tokens not computed" if prompt else "nothing reused yet",
     ]
-    minutes = max(1, round(sums["window_s"] / 60))
-    head = Text(f"{', '.join(service['models'])}  ", style="bold")
-    return head.append(f"last {minutes} min: {'; '.join(parts)}", style="not bold")
+    head = Text(f"{', '.join(service['models'])}\n", style="bold")
+    return head.append(f"{'; '.join(first)}\n{'; '.join(second)}\n", style="not bold")
 
 
 def workers_table(board: Mapping[str, Any]) -> Table:
     """One line for each worker, and how many shards answer."""
     shards = board["cluster"]["shards"]
     up = sum(s["state"] == "up" for s in shards)
-    title = f"workers ({up} of {len(shards)} directory shards answer)" if shards else "workers"
-    table = _table(
-        title, ["worker", "state", "node", "device"], ["running", "segments", "leases", "arena", "spill"]
-    )
+    right = ["running", "segments", "leases", "arena", "spill"]
+    table = _table(["worker", "state", "node", "device"], right)
+    if shards:
+        table.caption = f"{up} of {len(shards)} directory shards answer"
     for worker in board["cluster"]["workers"]:
         style = {"up": "green", "silent": "yellow"}.get(worker["state"], "bold red")
         tiers = worker.get("tiers", {})
@@ -86,8 +95,8 @@ def workers_table(board: Mapping[str, Any]) -> Table:
         table.add_row(
             worker["worker"],
             Text(worker["state"], style=style),
-            worker.get("node", "-"),
-            worker.get("device", "-"),
+            _short(worker.get("node", "-")),
+            _short(worker.get("device", "-")),
             _count(worker.get("running")),
             _count(worker.get("segments")),
             _count(worker.get("leases")),
@@ -97,39 +106,48 @@ def workers_table(board: Mapping[str, Any]) -> Table:
     return table
 
 
-def requests_table(board: Mapping[str, Any], rows: int = _ROWS) -> Table:
-    """Running requests, then the last that ended."""
+def requests_table(board: Mapping[str, Any], rows: int = _ROWS, width: int = _WIDE) -> Table:
+    """Running requests, then the last that ended. Ids are shown where there is room for them."""
     found = [*reversed(board["running"]), *board["requests"]][:rows]
-    right = ["TTFT", "full prefill", "prompt", "relayed", "cached", "computed", "fallbacks"]
-    table = _table("requests", ["id", "at", "agent", "worker", "outcome"], right, last=["largest part"])
+    wide = width >= _WIDE
+    left = ["at", *(["id"] if wide else []), "agent", "worker"]
+    right = ["TTFT", "gain", "relayed", *(["cached"] if wide else []), "computed"]
+    table = _table(left, right, last=["largest part, or how it ended"])
     labels = {hop["name"]: hop["label"] for hop in board["hops"]}
     for row in found:
-        style = {"ok": "", "running": "cyan", "cancelled": "yellow"}.get(row["outcome"], "bold red")
-        said = f"{row['outcome']} {row['status']}" if row["status"] else row["outcome"]
         table.add_row(
-            row["id"],
             datetime.fromtimestamp(row["at"]).astimezone().strftime("%H:%M:%S"),
-            row["agent"],
+            *([row["id"]] if wide else []),
+            _short(row["agent"][-_AGENT:]),
             row["worker"] or "-",
-            Text(said, style=style),
             _seconds(row["ttft_s"]),
-            _seconds(row["full_ttft_s"]) + ("" if row["basis"] != "predicted" else " est."),
-            _count(row["prompt_tokens"]),
+            f"{row['full_ttft_s'] / row['ttft_s']:.1f}x" if row["basis"] == "predicted" else "-",
             _count(row["relayed_tokens"]),
-            _count(row["prefix_tokens"]),
+            *([_count(row["prefix_tokens"])] if wide else []),
             _count(row["computed_tokens"]),
-            Text(str(row["fallbacks"]), style="yellow" if row["fallbacks"] else "dim"),
-            _largest(row["hops"], labels),
+            _said(row, labels),
         )
     if not found:
         table.caption = "no request yet: send one to /v1/chat/completions"
     return table
 
 
+def _said(row: Mapping[str, Any], labels: Mapping[str, str]) -> Text:
+    if row["outcome"] == "running":
+        return _short(f"running, {_seconds(row['total_s'])}", "cyan")
+    if row["outcome"] != "ok":
+        said = " ".join(str(part) for part in (row["outcome"], row["status"], row["code"]) if part)
+        return _short(said, "yellow" if row["outcome"] == "cancelled" else "bold red")
+    said = _short(_largest(row["hops"], labels))
+    if row["fallbacks"]:
+        said.append(f", {row['fallbacks']} fallbacks", style="yellow")
+    return said
+
+
 def _links(board: Mapping[str, Any]) -> list[Table]:
     if not board["links"]:
         return []
-    table = _table("pulls", ["from", "to", "over"], ["pulls", "failed", "bytes", "p50", "p95", "rate"])
+    table = _table(["from", "to", "over"], ["pulls", "failed", "bytes", "p50", "p95", "rate"])
     for link in board["links"]:
         rate = link["bytes_per_s"]
         table.add_row(
@@ -156,8 +174,10 @@ def _fallbacks(board: Mapping[str, Any]) -> list[Text]:
     ]
 
 
-def _table(title: str, left: list[str], right: list[str], last: list[str] | None = None) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, title_style="bold")
+def _table(left: list[str], right: list[str], last: list[str] | None = None) -> Table:
+    table = Table(
+        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), caption_justify="left"
+    )
     for name in left:
         table.add_column(name, no_wrap=True, overflow="ellipsis")
     for name in right:
@@ -177,7 +197,7 @@ def _largest(hops: Mapping[str, float], labels: Mapping[str, str]) -> str:
 def _filled(tiers: list[Mapping[str, Any]]) -> str:
     budget = sum(tier["budget_bytes"] for tier in tiers)
     used = sum(tier["bytes"] for tier in tiers)
-    return f"{_bytes(used)} of {_bytes(budget)}" if budget else "-"
+    return f"{used / 1e6:,.0f} of {budget / 1e6:,.0f} MB" if budget else "-"
 
 
 def _count(value: int | None) -> str:

@@ -64,6 +64,7 @@ def explain(entry: Entry, usual: dict[str, float]) -> list[str]:
     if entry.retries:
         lines.append(f"It was started again {_times(entry.retries)}, because its worker was lost.")
     lines += [_fallback(s.slot, s.tokens, s.reason, s.detail) for s in entry.fallbacks]
+    lines += _new(entry)
     lines += _cheaper(entry)
     lines.append(_beside_full(entry, ttft_s))
     return [line for line in lines if line]
@@ -114,6 +115,15 @@ def _fallback(slot: str, tokens: int | None, reason: str, detail: str) -> str:
     why = REASONS.get(reason, reason)
     more = f" ({detail})" if detail else ""
     return f"Fallback: {tokens or 0:,} tokens of span {slot} were computed, since {why}{more}."
+
+
+def _new(entry: Entry) -> list[str]:
+    """Spans that nobody had computed before, where they are most of what was computed."""
+    return [
+        f"Span {s.slot}, {s.tokens:,} tokens, was seen for the first time: later requests can relay it."
+        for s in entry.spans
+        if s.how == "new" and s.tokens and 2 * s.tokens > entry.computed_tokens
+    ]
 
 
 def _cheaper(entry: Entry) -> list[str]:

@@ -195,7 +195,7 @@ async function follow() {
 }
 
 function pickBy(better) {
-  const rows = state.requests.filter((r) => r.ttft_s !== null);
+  const rows = state.requests.filter((r) => r.outcome === "ok");
   if (rows.length) pick(rows.reduce((a, b) => (better(b, a) ? b : a)).id);
 }
 

@@ -1,7 +1,7 @@
 // One request: why it took so long, in words, as a waterfall, and span by span.
 
 import { h, hopColour } from "./dom.js";
-import { bytes, clock, count, percent, rate, seconds, times } from "./format.js";
+import { bytes, clock, count, many, percent, rate, seconds } from "./format.js";
 
 const HOWS = {
   relayed: ["relayed", "good", "Its KV was made elsewhere and used here."],
@@ -18,7 +18,7 @@ export function detail(found, hops) {
     h("ul", { class: "why" }, found.why.map((line) => h("li", {}, line))),
     found.bars.length > 0 && waterfall(found, labels),
     found.full_ttft_s !== null && found.basis === "predicted" && beside(found),
-    spans(found),
+    found.outcome === "ok" && spans(found),
     facts(found),
   ];
 }
@@ -75,7 +75,7 @@ function spans(r) {
       h("td", {}, h("span", { class: `badge ${tone}`, title: span.detail || what }, span.reason ? `${label}: ${span.reason.replaceAll("_", " ")}` : label)),
       h("td", {}, moved.length ? moved.map((p) => h("div", {}, transfer(p))) : h("span", { class: "quiet" }, "\u2013")));
   });
-  return h("div", { class: "scroll" }, h("table", { class: "spans" },
+  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Spans of the prompt" }, h("table", { class: "spans" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "span"), h("th", { scope: "col" }, "is an"), h("th", { scope: "col", class: "num" }, "tokens"), h("th", { scope: "col" }, "was"), h("th", { scope: "col" }, "pull"))),
     h("tbody", {}, rows)));
 }
@@ -89,12 +89,12 @@ function transfer(p) {
 function facts(r) {
   const decode = r.decode_s > 0 && r.answer_tokens > 1 ? `, ${((r.answer_tokens - 1) / r.decode_s).toFixed(1)} tokens/s` : "";
   const rows = [
-    ["Prompt", r.prompt_tokens ? `${count(r.prompt_tokens)} tokens: ${count(r.relayed_tokens)} relayed, ${count(r.prefix_tokens)} from the prefix cache, ${count(r.computed_tokens)} computed` : "\u2013"],
-    ["Answer", `${count(r.answer_tokens)} tokens${decode}${r.finish_reason ? `, ended by ${r.finish_reason}` : ""}`],
+    ["Prompt", r.prompt_tokens ? `${many(r.prompt_tokens, "token")}: ${count(r.relayed_tokens)} relayed, ${count(r.prefix_tokens)} from the prefix cache, ${count(r.computed_tokens)} computed` : null],
+    ["Answer", r.answer_tokens ? `${many(r.answer_tokens, "token")}${decode}${r.finish_reason ? `, ended by ${r.finish_reason}` : ""}` : null],
     ["Pull behind computing", r.pull_hidden_s > 0 ? `${seconds(r.pull_hidden_s)}, not part of the time above` : null],
     ["Work", r.flop_ratio === null ? null : `${percent(r.flop_ratio)} of full prefill's${r.reuse === null ? "" : `; ${percent(r.reuse)} of relayed entries kept`}`],
     ["Ended", r.outcome === "ok" ? `after ${seconds(r.total_s)}` : `${r.outcome}${r.status ? ` ${r.status} (${r.code})` : ""} after ${seconds(r.total_s)}`],
-    ["Started again", r.retries ? times(r.retries) : null],
+    ["Started again", r.retries ? many(r.retries, "time") : null],
     ["Method", r.method || null],
     ["Worker", r.worker ? `${r.worker} on ${r.node}` : null],
     ["In the logs", r.log_id || null],

@@ -21,7 +21,12 @@ export const rate = (value) => (value === null || value === undefined ? "\u2013"
 
 export const count = (value) => (value === null || value === undefined ? "\u2013" : value.toLocaleString("en-US"));
 
-export const percent = (share) => `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+export function percent(share) {
+  if (share > 0 && share < 0.001) return "<0.1%";
+  return `${(share * 100).toFixed(share > 0 && share < 0.1 ? 1 : 0)}%`;
+}
+
+export const many = (n, one, more = `${one}s`) => `${count(n)} ${n === 1 ? one : more}`;
 
 export const times = (ratio) => `${ratio.toFixed(ratio >= 10 ? 0 : 1)}\u00d7`;
 

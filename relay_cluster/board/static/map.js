@@ -2,7 +2,7 @@
 // In a row where there is room, else in a column.
 
 import { h, s } from "./dom.js";
-import { bytes, count, percent, seconds } from "./format.js";
+import { bytes, many, percent, seconds } from "./format.js";
 
 const MOST = 12;
 
@@ -30,7 +30,7 @@ function busiest(workers, links) {
 }
 
 const stroke = (link, most) => 1.5 + 4.5 * Math.sqrt(link.bytes / Math.max(1, most));
-const words = (l) => `${l.source} to ${l.destination}: ${l.pulls} pulls, ${bytes(l.bytes)}, p50 ${seconds(l.p50_s)}, p95 ${seconds(l.p95_s)}`;
+const words = (l) => `${l.source} to ${l.destination}: ${many(l.pulls, "pull")}, ${bytes(l.bytes)}, p50 ${seconds(l.p50_s)}, p95 ${seconds(l.p95_s)}`;
 
 function frame(width, height, workers, links, parts) {
   const label = `Workers ${workers.map((w) => `${w.worker} (${w.state})`).join(", ")}. ${links.map(words).join(". ")}`;
@@ -46,7 +46,7 @@ function row(workers, links, width) {
   const start = (width - n * w - (n - 1) * gap) / 2;
   const index = new Map(workers.map((x, i) => [x.worker, i]));
   const reach = (up) => Math.max(0, ...links.map((l) => index.get(l.destination) - index.get(l.source)).filter((d) => (up ? d > 0 : d < 0)).map(Math.abs));
-  const rise = (d) => (d ? 34 + 30 * d : 0);
+  const rise = (d) => (d ? 24 + 40 * d : 0);
   const above = rise(reach(true));
   const below = rise(reach(false));
   const y = above + 16;
@@ -60,10 +60,10 @@ function row(workers, links, width) {
     const edge = ahead ? y : y + hgt;
     const lift = 0.75 * rise(Math.abs(b - a)) * side;
     const d = `M${x1} ${edge}C${x1} ${edge - lift * 1.3} ${x2} ${edge - lift * 1.3} ${x2} ${edge - 3 * side}`;
-    return arc(l, d, (x1 + x2) / 2, edge - lift, most, true);
+    return arc(l, d, (x1 + x2) / 2, edge - 0.975 * lift, most, true);
   });
   const boxes = workers.map((x, i) => box(x, start + i * (w + gap), y, w, hgt));
-  return frame(width, y + hgt + below + 12, workers, links, [arcs, boxes]);
+  return frame(width, y + hgt + below + 12, workers, links, [arcs.map((one) => one.path), boxes, arcs.map((one) => one.label)]);
 }
 
 function column(workers, links, width) {
@@ -85,17 +85,20 @@ function column(workers, links, width) {
     return arc(l, d, edge + bulge * 0.6, (y1 + y2) / 2, most, false);
   });
   const boxes = workers.map((one, i) => box(one, x, 8 + i * (hgt + gap), w, hgt));
-  return frame(width, workers.length * (hgt + gap) + 8, workers, links, [arcs, boxes]);
+  return frame(width, workers.length * (hgt + gap) + 8, workers, links, [arcs.map((one) => one.path), boxes, arcs.map((one) => one.label)]);
 }
 
 function arc(link, d, x, y, most, roomy) {
   const failed = Object.values(link.failed).reduce((a, b) => a + b, 0);
   const text = roomy ? `p95 ${seconds(link.p95_s)}, ${bytes(link.bytes)}` : seconds(link.p95_s);
-  const more = failed ? ` (${failed} failed)` : "";
-  return s("g", { class: failed ? "link failed" : "link" },
-    s("title", {}, words(link) + more),
-    s("path", { d, "stroke-width": stroke(link, most).toFixed(1), "marker-end": "url(#tip)" }),
-    s("text", { x, y, "text-anchor": "middle", dy: "0.32em" }, text + (roomy ? more : "")));
+  const said = text + (failed && roomy ? `, ${failed} failed` : "");
+  const half = 3.4 * said.length + 7;
+  const kind = failed ? "link failed" : "link";
+  const title = () => s("title", {}, words(link) + (failed ? `, ${failed} failed` : ""));
+  return {
+    path: s("g", { class: kind }, title(), s("path", { d, "stroke-width": stroke(link, most).toFixed(1), "marker-end": "url(#tip)" })),
+    label: s("g", { class: kind }, title(), s("rect", { x: x - half, y: y - 10, width: 2 * half, height: 20, rx: 4 }), s("text", { x, y, "text-anchor": "middle", dy: "0.35em" }, said)),
+  };
 }
 
 function box(worker, x, y, w, hgt) {
@@ -115,7 +118,7 @@ function box(worker, x, y, w, hgt) {
     s("circle", { cx: x + 17, cy: y + 20, r: 5, class: "lamp" }),
     s("text", { x: x + 28, y: y + 24, class: "name" }, worker.worker),
     s("text", { x: x + w - 12, y: y + 24, class: "small", "text-anchor": "end" }, worker.state === "up" ? worker.device ?? "" : worker.state),
-    s("text", { x: x + 12, y: y + 44, class: "small" }, worker.state === "down" ? "does not run" : `${count(worker.running)} running, ${count(worker.segments)} segments`),
+    s("text", { x: x + 12, y: y + 44, class: "small" }, worker.state === "down" ? "does not run" : `${worker.running ?? 0} running, ${many(worker.segments ?? 0, "segment")}`),
     arena && meter(62, full, "arena"),
     worker.cache_blocks && meter(86, cache, "KV cache"));
 }

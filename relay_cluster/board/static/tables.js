@@ -1,7 +1,7 @@
 // The other parts of the page: sums, requests, links, memory, fallbacks, shards, gates.
 
 import { h, hopColour } from "./dom.js";
-import { ago, bytes, clock, count, percent, rate, seconds, times } from "./format.js";
+import { ago, bytes, clock, count, many, percent, rate, seconds, times } from "./format.js";
 
 const col = (text, right, more) => h("th", { scope: "col", class: right ? "num" : null, ...more }, text);
 
@@ -10,11 +10,11 @@ export function tiles(sums, service) {
   const bad = sums.errors + sums.fallbacks;
   const all = [
     ["Time to first token, p50", seconds(sums.ttft_p50_s), `p95 ${seconds(sums.ttft_p95_s)}, p99 ${seconds(sums.ttft_p99_s)}`],
-    ["Beside full prefill", sums.gain_p50 === null ? "\u2013" : times(sums.gain_p50), sums.gain_p50 === null ? "no estimate yet" : `sooner, median of ${count(sums.gains)} (estimate)`],
+    ["Faster than full prefill", sums.gain_p50 === null ? "\u2013" : times(sums.gain_p50), sums.gain_p50 === null ? "no estimate yet" : `estimate; median of ${many(sums.gains, "request")}`],
     ["Prompt tokens not computed", sums.prompt_tokens ? percent(reused / sums.prompt_tokens) : "\u2013", `${count(sums.relayed_tokens)} relayed, ${count(sums.prefix_tokens)} cached`],
     ["Requests", `${sums.per_s < 1 ? (sums.per_s * 60).toFixed(sums.per_s * 60 < 10 ? 1 : 0) : sums.per_s.toFixed(1)}`, `per ${sums.per_s < 1 ? "minute" : "second"}; ${count(sums.requests)} in ${ago(sums.window_s)}`],
     ["Now", count(service.running), `running, ${count(service.waiting)} waiting${service.draining ? ", shutting down" : ""}`],
-    ["Fallbacks and errors", count(bad), `${count(sums.fallbacks)} fallbacks, ${count(sums.errors)} errors, ${count(sums.cancelled)} cancelled`, bad > 0],
+    ["Fallbacks and errors", count(bad), `${many(sums.fallbacks, "fallback")}, ${many(sums.errors, "error")}, ${count(sums.cancelled)} cancelled`, bad > 0],
   ];
   return all.map(([name, value, more, warn]) => h("div", { class: warn ? "tile warn" : "tile" }, h("dt", {}, name), h("dd", {}, h("strong", {}, value), h("span", {}, more))));
 }
@@ -29,7 +29,7 @@ export function requestTable(rows, hops, selected, onPick) {
   const labels = new Map(hops.map((hop) => [hop.name, hop.label]));
   return [
     h("caption", { class: "hidden" }, "Recent requests; choose one to see why it took as long as it did"),
-    h("thead", {}, h("tr", {}, col("request"), col("agent"), col("first token after", false, { class: "wide" }), col("TTFT", true), col("full prefill", true, { title: "what full prefill would have taken, over what it took" }), col("relayed", true, { class: "num extra", title: "prompt tokens whose KV was relayed" }), col("computed", true, { class: "num extra", title: "prompt tokens that were computed" }), col("worker", false, { class: "extra" }))),
+    h("thead", {}, h("tr", {}, col("request"), col("agent"), col("first token after", false, { class: "wide" }), col("TTFT", true), col("full prefill", true, { class: "num extra", title: "what full prefill would have taken, over what it took" }), col("relayed", true, { class: "num extra", title: "prompt tokens whose KV was relayed" }), col("computed", true, { class: "num extra", title: "prompt tokens that were computed" }), col("worker", false, { class: "extra" }))),
     h("tbody", {}, rows.map((r) => requestRow(r, most, labels, r.id === selected, onPick))),
   ];
 }
@@ -45,7 +45,7 @@ function requestRow(r, most, labels, selected, onPick) {
     h("td", { class: "wide" }, h("span", { class: "stack", title: text, role: "img", "aria-label": text || r.outcome, css: { width: `${(100 * (r.ttft_s ?? 0)) / most}%` } },
       parts.map(([name, sec]) => h("i", { css: { "flex-grow": String(sec), background: hopColour(name) } })))),
     h("td", { class: "num" }, r.ttft_s === null ? (r.outcome === "running" ? `${seconds(r.total_s)}\u2026` : "\u2013") : seconds(r.ttft_s)),
-    h("td", { class: "num", title: r.basis === "measured" ? "this was a full prefill" : r.full_ttft_s === null ? "too little was measured" : `about ${seconds(r.full_ttft_s)}` }, gain),
+    h("td", { class: "num extra", title: r.basis === "measured" ? "this was a full prefill" : r.full_ttft_s === null ? "too little was measured" : `about ${seconds(r.full_ttft_s)}` }, gain),
     h("td", { class: "num extra" }, count(r.relayed_tokens)),
     h("td", { class: "num extra" }, count(r.computed_tokens)),
     h("td", { class: "extra" }, r.worker || "\u2013"));
@@ -66,13 +66,13 @@ export function linkTable(links) {
   if (!links.length) return [];
   return [
     h("caption", { class: "hidden" }, "Pulls between workers in the last 15 minutes"),
-    h("thead", {}, h("tr", {}, col("from"), col("to"), col("over"), col("pulls", true), col("failed", true), col("bytes", true), col("p50", true), col("p95", true), col("median rate", true))),
+    h("thead", {}, h("tr", {}, col("from"), col("to"), col("over", false, { class: "extra" }), col("pulls", true), col("failed", true), col("bytes", true), col("p50", true, { class: "num extra" }), col("p95", true), col("median rate", true, { class: "num extra" }))),
     h("tbody", {}, links.map((l) => {
       const failed = Object.entries(l.failed).map(([why, n]) => `${n} ${why.replaceAll("_", " ")}`).join(", ");
       return h("tr", {}, h("th", { scope: "row", title: l.source_node }, l.source), h("th", { scope: "row", title: l.destination_node }, l.destination),
-        h("td", {}, Object.entries(l.backends).map(([name, n]) => (Object.keys(l.backends).length > 1 ? `${name} (${n})` : name)).join(", ") || "\u2013"),
+        h("td", { class: "extra" }, Object.entries(l.backends).map(([name, n]) => (Object.keys(l.backends).length > 1 ? `${name} (${n})` : name)).join(", ") || "\u2013"),
         h("td", { class: "num" }, count(l.pulls)), h("td", { class: failed ? "num bad" : "num quiet", title: failed }, failed || "0"),
-        h("td", { class: "num" }, bytes(l.bytes)), h("td", { class: "num" }, seconds(l.p50_s)), h("td", { class: "num" }, seconds(l.p95_s)), h("td", { class: "num" }, rate(l.bytes_per_s)));
+        h("td", { class: "num" }, bytes(l.bytes)), h("td", { class: "num extra" }, seconds(l.p50_s)), h("td", { class: "num" }, seconds(l.p95_s)), h("td", { class: "num extra" }, rate(l.bytes_per_s)));
     })),
   ];
 }
@@ -83,14 +83,14 @@ export function memory(workers) {
   if (!workers.length) return h("p", { class: "empty" }, "No worker has been asked yet.");
   return workers.map((w) => h("div", { class: "store" },
     h("h3", {}, w.worker, h("span", { class: "quiet" }, w.state === "up" ? ` ${w.node}, ${w.device}` : ` ${w.state === "silent" ? "does not answer; last known figures" : "is down"}`)),
-    w.tiers && Object.entries(w.tiers).map(([name, tier]) => meter(TIERS[name] ?? name, tier.bytes, tier.budget_bytes, `${count(tier.segments)} segments`)),
+    w.tiers && Object.entries(w.tiers).map(([name, tier]) => meter(TIERS[name] ?? name, tier.bytes, tier.budget_bytes, many(tier.segments, "segment"))),
     w.cache_blocks && blocks(w),
     w.tiers && h("p", { class: "quiet small" }, footnote(w))));
 }
 
 function footnote(w) {
   const gone = Object.entries(w.evictions ?? {}).map(([why, n]) => `${count(n)} ${why.replaceAll("_", " ")}`).join(", ");
-  return [`prefix cache ${bytes(w.prefix_cache_bytes)}`, `${count(w.leases)} leases`, `${count(w.pins)} pins`, w.quarantined_blocks && `${w.quarantined_blocks} blocks in quarantine`, gone && `evicted: ${gone}`].filter(Boolean).join("; ");
+  return [`prefix cache ${bytes(w.prefix_cache_bytes)}`, many(w.leases, "lease"), many(w.pins, "pin"), w.quarantined_blocks && `${w.quarantined_blocks} blocks in quarantine`, gone && `evicted: ${gone}`].filter(Boolean).join("; ");
 }
 
 function blocks(w) {
@@ -110,7 +110,7 @@ export function fallbacks(rows, onPick) {
   if (!rows.length) return h("p", { class: "empty" }, "None: everything that should have been relayed was.");
   const most = Math.max(...rows.map((r) => r.count));
   return h("ul", { class: "reasons" }, rows.map((r) => h("li", {},
-    h("div", { class: "reason" }, h("b", {}, r.reason.replaceAll("_", " ")), h("span", { class: "num" }, `${count(r.count)}\u00d7, ${count(r.tokens)} tokens`)),
+    h("div", { class: "reason" }, h("b", {}, r.reason.replaceAll("_", " ")), h("span", { class: "num" }, `${count(r.count)}\u00d7, ${many(r.tokens, "token")}`)),
     h("span", { class: "track", "aria-hidden": "true" }, h("span", { class: "fill warn", css: { width: `${(100 * r.count) / most}%` } })),
     h("p", { class: "quiet small" }, r.what && `${r.what}. `, h("button", { type: "button", class: "link", "data-key": `why-${r.reason}`, on: { click: () => onPick(r.latest) } }, `latest, ${clock(r.at)}`)))));
 }
@@ -129,5 +129,5 @@ export function gates(rows) {
   if (!rows.length) return h("p", { class: "empty" }, "No edge is watched. Pipelines with a quality section are, when they run on this cluster.");
   return h("ul", { class: "reasons" }, rows.map((g) => h("li", {},
     h("div", { class: "reason" }, h("b", {}, g.edge), h("span", { class: g.rung ? "badge warn" : "badge good" }, g.method)),
-    h("p", { class: "quiet small" }, `${g.pipeline}: ${count(g.checks)} checks, ${count(g.falls)} demotions, ${count(g.recoveries)} recoveries${g.reason ? `; ${g.reason}` : ""}`))));
+    h("p", { class: "quiet small" }, `${g.pipeline}: ${many(g.checks, "check")}, ${many(g.falls, "demotion")}, ${many(g.recoveries, "recovery", "recoveries")}${g.reason ? `; ${g.reason}` : ""}`))));
 }
