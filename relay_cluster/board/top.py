@@ -112,13 +112,13 @@ def requests_table(board: Mapping[str, Any], rows: int = _ROWS, width: int = _WI
     wide = width >= _WIDE
     left = ["at", *(["id"] if wide else []), "agent", "worker"]
     right = ["TTFT", "gain", "relayed", *(["cached"] if wide else []), "computed"]
-    table = _table(left, right, last=["largest part, or how it ended"])
+    table = _table(left, right, last=["mostly"])
     labels = {hop["name"]: hop["label"] for hop in board["hops"]}
     for row in found:
         table.add_row(
             datetime.fromtimestamp(row["at"]).astimezone().strftime("%H:%M:%S"),
             *([row["id"]] if wide else []),
-            _short(row["agent"][-_AGENT:]),
+            _short((row["agent"] if wide else row["agent"].rpartition("/")[2])[-_AGENT:]),
             row["worker"] or "-",
             _seconds(row["ttft_s"]),
             f"{row['full_ttft_s'] / row['ttft_s']:.1f}x" if row["basis"] == "predicted" else "-",
@@ -179,12 +179,17 @@ def _table(left: list[str], right: list[str], last: list[str] | None = None) -> 
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1), caption_justify="left"
     )
     for name in left:
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
+        table.add_column(name, no_wrap=name not in _YIELDING)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     for name in last or []:
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
+        table.add_column(name)
     return table
+
+
+def _short(text: str, style: str = "") -> Text:
+    """For a column that is made narrower before others: cut, not wrapped."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _largest(hops: Mapping[str, float], labels: Mapping[str, str]) -> str:
