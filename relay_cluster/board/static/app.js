@@ -214,7 +214,8 @@ function theme(change) {
   if (next === "auto") delete root.dataset.theme;
   else root.dataset.theme = next;
   if (change) { try { localStorage.setItem("relay-theme", next); } catch { /* no storage: until the page is closed */ } }
-  $("theme").textContent = `Theme: ${next}`;
+  $("theme-name").textContent = next;
+  $("theme").setAttribute("aria-label", `Theme: ${next}. Change it`);
   chart.rebuild();
 }
 

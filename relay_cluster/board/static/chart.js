@@ -52,7 +52,7 @@ export class TtftChart {
         y: { range: () => [0, this.top()] },
       },
       axes: [
-        { ...axis, grid: { show: false }, space: 80, values: (_, ticks) => ticks.map(clock) },
+        { ...axis, grid: { show: false }, size: 32, space: 80, values: (_, ticks) => ticks.map(clock) },
         { ...axis, size: 62, values: (_, ticks) => ticks.map((t) => (t === 0 ? "0" : seconds(t))) },
       ],
       series: [{}, { paths: () => null, points: { show: false } }],

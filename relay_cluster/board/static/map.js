@@ -46,17 +46,19 @@ function row(workers, links, width) {
   const start = (width - n * w - (n - 1) * gap) / 2;
   const index = new Map(workers.map((x, i) => [x.worker, i]));
   const reach = (up) => Math.max(0, ...links.map((l) => index.get(l.destination) - index.get(l.source)).filter((d) => (up ? d > 0 : d < 0)).map(Math.abs));
-  const rise = (d) => (d ? 24 + 40 * d : 0);
-  const above = rise(reach(true));
-  const below = rise(reach(false));
+  const rise = (d) => (d ? 20 + 36 * d : 0);
+  const above = 0.75 * rise(reach(true));
+  const below = 0.75 * rise(reach(false));
   const y = above + 16;
   const most = Math.max(1, ...links.map((l) => l.bytes));
   const arcs = links.map((l) => {
     const a = index.get(l.source), b = index.get(l.destination);
     const ahead = b > a;
     const side = ahead ? 1 : -1;
-    const x1 = start + a * (w + gap) + w * (ahead ? 0.68 : 0.32);
-    const x2 = start + b * (w + gap) + w * (ahead ? 0.32 : 0.68);
+    // Long arrows leave and arrive further out, so that they go around the short ones.
+    const inset = Math.min(0.5, 0.16 + 0.2 * (Math.abs(b - a) - 1));
+    const x1 = start + a * (w + gap) + w * (ahead ? 1 - inset : inset);
+    const x2 = start + b * (w + gap) + w * (ahead ? inset : 1 - inset);
     const edge = ahead ? y : y + hgt;
     const lift = 0.75 * rise(Math.abs(b - a)) * side;
     const d = `M${x1} ${edge}C${x1} ${edge - lift * 1.3} ${x2} ${edge - lift * 1.3} ${x2} ${edge - 3 * side}`;
@@ -93,7 +95,7 @@ function arc(link, d, x, y, most, roomy) {
   const text = roomy ? `p95 ${seconds(link.p95_s)}, ${bytes(link.bytes)}` : seconds(link.p95_s);
   const said = text + (failed && roomy ? `, ${failed} failed` : "");
   const half = 3.4 * said.length + 7;
-  const kind = failed ? "link failed" : "link";
+  const kind = failed ? "flow failed" : "flow";
   const title = () => s("title", {}, words(link) + (failed ? `, ${failed} failed` : ""));
   return {
     path: s("g", { class: kind }, title(), s("path", { d, "stroke-width": stroke(link, most).toFixed(1), "marker-end": "url(#tip)" })),
