@@ -129,10 +129,10 @@ def test_a_worker_that_stands_still_is_shown_and_keeps_nobody_waiting(live: str)
 
     pid = next(w["pid"] for w in look(live)["cluster"]["workers"] if w["worker"] == "w1")
     with stopped(pid):
-        wait_for(lambda: state() == "silent", timeout_s=DEADLINE_S)
+        wait_for(lambda: state() == "silent", "it is seen to stand still", timeout_s=DEADLINE_S)
         silent = next(w for w in look(live)["cluster"]["workers"] if w["worker"] == "w1")
         assert silent["segments"] >= 1, "what it said last"
-    wait_for(lambda: state() == "up", timeout_s=DEADLINE_S)
+    wait_for(lambda: state() == "up", "it goes on", timeout_s=DEADLINE_S)
 
 
 @needs_chromium

@@ -46,7 +46,7 @@ function row(workers, links, width) {
   const start = (width - n * w - (n - 1) * gap) / 2;
   const index = new Map(workers.map((x, i) => [x.worker, i]));
   const reach = (up) => Math.max(0, ...links.map((l) => index.get(l.destination) - index.get(l.source)).filter((d) => (up ? d > 0 : d < 0)).map(Math.abs));
-  const rise = (d) => (d ? 20 + 36 * d : 0);
+  const rise = (d) => (d ? 14 + 46 * d : 0);
   const above = 0.75 * rise(reach(true));
   const below = 0.75 * rise(reach(false));
   const y = above + 16;
