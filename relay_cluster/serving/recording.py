@@ -4,6 +4,7 @@ on. Knows nothing of HTTP but the status that an error will have.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -12,6 +13,8 @@ from relay_cluster.serving.recent import Entry, Recent, fill
 from relay_cluster.serving.service import Ask, Finished
 from transport.errors import CacheFull, DeadlineExceeded, WorkerLost
 from workers.messages import Token
+
+log = logging.getLogger(__name__)
 
 _TOLD = (WorkerLost, DeadlineExceeded, CacheFull)
 """Errors whose words are ours alone; others may quote what a client sent."""
@@ -31,7 +34,7 @@ async def recorded(
         async with aclosing(source):
             async for item in source:
                 if isinstance(item, Finished):
-                    fill(entry, item, recent.speeds)
+                    _finish(entry, item, recent)
                     recent.end(request_id, entry, "ok")
                     ended = True
                 elif entry.ttft_s is None:
@@ -46,6 +49,14 @@ async def recorded(
     finally:
         if not ended:  # the client went away, or the service stops
             recent.end(request_id, entry, "cancelled")
+
+
+def _finish(entry: Entry, done: Finished, recent: Recent) -> None:
+    """A fault of the record is none of the answer."""
+    try:
+        fill(entry, done, recent.speeds)
+    except Exception:
+        log.exception("the facts of a request could not be recorded", extra={"request": entry.id})
 
 
 def _fail(entry: Entry, error: Exception) -> None:

@@ -21,6 +21,7 @@ from relay_cluster import cli
 from relay_cluster.board.client import KEY_VARIABLE, BoardClient, ServiceAway
 from relay_cluster.board.page import asset
 from relay_cluster.board.top import show, watch
+from relay_cluster.serving.hops import HOPS
 from tests.services import DEADLINE_S, MODEL, SECRET, ask, free_port, make, page_server, serving
 from transport.errors import ConfigError, RelayError
 
@@ -133,6 +134,12 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(keyed: str) -> N
         assert part.headers["x-content-type-options"] == "nosniff"
         again = httpx.get(f"{keyed}/dashboard/{name}", headers={"If-None-Match": part.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
+
+
+def test_every_part_of_a_time_has_a_colour() -> None:
+    style = asset("board.css")
+    assert style is not None
+    assert {name.decode() for name in re.findall(rb"--hop-(\w+):", style.body)} == {hop.name for hop in HOPS}
 
 
 def test_modules_find_each_other_and_the_library_has_its_licence() -> None:

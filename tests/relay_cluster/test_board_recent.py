@@ -225,6 +225,14 @@ def test_one_that_is_left_is_cancelled() -> None:
     assert "client went away while" in explain(entry, {})[0]
 
 
+def test_a_fault_of_the_record_is_none_of_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    recent, odd = Recent(3), finished(reply(span_costs=None))
+    assert follow(recent, odd) == [odd]
+    (entry,) = recent.of("")
+    assert entry.outcome == "ok"
+    assert "could not be recorded" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code", "told"),
     [
