@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich import box
@@ -29,6 +29,7 @@ from relay_cluster import (
     cli_profile,
     cli_pull,
     cli_serve,
+    cli_stream,
     cli_transfer,
     console,
 )
@@ -74,6 +75,7 @@ bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_dire
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
+bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
@@ -126,6 +128,14 @@ _MaxNewTokens = Annotated[
 ]
 _Seed = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of sampled decoding.")]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
+_Stream = Annotated[
+    Literal["off", "auto", "exact"],
+    typer.Option(
+        "--stream",
+        help="Prepare prompts while the agents that they contain still write. auto: compute what idle "
+        "workers have time for, relay the rest; exact: relay nothing, the answers are full prefill's.",
+    ),
+]
 
 
 @app.command(
@@ -150,6 +160,7 @@ def run(
     repeats: _Repeats = 3,
     max_new_tokens: _MaxNewTokens = None,
     seed: _Seed = None,
+    stream: _Stream = "off",
     json_file: JsonOption = None,
     plot: _Plot = None,
     debug: DebugOption = False,
@@ -177,6 +188,7 @@ def run(
         repeats=repeats,
         max_new_tokens=max_new_tokens or config.sampling.max_new_tokens,
         seed=config.sampling.seed if seed is None else seed,
+        stream=stream,
     )
     deliver(report, json_file, plot)
 

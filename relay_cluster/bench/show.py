@@ -16,6 +16,7 @@ from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
+from relay_cluster.bench.stream_rows import STREAM_COLUMNS, StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 
 Column = tuple[str, Callable[[Any], str]]
@@ -48,6 +49,8 @@ def _method(row: Row) -> tuple[str, str]:
         return f"batch {row.batch}", ""
     if isinstance(row, PullRow):
         return row.backend, ""
+    if isinstance(row, StreamRow):
+        return row.mode, row.method
     return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
 
 
@@ -114,6 +117,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     LinkRow: _LINK,
     DecodeRow: DECODE_COLUMNS,
     PullRow: PULL_COLUMNS,
+    StreamRow: STREAM_COLUMNS,
 }
 
 
