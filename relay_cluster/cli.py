@@ -22,6 +22,7 @@ from relay_cluster import (
     __version__,
     cli_bench_directory,
     cli_bench_serve,
+    cli_board,
     cli_decode,
     cli_directory,
     cli_faults,
@@ -79,6 +80,8 @@ bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
 bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
+app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
+app.command("top", epilog=cli_board.TOP_EPILOG)(cli_board.top)
 cli_directory.add_to(app)
 
 

@@ -36,7 +36,7 @@ from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
 from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream, agent_report
-from relay_cluster.gate import Gate, QualitySettings
+from relay_cluster.gate import Edge, EdgeState, Gate, QualitySettings
 from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities
 from relay_cluster.pipeline import Pipeline
@@ -625,6 +625,16 @@ class Cluster:
     def workers(self) -> dict[WorkerId, WorkerInfo]:
         """The workers that are up."""
         return {w: m.info for w, m in self._members.items() if m.info is not None}
+
+    def handles(self) -> dict[WorkerId, Any]:
+        """The workers' actors, for those who ask them without waiting."""
+        return {w: m.handle for w, m in self._members.items()}
+
+    def gate_states(self) -> list[tuple[Edge, str, EdgeState]]:
+        """(edge, method asked for, state) of every gate of this cluster."""
+        with self._lock:
+            gates = list(self._gates.values())
+            return [(edge, asked, state) for g in gates for (edge, asked), state in g.states.items()]
 
     # -- running -------------------------------------------------------------------------------------------
 

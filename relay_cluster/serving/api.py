@@ -19,8 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from relay_cluster.serving.board import Board, Picture, no_picture
 from relay_cluster.serving.errors import ApiError, api_error
 from relay_cluster.serving.openapi import describe
+from relay_cluster.serving.recent import Recent
+from relay_cluster.serving.recording import recorded
 from relay_cluster.serving.replies import DONE, ChatForm, Form, TextForm, broken, event
 from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest, parse
 from relay_cluster.serving.service import Ask, Finished, Service, random_seed, raw_text
@@ -47,6 +50,7 @@ def build_app(
     healthy: Healthy,
     on_close: Callable[[], None] | None = None,
     *,
+    picture: Picture = no_picture,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI app.
@@ -56,6 +60,7 @@ def build_app(
         tenants: whose keys are taken.
         healthy: facts for /healthz; its "status" is "ok" where requests can be answered.
         on_close: called in a thread at the very end.
+        picture: of the cluster, for the live page.
         tracing: makes the requests' traces; None: none. Closed at the end.
     """
     tracing = tracing or Tracing()
@@ -73,13 +78,14 @@ def build_app(
 
     app = FastAPI(title="relay_cluster", version="1", lifespan=life, docs_url=None, redoc_url=None)
     app.state.service = service
-    routes = _Routes(service, tenants, healthy, tracing)
+    routes = _Routes(service, tenants, healthy, tracing, picture)
     app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
     app.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{model:path}", routes.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", routes.healthz, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    routes.board.add_to(app)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, _api_error)
     app.openapi = functools.cache(lambda: describe(keys=not tenants.open))
@@ -99,11 +105,15 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    def __init__(self, service: Service, tenants: Tenants, healthy: Healthy, tracing: Tracing) -> None:
+    def __init__(
+        self, service: Service, tenants: Tenants, healthy: Healthy, tracing: Tracing, picture: Picture
+    ) -> None:
         self._tracing = tracing
         self._service = service
         self._tenants = tenants
         self._healthy = healthy
+        self._recent = Recent(service.settings.recent_requests, service.models)
+        self.board = Board(self._recent, service, picture, self._tenant)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
@@ -246,8 +256,9 @@ class _Routes:
     async def _respond(
         self, request: Request, body: Body, ask: Ask, form: type[ChatForm] | type[TextForm]
     ) -> Response:
-        writer = form(uuid.uuid4().hex, body.model)
-        source = self._service.answer(ask)
+        request_id = uuid.uuid4().hex
+        writer = form(request_id, body.model)
+        source = recorded(self._recent, request_id, ask, self._service.answer(ask))
         if not body.stream:
             async with aclosing(source):
                 whole = await _unless_gone(request, _whole(source, writer))

@@ -19,6 +19,7 @@ from relay_cluster.recording import Recorder
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.api import build_app
 from relay_cluster.serving.http import make_server
+from relay_cluster.serving.overview import Overview
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.service import Service
 from relay_cluster.serving.tenants import Tenants, load_tenants
@@ -60,7 +61,14 @@ def make_app(cluster: Cluster, tenants: Tenants, on_close: Callable[[], None] | 
         or (config.telemetry.agent_labels == "auto" and tenants.open),
     )
     tracing = make_tracing(config.telemetry)
-    return build_app(service, tenants, _Health(cluster), on_close, tracing=tracing)
+    picture = Overview(cluster)
+
+    def close() -> None:
+        picture.close()
+        if on_close is not None:
+            on_close()
+
+    return build_app(service, tenants, _Health(cluster), close, picture=picture, tracing=tracing)
 
 
 def _recorder(cluster: Cluster, tenants: Tenants) -> Recorder:
