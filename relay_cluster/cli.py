@@ -28,7 +28,9 @@ from relay_cluster import (
     cli_profile,
     cli_pull,
     cli_serve,
+    cli_submit,
     cli_transfer,
+    cli_up,
     console,
 )
 from relay_cluster.cli_bench import bench_app
@@ -75,7 +77,9 @@ bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
+app.command("submit", epilog=cli_submit.EPILOG)(cli_submit.submit)
 cli_directory.add_to(app)
+cli_up.add_to(app)
 
 
 def main() -> None:
@@ -188,7 +192,7 @@ def _run_rows(
         progress("cluster", "starting Ray and the workers")
         from relay_cluster.cluster import Cluster
 
-        with Cluster(config, agents_hint=graph, on_event=progress) as cluster:
+        with Cluster(config, agents_hint=graph, attach=True, on_event=progress) as cluster:
             reports: list[RunReport] = []
             for index, row in enumerate(rows):
                 progress.start_row(index, len(rows))
