@@ -31,7 +31,9 @@ from relay_cluster import (
     cli_pull,
     cli_serve,
     cli_stream,
+    cli_submit,
     cli_transfer,
+    cli_up,
     console,
 )
 from relay_cluster.cli_bench import bench_app
@@ -82,7 +84,9 @@ app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
 app.command("top", epilog=cli_board.TOP_EPILOG)(cli_board.top)
+app.command("submit", epilog=cli_submit.EPILOG)(cli_submit.submit)
 cli_directory.add_to(app)
+cli_up.add_to(app)
 
 
 def main() -> None:
@@ -228,7 +232,9 @@ def _run_rows(
         models = {agent.model or graph.model or config.model for agent in graph.agents}
         with (
             RunMetrics(models, config.telemetry, port=metrics_port, file=metrics_file) as metrics,
-            Cluster(config, agents_hint=graph, on_event=progress, observer=metrics.observer) as cluster,
+            Cluster(
+                config, agents_hint=graph, attach=True, on_event=progress, observer=metrics.observer
+            ) as cluster,
         ):
             metrics.attach(cluster)
             if metrics.url is not None:

@@ -119,7 +119,7 @@ def run_uvicorn(
     tenants = load_tenants(config.serve, host)
     # An answer whose client went away ends with an error that nobody takes: no news.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    with Cluster(config, on_event=on_event) as cluster:
+    with Cluster(config, attach=True, on_event=on_event) as cluster:
         start_workers(cluster)
         app = make_app(cluster, tenants)
         server = make_server(app, config.serve, app.state.service.drain, host=host, port=port)
