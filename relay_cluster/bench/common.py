@@ -29,6 +29,7 @@ from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PullRow
 from relay_cluster.bench.serve_rows import ServeRow
+from relay_cluster.bench.stream_rows import StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
 from transport.errors import ConfigError
@@ -222,6 +223,7 @@ ROWS: Mapping[str, type] = {
     "link": LinkRow,
     "decode": DecodeRow,
     "pull": PullRow,
+    "stream": StreamRow,
     "serve": ServeRow,
 }
 
@@ -235,6 +237,7 @@ Row = (
     | LinkRow
     | DecodeRow
     | PullRow
+    | StreamRow
     | ServeRow
 )
 

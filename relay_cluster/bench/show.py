@@ -17,6 +17,7 @@ from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
 from relay_cluster.bench.serve_rows import SERVE_COLUMNS, ServeRow
+from relay_cluster.bench.stream_rows import STREAM_COLUMNS, StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 
 Column = tuple[str, Callable[[Any], str]]
@@ -49,6 +50,8 @@ def _method(row: Row) -> tuple[str, str]:
         return f"batch {row.batch}", ""
     if isinstance(row, PullRow):
         return row.backend, ""
+    if isinstance(row, StreamRow):
+        return row.mode, row.method
     if isinstance(row, ServeRow):
         return f"{row.part} {row.what}", ""
     return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
@@ -117,6 +120,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     LinkRow: _LINK,
     DecodeRow: DECODE_COLUMNS,
     PullRow: PULL_COLUMNS,
+    StreamRow: STREAM_COLUMNS,
     ServeRow: SERVE_COLUMNS,
 }
 

@@ -32,6 +32,7 @@ class ServeSettings:
             shares are looked for, for each tenant and model; 0: only whole texts are found.
         max_agents: agents whose worker is kept in mind.
         api_keys_file: YAML file of keys and tenants; null: none is asked for (only on a loopback address).
+        recent_requests: requests whose facts are kept for the live page and `relay top`, for each tenant.
         drain_timeout_s: at the end, running requests have so many seconds before they are cancelled.
     """
 
@@ -51,4 +52,5 @@ class ServeSettings:
     common_chars: Annotated[int, Ge(0)] = 4 << 20
     max_agents: Annotated[int, Ge(1)] = 10_000
     api_keys_file: str | None = None
+    recent_requests: Annotated[int, Ge(0), Le(10_000)] = 200
     drain_timeout_s: Annotated[float, Ge(0)] = 30.0

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.conftest import environment
+from tests.e2e.otlp import receiver
 from tests.e2e.serving.live import Live, serving
 
 
 @pytest.fixture(scope="package")
 def live() -> Iterator[Live]:
-    with serving() as running:
+    with environment(OTEL_BSP_SCHEDULE_DELAY="200"), receiver() as traces, serving(traces) as running:
         yield running

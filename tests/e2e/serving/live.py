@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import openai
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from relay_cluster import Cluster
 from relay_cluster.serving.app import make_app, start_workers
@@ -21,8 +23,10 @@ from relay_cluster.serving.http import Server, make_server
 from relay_cluster.serving.settings import ServeSettings
 from relay_cluster.serving.tenants import Tenants
 from tests.e2e.conftest import small_cluster
+from tests.e2e.otlp import Receiver
 
 KEYS = {"sk-red": "red", "sk-blue": "blue"}
+TENANTS = Tenants({hashlib.sha256(key.encode()).hexdigest(): name for key, name in KEYS.items()})
 DEADLINE_S = 30.0
 HEAD_TIMEOUT_S = 2.0
 
@@ -53,6 +57,7 @@ class Live:
     url: str
     cluster: Cluster
     recorder: Recorder
+    traces: Receiver
     server: Server
 
     def client(self, key: str = "sk-red") -> openai.OpenAI:
@@ -65,6 +70,15 @@ class Live:
     def tasks(self) -> set[asyncio.Task[None]]:
         """Requests that the server still has in hand."""
         return set(self.server.server_state.tasks)
+
+    def samples(self, name: str | None = None, **labels: str) -> list[Sample]:
+        """What a scrape gets: all of it, or one name's with these labels."""
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=60.0).text)
+        samples = [sample for family in families for sample in family.samples]
+        return [s for s in samples if name in (None, s.name) and labels.items() <= s.labels.items()]
+
+    def total(self, name: str, **labels: str) -> float:
+        return sum(sample.value for sample in self.samples(name, **labels))
 
     def settled(self) -> bool:
         """No request, no cache and no lease is left anywhere."""
@@ -81,9 +95,8 @@ def eventually(true: Callable[[], bool], deadline_s: float = DEADLINE_S) -> bool
 
 
 @contextmanager
-def serving() -> Iterator[Live]:
-    """The service, in a thread of this process, as `relay serve` makes it."""
-    tenants = Tenants({hashlib.sha256(key.encode()).hexdigest(): name for key, name in KEYS.items()})
+def serving(traces: Receiver) -> Iterator[Live]:
+    """The service, in a thread of this process, as `relay serve` makes it. traces: where its spans go."""
     # One thread each: two teams on two busy cores wait for each other at every operator.
     worker = {
         "device": "cpu",
@@ -93,9 +106,10 @@ def serving() -> Iterator[Live]:
         "min_segment_tokens": 6,
     }
     transport = {"arena_bytes": 128 << 20, "pull_timeout_s": 20.0}  # a busy machine is no fault
-    with Cluster(small_cluster(worker=worker, transport=transport)) as cluster:
+    telemetry = {"otlp_endpoint": traces.url}
+    with Cluster(small_cluster(worker=worker, transport=transport, telemetry=telemetry)) as cluster:
         start_workers(cluster)
-        app = make_app(cluster, tenants)
+        app = make_app(cluster, TENANTS)
         recorder = Recorder(app)
         settings = ServeSettings(head_timeout_s=HEAD_TIMEOUT_S)
         server = make_server(recorder, settings, app.state.service.drain, host="127.0.0.1", port=0)
@@ -103,7 +117,7 @@ def serving() -> Iterator[Live]:
         thread.start()
         assert eventually(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Live(f"http://127.0.0.1:{port}", cluster, recorder, server)
+        yield Live(f"http://127.0.0.1:{port}", cluster, recorder, traces, server)
         server.should_exit = True
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
