@@ -217,8 +217,8 @@ class Service:
             self.metrics.gauge(name).set(value)
 
     async def drain(self) -> None:
-        """Let nobody in any more, and wait for those that run, at most settings.drain_timeout_s from the first
-        call on: the server calls it at a signal, and the app at its end."""
+        """Let nobody in any more, and wait for those that run, at most settings.drain_timeout_s from the
+        first call on: the server calls it at a signal, and the app at its end."""
         now = time.monotonic()
         self._drained_by = self._drained_by or now + self.settings.drain_timeout_s
         if not await self.places.drain(max(_CANCELLING_S, self._drained_by - now)):
