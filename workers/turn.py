@@ -50,6 +50,7 @@ class Turn:
         estimates: what relaying was predicted to take, for segments of which enough is known.
         counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
+        prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
     """
 
     request: Request
@@ -68,6 +69,7 @@ class Turn:
     published: list[Published] = field(default_factory=list[Published])
     notes: list[str] = field(default_factory=list[str])
     estimates: dict[SegmentKey, Estimate] = field(default_factory=dict[SegmentKey, Estimate])
+    prepared: int = 0
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:
@@ -124,6 +126,7 @@ def build_reply(
         fresh_tokens=prompt_tokens - relayed,
         relayed_tokens=relayed,
         prefix_tokens=turn.prefill.prefix_tokens,
+        prepared_tokens=min(turn.prepared, turn.prefill.prefix_tokens),
         fresh_entries=counts.fresh,
         recomputed_entries=counts.rectified,
         relayed_entries=counts.relayed,
