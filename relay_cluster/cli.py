@@ -21,6 +21,8 @@ from rich.text import Text
 from relay_cluster import (
     __version__,
     cli_bench_directory,
+    cli_bench_serve,
+    cli_board,
     cli_decode,
     cli_directory,
     cli_faults,
@@ -28,7 +30,10 @@ from relay_cluster import (
     cli_profile,
     cli_pull,
     cli_serve,
+    cli_stream,
+    cli_submit,
     cli_transfer,
+    cli_up,
     console,
 )
 from relay_cluster.cli_bench import bench_app
@@ -73,9 +78,15 @@ bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_dire
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
+bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
+bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
+app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
+app.command("top", epilog=cli_board.TOP_EPILOG)(cli_board.top)
+app.command("submit", epilog=cli_submit.EPILOG)(cli_submit.submit)
 cli_directory.add_to(app)
+cli_up.add_to(app)
 
 
 def main() -> None:
@@ -221,7 +232,9 @@ def _run_rows(
         models = {agent.model or graph.model or config.model for agent in graph.agents}
         with (
             RunMetrics(models, config.telemetry, port=metrics_port, file=metrics_file) as metrics,
-            Cluster(config, agents_hint=graph, on_event=progress, observer=metrics.observer) as cluster,
+            Cluster(
+                config, agents_hint=graph, attach=True, on_event=progress, observer=metrics.observer
+            ) as cluster,
         ):
             metrics.attach(cluster)
             if metrics.url is not None:

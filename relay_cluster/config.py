@@ -67,7 +67,8 @@ class RaySettings:
         object_store_bytes: its object store; only keys and reports go through it, never tensors.
         auth: Ray's token authentication. "auto": a token, unless RAY_AUTH_MODE says otherwise or a cluster on
             this machine has none; see `relay_cluster/access.py`.
-        dashboard: start Ray's dashboard (about 1 GB more memory).
+        dashboard: start Ray's dashboard (about 1 GB more memory); it takes jobs (`relay submit`).
+        dashboard_port: where it listens, on loopback.
     """
 
     address: str | None = None
@@ -76,6 +77,7 @@ class RaySettings:
     object_store_bytes: Annotated[int, Ge(80_000_000)] = 128 << 20
     auth: Literal["auto", "disabled", "token"] = "auto"
     dashboard: bool = False
+    dashboard_port: Annotated[int, Ge(1024), Le(65535)] = 8265
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

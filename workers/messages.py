@@ -233,8 +233,8 @@ class Reply:
     healed_entries: int = 0
     healed_at_token: int | None = None
     pull_hidden_s: float = 0.0
-    full_prefill_s: float | None = None
     prepared_tokens: int = 0
+    full_prefill_s: float | None = None
 
     @property
     def skipped(self) -> tuple[SpanCost, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 import uuid
@@ -12,14 +13,17 @@ from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from relay_cluster.serving.board import Board, Picture, no_picture
 from relay_cluster.serving.errors import ApiError, api_error
+from relay_cluster.serving.openapi import describe
+from relay_cluster.serving.recent import Recent
+from relay_cluster.serving.recording import recorded
 from relay_cluster.serving.replies import DONE, ChatForm, Form, TextForm, broken, event
 from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest, parse
 from relay_cluster.serving.service import Ask, Finished, Service, random_seed, raw_text
@@ -46,6 +50,7 @@ def build_app(
     healthy: Healthy,
     on_close: Callable[[], None] | None = None,
     *,
+    picture: Picture = no_picture,
     tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI app.
@@ -55,6 +60,7 @@ def build_app(
         tenants: whose keys are taken.
         healthy: facts for /healthz; its "status" is "ok" where requests can be answered.
         on_close: called in a thread at the very end.
+        picture: of the cluster, for the live page.
         tracing: makes the requests' traces; None: none. Closed at the end.
     """
     tracing = tracing or Tracing()
@@ -71,38 +77,19 @@ def build_app(
                 await asyncio.to_thread(on_close)
 
     app = FastAPI(title="relay_cluster", version="1", lifespan=life, docs_url=None, redoc_url=None)
-    routes = _Routes(service, tenants, healthy, tracing)
-    schemas: dict[str, Any] = {}
-    for path, handler, kind in (
-        ("/v1/chat/completions", routes.chat, ChatRequest),
-        ("/v1/completions", routes.complete, CompletionRequest),
-    ):
-        extra = {"requestBody": {"required": True, "content": _content(kind, schemas)}}
-        app.add_api_route(path, handler, methods=["POST"], openapi_extra=extra, response_model=None)
+    app.state.service = service
+    routes = _Routes(service, tenants, healthy, tracing, picture)
+    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{model:path}", routes.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", routes.healthz, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    routes.board.add_to(app)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, _api_error)
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            found.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-            app.openapi_schema = found
-        return app.openapi_schema
-
-    app.openapi = openapi
+    app.openapi = functools.cache(lambda: describe(keys=not tenants.open))
     return app
-
-
-def _content(kind: type[Body], schemas: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI's description of a body; what it refers to goes to `schemas`."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas.update(schema.pop("$defs", {}))
-    schemas[kind.__name__] = schema
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -118,12 +105,16 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    def __init__(self, service: Service, tenants: Tenants, healthy: Healthy, tracing: Tracing) -> None:
+    def __init__(
+        self, service: Service, tenants: Tenants, healthy: Healthy, tracing: Tracing, picture: Picture
+    ) -> None:
         self._tracing = tracing
         self._service = service
         self._tenants = tenants
         self._healthy = healthy
         self._scraping = asyncio.Lock()
+        self._recent = Recent(service.settings.recent_requests, service.models)
+        self.board = Board(self._recent, service, picture, self._tenant)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
@@ -179,6 +170,7 @@ class _Routes:
         try:
             tenant = self._tenant(request)
             self._service.metrics.admitted(tenant)
+            _check_json(request)
             body: Any = parse(await self._read(request), kind)
             response = await self._respond(request, body, self._ask(body, tenant, trace), form)
         except ClientDisconnect:
@@ -266,8 +258,9 @@ class _Routes:
     async def _respond(
         self, request: Request, body: Body, ask: Ask, form: type[ChatForm] | type[TextForm]
     ) -> Response:
-        writer = form(uuid.uuid4().hex, body.model)
-        source = self._service.answer(ask)
+        request_id = uuid.uuid4().hex
+        writer = form(request_id, body.model)
+        source = recorded(self._recent, request_id, ask, self._service.answer(ask))
         if not body.stream:
             async with aclosing(source):
                 whole = await _unless_gone(request, _whole(source, writer))
@@ -288,6 +281,15 @@ class _Routes:
         trace.failed(error.code or "error")
 
 
+def _check_json(request: Request) -> None:
+    """A body that says it is something else than JSON is not taken for it; one that says nothing is."""
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, _, name = declared.partition("/")
+    if declared and not (kind == "application" and (name == "json" or name.endswith("+json"))):
+        what = f'the body is declared as "{declared[:64]}". Send "Content-Type: application/json".'
+        raise ApiError(415, what, code="unsupported_media_type")
+
+
 async def _whole(source: Source, writer: Form) -> dict[str, Any]:
     tokens: list[Token] = []
     async for item in source:
@@ -302,8 +304,9 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events. Tokens that add no text yet are kept for the next one's chunk.
     failed: told of an error, beside the client."""
+    without: dict[str, Any] = {"usage": None} if usage else {}
     for chunk in writer.opening():
-        yield event(chunk)
+        yield event({**chunk, **without})
     held: list[Token] = []
     sent = 0
     try:
@@ -312,16 +315,16 @@ async def _events(
             held.append(item)
             text = "".join(token.text for token in held)
             if text:
-                yield event(writer.piece(text, held))
+                yield event({**writer.piece(text, held), **without})
                 sent += len(text)
                 held = []
             item = await anext(source)
         assert isinstance(item, Finished)  # a source ends with how it finished, or raises
         rest = item.reply.text[sent:]
         if rest or held:
-            yield event(writer.piece(rest, held))
+            yield event({**writer.piece(rest, held), **without})
         for chunk in writer.ending(item, usage=usage):
-            yield event(chunk)
+            yield event({**without, **chunk})
     except Exception as error:
         if not isinstance(error, RelayError):
             log.exception("a request failed after its answer had begun")

@@ -18,6 +18,8 @@ from relay_cluster.observing import RunObserver
 from relay_cluster.recording import Recorder
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.api import build_app
+from relay_cluster.serving.http import make_server
+from relay_cluster.serving.overview import Overview
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.service import Service
 from relay_cluster.serving.tenants import Tenants, load_tenants
@@ -27,7 +29,6 @@ log = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 2.0
 _HEALTH_KEPT_S = 2.0
-_KEEP_ALIVE_S = 75
 
 
 def start_workers(cluster: Cluster) -> None:
@@ -60,7 +61,14 @@ def make_app(cluster: Cluster, tenants: Tenants, on_close: Callable[[], None] | 
         or (config.telemetry.agent_labels == "auto" and tenants.open),
     )
     tracing = make_tracing(config.telemetry)
-    return build_app(service, tenants, _Health(cluster), on_close, tracing=tracing)
+    picture = Overview(cluster)
+
+    def close() -> None:
+        picture.close()
+        if on_close is not None:
+            on_close()
+
+    return build_app(service, tenants, _Health(cluster), close, picture=picture, tracing=tracing)
 
 
 def _recorder(cluster: Cluster, tenants: Tenants) -> Recorder:
@@ -102,30 +110,19 @@ class _Health:
 def run_uvicorn(
     config: ClusterConfig, *, host: str, port: int, on_event: Callable[..., None] | None = None
 ) -> None:
-    """Serve until a signal comes: workers, then the app, in this process.
+    """Serve until a signal comes: workers, then the app, in this process. Requests that run then have
+    serve.drain_timeout_s to end.
 
     Raises:
         ConfigError: no keys where they are needed. RelayError: a worker did not come up.
     """
-    import uvicorn
-
     tenants = load_tenants(config.serve, host)
     # An answer whose client went away ends with an error that nobody takes: no news.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    with Cluster(config, on_event=on_event) as cluster:
+    with Cluster(config, attach=True, on_event=on_event) as cluster:
         start_workers(cluster)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(cluster, tenants),
-                host=host,
-                port=port,
-                log_level="warning",
-                access_log=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(config.serve.drain_timeout_s) or 1,
-                server_header=False,
-            )
-        )
+        app = make_app(cluster, tenants)
+        server = make_server(app, config.serve, app.state.service.drain, host=host, port=port)
         if on_event is not None:
             on_event("cluster", f"serving on http://{host}:{port}/v1")
         server.run()

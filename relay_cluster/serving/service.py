@@ -286,7 +286,7 @@ class Service:
         raw = ask.raw
         return Request(
             id=f"req-{uuid.uuid4().hex}",
-            agent=ask.agent or _agent(ask),
+            agent=agent_name(ask),
             prompt=prompt.messages[0].content if raw else "",
             messages=() if raw else prompt.messages,
             raw=raw,
@@ -300,8 +300,11 @@ class Service:
         )
 
 
-def _agent(ask: Ask) -> str:
-    """A name for whoever asks: the same for the same opening, which is what its worker has cached."""
+def agent_name(ask: Ask) -> str:
+    """Who asks: as it says, or a name that is the same for the same opening, which is what its worker has
+    cached."""
+    if ask.agent:
+        return ask.agent
     opening = f"{ask.tenant}\0{ask.texts[0].role}\0{ask.texts[0].text}"
     return "agent-" + hashlib.blake2b(opening.encode(), digest_size=6).hexdigest()
 
@@ -316,4 +319,4 @@ def raw_text(prompt: str) -> tuple[ChatText, ...]:
     return (ChatText(_RAW, prompt),)
 
 
-__all__ = ["Ask", "Finished", "Service", "random_seed", "raw_text"]
+__all__ = ["Ask", "Finished", "Service", "agent_name", "random_seed", "raw_text"]

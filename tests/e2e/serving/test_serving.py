@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import os
 import re
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
 
-from relay_cluster import Agent, Cluster, Pipeline
-from relay_cluster.gate import QualitySettings
-from relay_cluster.metrics import STAGES, TABLE
-from relay_cluster.recording import tenant_hash
-from relay_cluster.serving.app import make_app, start_workers
-from relay_cluster.serving.tenants import Tenants
-from tests.e2e.conftest import environment, small_cluster
-from tests.e2e.otlp import Receiver, attributes, receiver
-from transport.types import WorkerId
+from tests.e2e.serving.live import Live, eventually
 from workers.settings import DEFAULT_MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -41,81 +21,6 @@ QUESTION = (
 )
 TOKENS = 14
 """Of most answers: this model on this machine decodes about ten a second."""
-KEYS = {"sk-red": "red", "sk-blue": "blue"}
-DEADLINE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Live:
-    """A service that listens, and the cluster under it."""
-
-    url: str
-    cluster: Cluster
-    traces: Receiver
-
-    def client(self, key: str = "sk-red") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=240.0)
-
-    def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
-
-    def samples(self, name: str | None = None, **labels: str) -> list[Sample]:
-        """What a scrape gets: all of it, or one name's with these labels."""
-        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=60.0).text)
-        samples = [sample for family in families for sample in family.samples]
-        return [s for s in samples if name in (None, s.name) and labels.items() <= s.labels.items()]
-
-    def total(self, name: str, **labels: str) -> float:
-        return sum(sample.value for sample in self.samples(name, **labels))
-
-    def settled(self) -> bool:
-        """No request, no cache and no lease is left anywhere."""
-        stats = self.cluster.stats().values()
-        idle = all(s["running"] == 0 and s["free_cache_blocks"] == s["cache_blocks"] for s in stats)
-        return idle and self.cluster.directory_stats()["leases"] == 0
-
-
-def eventually(true: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (now := true()) and time.monotonic() < deadline:
-        time.sleep(0.05)  # between two looks
-    return now
-
-
-TENANTS = Tenants({hashlib.sha256(key.encode()).hexdigest(): name for key, name in KEYS.items()})
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    with environment(OTEL_BSP_SCHEDULE_DELAY="200"), receiver() as traces, serving(traces) as found:
-        yield found
-
-
-@contextmanager
-def serving(traces: Receiver) -> Iterator[Live]:
-    # One thread each: two teams on two busy cores wait for each other at every operator.
-    worker = {
-        "device": "cpu",
-        "threads": 1,
-        "cache_tokens": 4096,
-        "break_even": False,
-        "min_segment_tokens": 6,
-    }
-    transport = {"arena_bytes": 128 << 20, "pull_timeout_s": 20.0}  # a busy machine is no fault
-    telemetry = {"otlp_endpoint": traces.url}
-    with Cluster(small_cluster(worker=worker, transport=transport, telemetry=telemetry)) as cluster:
-        start_workers(cluster)
-        config = uvicorn.Config(make_app(cluster, TENANTS), host="127.0.0.1", port=0, log_level="warning")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        assert eventually(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Live(f"http://127.0.0.1:{port}", cluster, traces)
-        server.should_exit = True
-        thread.join(DEADLINE_S)
-        assert not thread.is_alive()
 
 
 def three_agents(client: openai.OpenAI, question: str, *, agents: int = 3, **options: Any) -> list[Any]:
@@ -262,7 +167,7 @@ def test_logprobs_and_plain_completions(live: Live) -> None:
 
 
 def test_the_example_of_the_docs_works(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "service.md").read_text("utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "service.md").read_text("utf-8")
     (example,) = re.findall(r"```python\n(from openai.*?)```", text, flags=re.DOTALL)
     changes = {
         "http://127.0.0.1:8000": live.url,
@@ -331,107 +236,3 @@ def test_a_client_that_goes_away_leaves_nothing_behind(live: Live, stream: bool)
     assert eventually(live.settled)
     assert eventually(lambda: live.metric("relay_cancelled_requests_total") == before + 1)
     assert live.metric("relay_requests_running") == 0
-
-
-def test_metrics_say_what_requests_said(live: Live) -> None:
-    client = live.client("sk-blue")
-    for i in range(6):  # workers predict what full prefill takes once they have made some
-        hello: Any = [{"role": "system", "content": f"You are agent {i}."}, {"role": "user", "content": "Hi"}]
-        name = {"relay": {"agent": "shepherd"}} if i == 5 else None
-        client.chat.completions.create(model=DEFAULT_MODEL, messages=hello, max_tokens=1, extra_body=name)
-    before = counted(live)
-    answers = three_agents(client, QUESTION + " Count them.", agents=2)
-    told = {name: value - before[name] for name, value in counted(live).items()}
-    for kind, field in TOKEN_KINDS.items():
-        assert told[kind] == sum(getattr(a.usage, field) for a in answers)
-    for source in ("relayed", "prefix", "computed"):
-        assert told[source] == sum(relay(a)[f"{source}_tokens"] for a in answers)
-    assert told["relayed"] > 0
-    assert told["answers"] == told["prefills"] == told["status"] == 2
-    check_the_whole_page(live)
-
-
-TOKEN_KINDS = {"prompt": "prompt_tokens", "answer": "completion_tokens"}
-
-
-def counted(live: Live) -> dict[str, float]:
-    blue = tenant_hash("blue", TENANTS.label_key)
-    out = {kind: live.total("relay_tenant_tokens_total", tenant=blue, kind=kind) for kind in TOKEN_KINDS}
-    for source in ("relayed", "prefix", "computed"):
-        out[source] = live.total("relay_prompt_tokens_total", source=source)
-    out["answers"] = live.total("relay_time_to_first_token_seconds_count")
-    out["prefills"] = live.total("relay_stage_seconds_count", stage="prefill")
-    out["status"] = live.total("relay_requests_total", endpoint="chat", status="200")
-    return out
-
-
-def check_the_whole_page(live: Live) -> None:
-    """After requests, and a pipeline with a quality gate: all of the table, and nothing else."""
-    quality = QualitySettings(kl_budget=100, top1_budget=1, tokens=2, timeout_s=120)
-    agents = [Agent("one", prompt="{q} Answer."), Agent("two", prompt="Judge: {one} Judged:")]
-    live.cluster.run(Pipeline(agents, name="gated", quality=quality), q=QUESTION, max_new_tokens=8)
-    samples = live.samples()
-    there = {sample.name for sample in samples}
-    assert {m.name for m in TABLE if not set(m.series) <= there} == set()
-    assert there <= {name for m in TABLE for name in m.series}
-    values = {value for sample in samples for value in sample.labels.values()}
-    assert tenant_hash("blue", TENANTS.label_key) in values
-    told = {v for v in values if re.search(r"\b(red|blue)\b|req-|seg-|shepherd|sheep|farmer|agent-", v)}
-    assert told == set(), "no tenant, id, text, nor a name that may tell whose it is"
-    nodes = {info.node for info in live.cluster.workers.values()}
-    pulls = live.samples("relay_transfer_bytes_total")
-    assert {s.labels["src_node"] for s in pulls if s.value > 0} == nodes
-    checks = live.samples("relay_quality_checks_total", pipeline="gated", agent_edge="one -> two")
-    assert [(s.labels["outcome"], s.value) for s in checks] == [("judged", 1.0)]
-    assert live.total("relay_quality_rung", agent_edge="one -> two") == 0
-
-
-def test_a_frozen_worker_does_not_hold_up_a_scrape(live: Live) -> None:
-    frozen = live.cluster.workers[WorkerId("w0")]
-
-    def up() -> dict[str, float]:
-        return {s.labels["worker"]: s.value for s in live.samples("relay_worker_up")}
-
-    assert eventually(lambda: up() == {"w0": 1, "w1": 1})
-    os.kill(frozen.pid, signal.SIGSTOP)
-    try:
-        assert eventually(lambda: up() == {"w0": 0, "w1": 1})
-        of = {s.labels["worker"] for s in live.samples("relay_worker_running_sequences")}
-        assert of <= {"w1"}, "no number of the frozen one"
-    finally:
-        os.kill(frozen.pid, signal.SIGCONT)
-    assert eventually(lambda: up() == {"w0": 1, "w1": 1})
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_trace_goes_on_through_the_service(live: Live, stream: bool) -> None:
-    trace_id, parent_id = f"{'a' * 31}{int(stream)}", "b" * 16
-    body = {
-        "model": DEFAULT_MODEL,
-        "messages": [{"role": "user", "content": "Tell me a secret."}],
-        "max_tokens": 4,
-        "stream": stream,
-        "relay": {"agent": "judge"},
-    }
-    headers = {"Authorization": "Bearer sk-red", "traceparent": f"00-{trace_id}-{parent_id}-01"}
-    url = f"{live.url}/v1/chat/completions"
-    response = httpx.post(url, json=body, headers=headers, timeout=120.0)
-    assert response.status_code == 200
-    stages = {f"relay.{s}" for s in STAGES} | {"relay.decode"}
-    assert eventually(lambda: len(live.traces.of_trace(trace_id)) == 1 + len(stages))
-    spans = {span.name: span for span in live.traces.of_trace(trace_id)}
-    assert live.traces.paths == {"/v1/traces"}
-    top = spans.pop("POST /v1/chat/completions")
-    assert top.parent_span_id.hex() == parent_id
-    assert response.headers["traceparent"] == f"00-{trace_id}-{top.span_id.hex()}-01"
-    assert set(spans) == stages
-    ordered = [spans[f"relay.{s}"] for s in (*STAGES, "decode")]
-    for earlier, later in itertools.pairwise(ordered):
-        assert earlier.parent_span_id == top.span_id
-        assert earlier.start_time_unix_nano <= earlier.end_time_unix_nano <= later.start_time_unix_nano
-    facts = attributes(top)
-    assert facts["http.response.status_code"] == 200
-    assert facts["gen_ai.usage.output_tokens"] == 4
-    assert facts["relay.worker"] in ("w0", "w1")
-    assert "secret" not in str(facts)
-    assert "red" not in str(facts["relay.request"])
