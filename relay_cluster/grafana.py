@@ -360,6 +360,7 @@ def _variables() -> list[dict[str, Any]]:
             "label": name.capitalize(),
             "type": "query",
             "datasource": SOURCE,
+            "definition": f"label_values({_TTFT}_count, {name})",
             "query": {"query": f"label_values({_TTFT}_count, {name})", "refId": name},
             "refresh": 2,
             "multi": True,
