@@ -112,6 +112,7 @@ class _Routes:
         self._service = service
         self._tenants = tenants
         self._healthy = healthy
+        self._scraping = asyncio.Lock()
         self._recent = Recent(service.settings.recent_requests, service.models)
         self.board = Board(self._recent, service, picture, self._tenant)
 
@@ -144,8 +145,9 @@ class _Routes:
 
     async def metrics(self) -> Response:
         """For Prometheus."""
-        self._service.observe()
-        text = await asyncio.to_thread(self._service.metrics.text)  # asks the workers
+        async with self._scraping:  # it asks the workers: one thread at a time is enough for that
+            self._service.observe()
+            text = await asyncio.to_thread(self._service.metrics.text)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
     def _model(self, name: str) -> dict[str, Any]:
