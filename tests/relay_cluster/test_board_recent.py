@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from relay_cluster.serving.board import detail
 from relay_cluster.serving.errors import ApiError
 from relay_cluster.serving.explaining import REASONS, explain, typical
-from relay_cluster.serving.hops import GROUPS, HOPS
+from relay_cluster.serving.hops import GROUPS, HOPS, IN_WORKER
 from relay_cluster.serving.memory import ChatText, Found, Rewritten
 from relay_cluster.serving.recent import Entry, Recent, fill, plain
 from relay_cluster.serving.recording import recorded
@@ -157,6 +157,7 @@ def test_parts_add_up_to_the_time_to_first_token() -> None:
     bars = detail(entry, 0.0, [])["bars"]
     assert [bar["start_s"] for bar in bars] == pytest.approx([0, *np.cumsum(list(entry.hops.values()))[:-1]])
     assert {hop.group for hop in HOPS} == set(GROUPS)
+    assert {f"{name}_s" for name in IN_WORKER} == set(StageTimes.__slots__), "a stage is left out"
 
 
 @pytest.mark.parametrize(
