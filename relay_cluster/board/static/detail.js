@@ -73,7 +73,7 @@ function spans(r) {
       h("td", {}, span.kind === "response" ? "answer" : "input"),
       h("td", { class: "num" }, count(span.tokens)),
       h("td", {}, h("span", { class: `badge ${tone}`, title: span.detail || what }, span.reason ? `${label}: ${span.reason.replaceAll("_", " ")}` : label)),
-      h("td", {}, moved.length ? moved.map((p) => h("div", {}, transfer(p))) : h("span", { class: "quiet" }, "\u2013")));
+      h("td", {}, moved.length ? moved.map((p) => h("div", {}, transfer(p))) : h("span", { class: "quiet" }, span.how === "relayed" ? "no pull: this worker had it" : "\u2013")));
   });
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Spans of the prompt" }, h("table", { class: "spans" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "span"), h("th", { scope: "col" }, "is an"), h("th", { scope: "col", class: "num" }, "tokens"), h("th", { scope: "col" }, "was"), h("th", { scope: "col" }, "pull"))),
