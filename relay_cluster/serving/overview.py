@@ -79,10 +79,13 @@ class Overview:
         try:
             self._workers = self._ask_workers()
             self._shards = shards.result(timeout=_SHARDS_TIMEOUT_S)
-        except (RelayError, RayError, TimeoutError) as error:
+            self._gates = [_gate(*row) for row in self._cluster.gate_states()]
+        except TimeoutError:
             shards.cancel()
-            log.warning("the live page's picture of the cluster is not complete: %s", error)
-        self._gates = [_gate(*row) for row in self._cluster.gate_states()]
+            log.warning("the directory's shards did not answer within %.0f s", _SHARDS_TIMEOUT_S)
+        except Exception:  # whatever Ray raises while it ends: the last picture stays
+            shards.cancel()
+            log.exception("no picture of the cluster for the live page")
         self._taken_at = time.monotonic()
 
     def _ask_workers(self) -> dict[str, dict[str, Any]]:
