@@ -53,6 +53,8 @@ def command(body: Callable[P, None]) -> Callable[P, None]:
         try:
             with _signals():
                 body(*args, **kwargs)
+        except typer.Exit:
+            raise  # a command that chose its status
         except KeyboardInterrupt:
             console.show_error("interrupted; everything that this run started has been stopped")
             raise typer.Exit(130) from None

@@ -75,8 +75,9 @@ def _running(cluster: Path | None, directory: str | None) -> Iterator[Attached]:
     config = ClusterConfig.load(cluster) if cluster else ClusterConfig()
     with console.errors().status("joining the cluster"):
         from relay_cluster.directory import attached
+        from relay_cluster.heads import settled
 
-        entered = attached(config.ray, directory)
+        entered = attached(settled(config), directory)
         found = entered.__enter__()
     try:
         yield found

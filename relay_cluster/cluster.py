@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import threading
 import time
 import uuid
@@ -22,24 +21,22 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
-from relay_cluster.access import decide, ensure_token, start_options, use, users_home, warn_of
+from relay_cluster import standing
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
-from relay_cluster.executor import Executor, OnToken, RunOptions, Stream, agent_report
+from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream, agent_report
+from relay_cluster.faulting import unwrapped
+from relay_cluster.following import Follower
 from relay_cluster.gate import Edge, EdgeState, Gate, QualitySettings
+from relay_cluster.heads import settled
+from relay_cluster.joining import join
 from relay_cluster.links import choose_wire
-from relay_cluster.nodes import affinities
+from relay_cluster.nodes import affinities, shares
 from relay_cluster.pipeline import Pipeline
+from relay_cluster.polling import Poll
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
 from relay_cluster.watching import POLL_S, Watch, WorkerFrozen, awaited
@@ -47,7 +44,14 @@ from transport.directory.client import DirectoryClient
 from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shards, kill_shards
 from transport.directory.view import View
-from transport.errors import Cancelled, ConfigError, DeadlineExceeded, RelayError, WorkerLost
+from transport.errors import (
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    RelayError,
+    WorkerDraining,
+    WorkerLost,
+)
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
 from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck, Token
@@ -58,10 +62,16 @@ log = logging.getLogger(__name__)
 _LINK_TIMEOUT_S: Final = 20.0
 _OTHER_ANSWERS_S: Final = 5.0
 """How long another worker may take to say that it lives, before the next one is asked."""
+_LOOK_S: Final = 0.1
+"""Between two looks at who takes a worker's place."""
 _BEYOND_DEADLINE_S: Final = 180.0
 """What a worker that runs may take beyond its request's deadline to say that it was missed."""
 
 OnEvent = Callable[..., None]
+
+
+class _Died(WorkerLost):
+    """The worker's process is known to be gone, and with it what it was doing."""
 
 
 def _no_event(*_: Any) -> None:
@@ -74,6 +84,7 @@ class _Member:
 
     Attributes:
         lost: no agent is placed there any more. frozen: it is only lost until this call is answered.
+        follower: of a standing cluster: finds who has taken its place.
     """
 
     spec: WorkerSpec
@@ -81,6 +92,7 @@ class _Member:
     info: WorkerInfo | None = None
     lost: bool = False
     frozen: Any = None
+    follower: Follower | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,9 @@ class Cluster:
     Args:
         config: the cluster; None = this machine with defaults.
         agents_hint: start the workers that this pipeline needs at once; else the first `run` starts them.
+        attach: where a cluster of that name is up (`relay up`), use its workers and leave it up.
         on_event: called with ("cluster", text) while it starts.
+        observer: hears of every agent's answer, for metrics.
     """
 
     def __init__(
@@ -107,15 +121,22 @@ class Cluster:
         config: ClusterConfig | None = None,
         *,
         agents_hint: Pipeline | None = None,
+        attach: bool = False,
         on_event: OnEvent | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.config = config or ClusterConfig()
+        self.observer = observer
         self._hint = agents_hint
+        self._attach = attach
+        self.attached = False
+        """Whether the workers are those of a standing cluster."""
         self._on_event = on_event or _no_event
         self._members: dict[WorkerId, _Member] = {}
         self._placed: dict[str, WorkerId] = {}
         self._shards: dict[str, Any] = {}
         self._directory: DirectoryClient | None = None
+        self._elsewhere: dict[str, WorkerId] = {}
         self._started_ray = False
         self._transport = self.config.transport
         self._wire_note = ""
@@ -157,7 +178,11 @@ class Cluster:
             RelayError: a worker did not come up within runtime.start_timeout_s.
         """
         if not ray.is_initialized():
-            self._init_ray()
+            ray_settings = settled(self.config) if self._attach else self.config.ray
+            join(ray_settings, lambda text: self._on_event("cluster", text))
+            self._started_ray = True
+        if not self._shards and self._attach:
+            self._adopt()
         if not self._shards:
             self._shards = create_shards(self.config.directory, prefix=self._directory_prefix)
             self._directory = DirectoryClient(self._shards, self.config.directory)
@@ -165,10 +190,12 @@ class Cluster:
             self._ensure_workers(self._hint)
 
     def stop(self) -> None:
-        """End workers and shards, and Ray where we started it. Idempotent."""
+        """End workers and shards, and Ray where we started it; leave a standing cluster. Idempotent."""
         members, self._members = self._members, {}
         shards, self._shards = self._shards, {}
         self._directory = None
+        if self.attached:
+            members, shards, self.attached = {}, {}, False
         self._prepared.clear()
         if not ray.is_initialized():
             return
@@ -187,35 +214,24 @@ class Cluster:
                 self._started_ray = False
                 ray.shutdown()
 
-    def _init_ray(self) -> None:
-        settings = self.config.ray
-        access = decide(settings, os.environ, users_home())
-        if access.mode == "token" and settings.address is None:
-            ensure_token(os.environ, users_home())
-        # Set explicitly: token authentication turns itself on where a token file lies about.
-        use(access)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        self._on_event("cluster", "joining Ray" if settings.address else "starting Ray")
-        options: dict[str, Any] = {
-            "namespace": settings.namespace,
-            "logging_level": logging.ERROR,
-            "log_to_driver": False,
-            "configure_logging": False,
-        }
-        if settings.address:
-            options["address"] = settings.address
-        else:
-            options.update(start_options(settings))
-        try:
-            ray.init(**options)
-        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-            where = f"at {settings.address}" if settings.address else "here"
-            raise RelayError(f"Ray could not be started {where}: {error}") from error
-        self._started_ray = True
-        nodes = (str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"])
-        if warning := warn_of(access, nodes):
-            log.warning("%s", warning)
-            self._on_event("cluster", f"security: {warning}")
+    def _adopt(self) -> None:
+        """Use the workers of the standing cluster of our name, if it is up.
+
+        Raises:
+            RelayError: it is up, and no worker of it answers.
+        """
+        found = standing.find(self.config.name)
+        if found is None:
+            return
+        self._on_event("cluster", f'attaching to "{self.config.name}", which is up')
+        for worker, spec, follower in standing.follow(found, timeout_s=self.config.runtime.frozen_timeout_s):
+            self._members[worker] = _Member(spec, follower.handle, follower.info, follower=follower)
+        self._shards = dict.fromkeys(found.shards)
+        self._directory_prefix = found.directory
+        self._directory = DirectoryClient(found.shards, self.config.directory)
+        self.attached = True
+        for line in standing.notes(self.config, [m.spec for m in self._members.values()]):
+            self._on_event("cluster", line)
 
     # -- workers -------------------------------------------------------------------------------------------
 
@@ -238,7 +254,7 @@ class Cluster:
         if not self._members:
             count = self.config.worker_count(len(agents))
             models = worker_models(agents, count, self.config.model)
-            self._check_devices(count)
+            shares(self.config, count)  # refuses what does not fit, before anything is measured
             places = affinities(self.config.nodes) or [None]
             self._on_event("cluster", f"starting {count} workers ({', '.join(dict.fromkeys(models))})")
             self._choose_wire()
@@ -260,39 +276,17 @@ class Cluster:
             self._wire_note = f"transport: keys and values travel as {chosen}, because {why}"
 
     def _spawn(self, worker: WorkerId, model: str, count: int, place: Any) -> None:
-        settings = self.config.worker
-        spec = WorkerSpec(
-            worker=worker,
-            model=model,
-            settings=settings,
-            transport=self._transport,
-            directory=self.config.directory,
-            directory_shards=tuple(self._shards),
-            namespace=self.config.ray.namespace,
-            host=None if self.config.ray.address else "127.0.0.1",
-        )
-        # Without a GPU of its own Ray hides them all from an actor; with "auto" we take them when all fit.
-        enough = ray.cluster_resources().get("GPU", 0) >= count
-        gpus = 1.0 if settings.device == "cuda" or (settings.device == "auto" and enough) else 0.0
-        cpus = float(ray.cluster_resources().get("CPU", 1))
+        spec = standing.worker_spec(self.config, worker, model, self._transport, tuple(self._shards))
+        cpus, gpus = shares(self.config, count)
         handle = remote_worker(
             spec,
             name=f"relay-worker-{self._id}-{worker}",
-            # A share of the CPUs each: all workers must fit, and one agent computes at a time in a chain.
-            num_cpus=min(1.0, cpus / (count + 1)),
+            num_cpus=cpus,
             num_gpus=gpus,
             max_restarts=self.config.runtime.max_restarts,
             scheduling_strategy=place,
         )
         self._members[worker] = _Member(spec, handle)
-
-    def _check_devices(self, count: int) -> None:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        if self.config.worker.device == "cuda" and gpus < count:
-            raise ConfigError(
-                f'worker.device is "cuda" and {count} workers need a GPU each, but Ray has {gpus}. '
-                'Lower `workers`, or set worker.device to "auto" or "cpu".'
-            )
 
     def _await_ready(self) -> None:
         timeout_s = self.config.runtime.start_timeout_s
@@ -310,7 +304,7 @@ class Cluster:
             try:
                 info: WorkerInfo = ray.get(done[0])
             except RayError as error:
-                raise _unwrapped(error, f"worker {member.spec.worker} could not start") from None
+                raise unwrapped(error, f"worker {member.spec.worker} could not start") from None
             member.info = info
             how = f"{info.device}, pid {info.pid}, {'/'.join(info.backends)}"
             self._on_event("cluster", f"{info.worker} ready on {info.node} ({how})")
@@ -331,7 +325,7 @@ class Cluster:
             try:
                 self._get(WorkerId(str(key[0])), call, self.config.worker.request_timeout_s)
             except (RayError, RelayError) as error:
-                fault = _unwrapped(error, f"the prompt of an agent on {key[0]} could not be prepared")
+                fault = unwrapped(error, f"the prompt of an agent on {key[0]} could not be prepared")
                 if isinstance(fault, ConfigError):
                     raise fault from None
                 # Only warmth is lost; whether the worker lives is seen when a request goes there.
@@ -369,7 +363,12 @@ class Cluster:
         worker = self._placed[agent]
         member = self._members[worker]
         frozen = member.frozen is not None
-        if not frozen and self._answers(worker, min(runtime.frozen_timeout_s, runtime.start_timeout_s)):
+        here = self._here(worker) is not None
+        if (
+            here
+            and not frozen
+            and self._answers(worker, min(runtime.frozen_timeout_s, runtime.start_timeout_s))
+        ):
             return worker
         member.lost = True
         model = member.spec.model
@@ -415,6 +414,9 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         member = self._members[worker]
         while time.monotonic() < deadline:
+            if self._here(worker) is None:
+                time.sleep(_LOOK_S)  # its successor loads the model
+                continue
             call = member.handle.info.remote()
             if not ray.wait([call], timeout=max(0.1, deadline - time.monotonic()))[0]:
                 member.frozen = call
@@ -424,11 +426,53 @@ class Cluster:
             except ActorUnavailableError:
                 time.sleep(0.2)  # a restart under way
             except RayError:
-                return False
+                if member.follower is None:
+                    return False
+                member.follower.leave()
             else:
                 member.lost, member.frozen = False, None
                 return True
         return False
+
+    def _here(self, worker: WorkerId) -> _Member | None:
+        """The member, if it takes requests as far as is known; its successor's handle is taken over."""
+        member = self._members[worker]
+        if member.follower is not None:
+            if not member.follower.back():
+                return None
+            member.handle, member.info = member.follower.handle, member.follower.info
+        return member
+
+    def _settled(self, worker: WorkerId, stop: threading.Event) -> WorkerId:
+        """The worker itself; while it is being replaced, another one of its model, or else its successor.
+
+        Raises:
+            WorkerLost: nobody takes its place. Cancelled: `stop` was set.
+        """
+        member = self._members[worker]
+        deadline = time.monotonic() + self.config.runtime.start_timeout_s
+        while True:
+            if self._here(worker) is not None:
+                return worker
+            for other, others in self._members.items():
+                if others.spec.model == member.spec.model and not others.lost and self._here(other):
+                    return other
+            if stop.wait(_LOOK_S):
+                raise Cancelled("the run has ended.")
+            gone = member.follower is not None and member.follower.gone
+            if gone or time.monotonic() > deadline:
+                raise WorkerLost(
+                    f"worker {worker} is gone, and no other live worker hosts {member.spec.model}. "
+                    "`relay up` with the cluster's file replaces it."
+                )
+
+    def _left(self, worker: WorkerId, error: WorkerLost) -> bool:
+        """Whether a request that was not begun shall go to who takes the worker's place."""
+        follower = self._members[worker].follower
+        if follower is None or not isinstance(error, (WorkerDraining, _Died)):
+            return False  # it may only be out of reach, and at work
+        follower.leave()
+        return True
 
     def generate(
         self,
@@ -456,11 +500,31 @@ class Cluster:
             WorkerLost: the process died. Cancelled: soon after `stop` was set (the worker is not told:
             `cancel` does that). Else what the worker raised.
         """
+        stop = stop or threading.Event()
+        while True:
+            at = self._settled(worker, stop)
+            begun = False
+            if at != worker:
+                self._elsewhere[request.id] = at
+            try:
+                for item in self._stream(at, request, stop):
+                    begun = True
+                    yield item
+            except WorkerLost as error:
+                if begun or not self._left(at, error):
+                    raise
+                log.info("request %s goes elsewhere: %s", request.id, error)
+            else:
+                return
+            finally:
+                self._elsewhere.pop(request.id, None)
+
+    def _stream(self, worker: WorkerId, request: Request, stop: threading.Event) -> Iterator[Token | Reply]:
         member = self._members[worker]
         info = member.info
         try:
             stream = member.handle.generate.options(num_returns="streaming").remote(request)
-            for kind, item in self._items(stream, worker, stop or threading.Event()):
+            for kind, item in self._items(stream, worker, stop):
                 yield item
                 if kind == "reply":
                     return
@@ -468,9 +532,12 @@ class Cluster:
             member.handle.cancel.remote(request.id)  # should it go on one day
             raise
         except RayError as error:
-            if isinstance(error, ActorDiedError) and info is not None:
-                self._bury(worker, info)
-            raise _unwrapped(error, f'agent "{request.agent}" on {worker}') from None
+            fault = unwrapped(error, f'agent "{request.agent}" on {worker}')
+            if isinstance(error, ActorDiedError):
+                if info is not None:
+                    self._bury(worker, info)
+                raise _Died(str(fault)) from None
+            raise fault from None
         raise WorkerLost(f"worker {worker} ended its stream without a reply.")
 
     def _items(self, stream: Any, worker: WorkerId, stop: threading.Event) -> Iterator[tuple[str, Any]]:
@@ -513,7 +580,10 @@ class Cluster:
     def is_up(self, worker: WorkerId, *, timeout_s: float) -> bool:
         """Whether the worker's process answers; one that is being restarted is waited for."""
         up = self._answers(worker, timeout_s)
-        self._members[worker].lost = not up
+        follower = self._members[worker].follower
+        # While a successor is awaited, requests are to wait for it, or go elsewhere: see `_settled`.
+        coming = follower is not None and follower.away and not follower.gone
+        self._members[worker].lost = not up and not coming
         return up
 
     def views(self) -> tuple[WorkerView, ...]:
@@ -528,7 +598,7 @@ class Cluster:
         try:
             return self._get(worker, call, (repeats + 2) * self.config.worker.request_timeout_s)
         except RayError as error:
-            raise _unwrapped(error, f'comparison of agent "{request.agent}" on {worker}') from None
+            raise unwrapped(error, f'comparison of agent "{request.agent}" on {worker}') from None
 
     def prepare(self, worker: WorkerId, system: str | None, prompt: str) -> int:
         """Prefill a template's fixed prefix into a worker's exact prefix cache; returns its tokens."""
@@ -536,7 +606,7 @@ class Cluster:
         try:
             return self._get(worker, call, self.config.worker.request_timeout_s)
         except RayError as error:
-            raise _unwrapped(error, f"preparing a prompt on {worker}") from None
+            raise unwrapped(error, f"preparing a prompt on {worker}") from None
 
     def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
         """See AgentWorker.prepare_ahead."""
@@ -544,7 +614,7 @@ class Cluster:
             call = self._members[worker].handle.prepare_ahead.remote(draft)
             return self._get(worker, call, self.config.worker.request_timeout_s)
         except (RayError, RelayError) as error:
-            raise _unwrapped(error, f"preparing {draft.request.agent} on {worker}") from None
+            raise unwrapped(error, f"preparing {draft.request.agent} on {worker}") from None
 
     def replay(self, worker: WorkerId, request: Request, answer: Sequence[int]) -> Reply:
         """Publish on a worker what an answer known already would have left; see `AgentWorker.replay`."""
@@ -552,7 +622,7 @@ class Cluster:
         try:
             return self._get(worker, call, self.config.worker.request_timeout_s + 60)
         except RayError as error:
-            raise _unwrapped(error, f'replay of agent "{request.agent}" on {worker}') from None
+            raise unwrapped(error, f'replay of agent "{request.agent}" on {worker}') from None
 
     def distances(
         self, worker: WorkerId, request: Request, methods: Sequence[str], *, tokens: int = 32
@@ -562,7 +632,7 @@ class Cluster:
         try:
             return self._get(worker, call, (len(methods) + 2) * self.config.worker.request_timeout_s)
         except RayError as error:
-            raise _unwrapped(error, f'fidelity of agent "{request.agent}" on {worker}') from None
+            raise unwrapped(error, f'fidelity of agent "{request.agent}" on {worker}') from None
 
     def shadow(
         self,
@@ -577,14 +647,15 @@ class Cluster:
         try:
             return self._get(worker, call, timeout_s + 30)
         except RayError as error:
-            raise _unwrapped(error, f'shadow check of agent "{request.agent}" on {worker}') from None
+            raise unwrapped(error, f'shadow check of agent "{request.agent}" on {worker}') from None
 
     def cancel(self, worker: WorkerId, request_id: str) -> None:
         """See executor.Workers."""
         try:
-            ray.get(self._members[worker].handle.cancel.remote(request_id), timeout=5.0)
+            at = self._elsewhere.get(request_id, worker)
+            ray.get(self._members[at].handle.cancel.remote(request_id), timeout=5.0)
         except RayError as error:
-            raise _unwrapped(error, f"cancelling on {worker}") from None
+            raise unwrapped(error, f"cancelling on {worker}") from None
 
     def directory_stats(self) -> dict[str, float]:
         """Totals over the directory's shards: segments, leases, owners, bytes, shards_up."""
@@ -608,6 +679,14 @@ class Cluster:
         """Counters of every worker."""
         calls = {w: m.handle.stats.remote() for w, m in self._members.items()}
         return {w: ray.get(call, timeout=10.0) for w, call in calls.items()}
+
+    def poll(self) -> Poll:
+        """Asks workers and shards for their statistics with a deadline: for metrics. Call it when started."""
+        return Poll(
+            lambda: {w: (m.handle, m.info) for w, m in self._members.items() if m.info is not None},
+            self._shards,
+            self.config.directory,
+        )
 
     @property
     def workers(self) -> dict[WorkerId, WorkerInfo]:
@@ -688,7 +767,8 @@ class Cluster:
         with self._lock:
             self._runs += 1
             run_id = f"{self._id}-{self._runs}"
-        executor = Executor(pipeline, self, options, run_id, on_event, gate=self._gate(pipeline, options))
+        gate = self._gate(pipeline, options)
+        executor = Executor(pipeline, self, options, run_id, on_event, gate=gate, observer=self.observer)
         turns, wall_s = executor.run(inputs)
         gated = executor.check(turns)
         # Afterwards and one at a time: a comparison beside a running agent would slow both down.
@@ -738,24 +818,6 @@ def _kill(handle: Any) -> None:
         ray.kill(handle)
     except (RayError, ValueError) as error:
         log.warning("an actor could not be ended: %s", error)
-
-
-def _unwrapped(error: RayError | RelayError, what: str) -> RelayError:
-    """Our own error out of Ray's wrapping; a dead actor becomes WorkerLost."""
-    if isinstance(error, RelayError):
-        return error
-    if isinstance(error, RayTaskError) and isinstance(error.cause, RelayError):
-        return error.cause
-    if isinstance(error, RayActorError):
-        return WorkerLost(f"{what}: the worker process died. {_last_line(error)}")
-    if isinstance(error, GetTimeoutError):
-        return DeadlineExceeded(f"{what}: no answer within the deadline (worker.request_timeout_s).")
-    return RelayError(f"{what}: {_last_line(error)}")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 __all__ = ["Cluster", "Result"]

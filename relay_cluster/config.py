@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from relay_cluster.gate import QualitySettings, Role
 from relay_cluster.pipeline import Agent, Pipeline, did_you_mean, find_problems
 from relay_cluster.serving.settings import ServeSettings
+from relay_cluster.telemetry import TelemetrySettings
 from transport.errors import ConfigError
 from transport.settings import DirectorySettings, TransportSettings
 from workers.methods import check_presets, parse_method
@@ -66,7 +67,8 @@ class RaySettings:
         object_store_bytes: its object store; only keys and reports go through it, never tensors.
         auth: Ray's token authentication. "auto": a token, unless RAY_AUTH_MODE says otherwise or a cluster on
             this machine has none; see `relay_cluster/access.py`.
-        dashboard: start Ray's dashboard (about 1 GB more memory).
+        dashboard: start Ray's dashboard (about 1 GB more memory); it takes jobs (`relay submit`).
+        dashboard_port: where it listens, on loopback.
     """
 
     address: str | None = None
@@ -75,6 +77,7 @@ class RaySettings:
     object_store_bytes: Annotated[int, Ge(80_000_000)] = 128 << 20
     auth: Literal["auto", "disabled", "token"] = "auto"
     dashboard: bool = False
+    dashboard_port: Annotated[int, Ge(1024), Le(65535)] = 8265
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,7 @@ class ClusterConfig(BaseModel):
     ray: RaySettings = Field(default_factory=RaySettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
     serve: ServeSettings = Field(default_factory=ServeSettings)
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
     def worker_count(self, agents: int) -> int:
         """How many workers to start for a pipeline of so many agents."""

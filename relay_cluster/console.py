@@ -63,6 +63,45 @@ def show_error(text: str) -> None:
 # --- progress -----------------------------------------------------------------------------------------------
 
 
+class StepProgress:
+    """Shows how parts of a whole come along: in a terminal one live line per part, elsewhere one printed line
+    per step. Called with (part, or "" for the whole, what happens)."""
+
+    def __init__(self, whole: str, console: Console | None = None) -> None:
+        self._whole = whole
+        self._console = console or errors()
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]\N{CHECK MARK}"),
+            TextColumn("[bold]{task.description}"),
+            TextColumn("[dim]{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StepProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, part: str, text: str) -> None:
+        """A part of the whole has come to its next step."""
+        if not self._live:
+            self._console.print(Text(f"{part} {text}".strip()), soft_wrap=True)
+            return
+        name = part or self._whole
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(escape(name), total=None, status="")
+        self._progress.update(self._tasks[name], status=escape(text))
+
+
 class RunProgress:
     """Shows the events of a run: in a terminal one live line per agent, elsewhere one printed line per step.
 

@@ -6,16 +6,15 @@ A cluster's shards are named actors in its Ray namespace, so a second driver fin
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import ray
 from ray.exceptions import RayError
 
-from relay_cluster.access import decide, use, users_home
 from relay_cluster.config import RaySettings
+from relay_cluster.joining import visiting
 from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shard, find_names, shard_name
 from transport.directory.view import View
@@ -44,31 +43,9 @@ def attached(settings: RaySettings, prefix: str | None = None) -> Iterator[Attac
         ConfigError: no Ray cluster, no token for it, no directory in the namespace, or several.
         DirectoryUnavailable: its shards do not answer.
     """
-    here = replace(settings, address=settings.address or "auto")
-    use(decide(here, os.environ, users_home()))
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    joined = not ray.is_initialized()
-    if joined:
-        try:
-            ray.init(
-                address=settings.address or "auto",
-                namespace=settings.namespace,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                configure_logging=False,
-            )
-        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-            where = settings.address or "this machine"
-            raise ConfigError(
-                f"no running Ray cluster was found at {where}: {error}. Start a relay cluster first, or name "
-                "its file with --cluster."
-            ) from error
-    try:
+    with visiting(settings):
         found = _find(settings.namespace, prefix)
         yield Attached(found, DirectoryOperator.of(find_names()[found]))
-    finally:
-        if joined:
-            ray.shutdown()
 
 
 def _find(namespace: str, prefix: str | None) -> str:

@@ -83,6 +83,28 @@ class Workers(Protocol):
     def cancel(self, worker: WorkerId, request_id: str) -> None: ...
 
 
+class Observer(Protocol):
+    """Hears of every answer and every check, for metrics and traces; called in any thread."""
+
+    def answered(self, turn: Turn, edge: Edge) -> None:
+        """A request of an edge has been answered."""
+        ...
+
+    def gated(
+        self,
+        edge: Edge,
+        asked: str,
+        before: EdgeState | None,
+        after: EdgeState,
+        found: Check | None,
+        *,
+        checked: bool,
+    ) -> None:
+        """The gate has heard of a request that asked for a method. found: the verdict, if it was checked and
+        came to one."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
     """How one run is made; see `Cluster.run`."""
@@ -120,6 +142,7 @@ class Executor:
         run_id: str,
         on_event: OnEvent,
         gate: Gate | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._workers = workers
@@ -127,6 +150,7 @@ class Executor:
         self._run_id = run_id
         self._on_event = on_event
         self._gate = gate
+        self._observer = observer
         self._running: dict[str, WorkerId] = {}
         self._stop = threading.Event()
         self._notes: dict[str, str] = {}
@@ -240,11 +264,15 @@ class Executor:
         decision, edge, asked = turn.decision, self._edge(turn.agent), self._asked(turn.agent)
         assert decision is not None  # with a gate every request has been decided on
         found = self._shadow(turn, decision) if decision.checked else None
+        verdict = None if found is None else _verdict(found)
         with self._lock:
+            before = gate.state(edge, asked)
             if decision.checked:
-                gate.observe(edge, asked, decision, None if found is None else _verdict(found))
+                gate.observe(edge, asked, decision, verdict)
             state = gate.state(edge, asked)
         assert state is not None  # it was decided on
+        if self._observer is not None:
+            self._observer.gated(edge, asked, before, state, verdict, checked=decision.checked)
         return gate_report(edge, asked, decision, state, found)
 
     def _shadow(self, turn: Turn, decision: Decision) -> ShadowCheck | None:
@@ -332,7 +360,10 @@ class Executor:
                 with self._lock:
                     self._running.pop(request.id, None)
             self._on_event("agent_done", agent.name)
-            return Turn(agent, request, reply, ttft_s, attempt, decision)
+            turn = Turn(agent, request, reply, ttft_s, attempt, decision)
+            if self._observer is not None:
+                self._observer.answered(turn, self._edge(agent))
+            return turn
         raise AssertionError("unreachable: the loop returns or raises")
 
     def _token(self, agent: str, number: int, token: Token) -> None:

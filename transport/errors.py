@@ -11,6 +11,7 @@
     |- DeadlineExceeded       a wait of ours ran out
     |- Cancelled              the caller gave up
     '- WorkerLost             the worker process died and retries are used up
+       '- WorkerDraining      it takes no requests any more; another one, or its successor, does
 
 Transfers do not raise: they end in a `Transfer` whose `Outcome` says what happened. Every message says
 what is wrong, where, and what to do.
@@ -69,3 +70,7 @@ class Cancelled(RelayError):
 
 class WorkerLost(RelayError):
     """A worker process died and the request could not be finished elsewhere."""
+
+
+class WorkerDraining(WorkerLost):
+    """A worker that is about to be replaced took no more requests; this one was not begun."""

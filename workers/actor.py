@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from transport.errors import DeadlineExceeded, RelayError
+from transport.errors import DeadlineExceeded, RelayError, WorkerDraining
 from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, SegmentKey, WorkerId
 from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck
@@ -80,6 +81,38 @@ class WorkerInfo:
     load_s: float
 
 
+class _Calls:
+    """Counts the calls that run, and says whether a new request may begin. Thread-safe."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.draining = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def one(self, request: str | None = None) -> Iterator[None]:
+        """Around a call. request: id of a new request; None for what belongs to one that was answered.
+
+        Raises:
+            WorkerDraining: a new request, and none is taken any more.
+        """
+        with self._lock:
+            if self.draining and request is not None:
+                raise WorkerDraining(f"request {request} was not begun: the worker is being replaced.")
+            self.running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.running -= 1
+
+    def drain(self, draining: bool) -> int:
+        """Refuse new requests from now on, or no longer; how many calls run."""
+        with self._lock:
+            self.draining = draining
+            return self.running
+
+
 class Worker:
     """One model on one device. Made a Ray actor by `remote_worker`; plain class so that it can be read and
     tested."""
@@ -88,6 +121,8 @@ class Worker:
         # On a thread of its own that ends: loading runs parallel operators, and the OpenMP team of a thread
         # that stays would slow down every later step (see `workers/scheduler.py`).
         self._fault: RelayError | None = None
+        self._spec = spec
+        self._calls = _Calls()
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
             try:
                 loader.submit(self._start, spec).result()
@@ -109,7 +144,6 @@ class Worker:
         from workers.store import SegmentStore
 
         torch.set_num_threads(spec.settings.threads or os.cpu_count() or 1)
-        self._spec = spec
         self._faults = make_faults(spec.transport.faults)
         loaded, profile = _load(spec)
         node = NodeId(ray.util.get_node_ip_address())
@@ -161,17 +195,40 @@ class Worker:
     @ray.method(concurrency_group=CONTROL)
     def info(self) -> WorkerInfo:
         """Who this is; answers once the worker is ready, or raises what kept it from coming up."""
+        return self._told()
+
+    def _told(self) -> WorkerInfo:
         if self._fault is not None:
             raise self._fault
         return self._info
 
+    @ray.method(concurrency_group=CONTROL)
+    def spec(self) -> WorkerSpec:
+        """What it was made of."""
+        return self._spec
+
+    @ray.method(concurrency_group=CONTROL)
+    def accepting(self) -> WorkerInfo | None:
+        """As `info`; None while it drains."""
+        return None if self._calls.draining else self._told()
+
+    @ray.method(concurrency_group=CONTROL)
+    def drain(self, draining: bool = True) -> int:
+        """Take no new requests any more (or again); how many calls still run."""
+        return self._calls.drain(draining)
+
     def prepare(self, system: str | None, prompt: str) -> int:
         """See AgentWorker.prepare."""
-        return self._agent.prepare(system, prompt)
+        with self._calls.one():
+            return self._agent.prepare(system, prompt)
 
     def generate(self, request: Request) -> Iterator[tuple[str, Any]]:
         """Stream of ("token", Token) and at last ("reply", Reply). Errors are raised where they
-        happen."""
+        happen; WorkerDraining before anything was begun."""
+        with self._calls.one(request.id):
+            yield from self._generate(request)
+
+    def _generate(self, request: Request) -> Iterator[tuple[str, Any]]:
         items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 
         def answer() -> None:
@@ -201,21 +258,25 @@ class Worker:
         self, request: Request, answer: tuple[int, ...], timeout_s: float, probe: str | None
     ) -> ShadowCheck:
         """See AgentWorker.shadow."""
-        return self._agent.shadow(request, answer, timeout_s=timeout_s, probe=probe)
+        with self._calls.one():
+            return self._agent.shadow(request, answer, timeout_s=timeout_s, probe=probe)
 
     def compare(self, request: Request, reply: Reply, base_method: str, repeats: int) -> Comparison:
         """See AgentWorker.compare."""
-        return self._agent.compare(request, reply, base_method, repeats=repeats)
+        with self._calls.one():
+            return self._agent.compare(request, reply, base_method, repeats=repeats)
 
     def replay(self, request: Request, answer: tuple[int, ...]) -> Reply:
         """See AgentWorker.replay."""
-        return self._agent.replay(request, answer)
+        with self._calls.one():
+            return self._agent.replay(request, answer)
 
     def distances(self, request: Request, methods: tuple[str, ...], tokens: int) -> tuple[Distance, ...]:
         """See workers.fidelity.distances."""
         from workers.fidelity import distances
 
-        return distances(self._agent, request, methods, tokens=tokens)
+        with self._calls.one():
+            return distances(self._agent, request, methods, tokens=tokens)
 
     @ray.method(concurrency_group=AHEAD)
     def prepare_ahead(self, draft: Draft) -> int:
@@ -234,11 +295,14 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)
     def stats(self) -> dict[str, Any]:
-        """Counters of the engine, the arena and the transport."""
+        """Counters of the engine, the arena and the transport, and of calls to the directory."""
         return {
             **self._agent.stats(),
+            "calls": self._calls.running,
+            "draining": self._calls.draining,
             "arena": self._arena.stats(),
             "transport": self._transport.stats(),
+            "directory": self._directory.calls(),
         }
 
     @ray.method(concurrency_group=CONTROL)
@@ -305,9 +369,14 @@ def remote_worker(
     num_gpus: float,
     max_restarts: int,
     scheduling_strategy: Any = None,
+    detached: bool = False,
 ) -> Any:
     """Start the worker as a named Ray actor and return its handle (`info` answers when it is ready).
-    scheduling_strategy: Ray's, for a certain node; None leaves it to Ray."""
+
+    Args:
+        scheduling_strategy: Ray's, for a certain node; None leaves it to Ray.
+        detached: outlive the process that starts it.
+    """
     options: dict[str, Any] = {
         "name": name,
         "namespace": spec.namespace,
@@ -316,6 +385,7 @@ def remote_worker(
         "max_restarts": max_restarts,
         "max_concurrency": 2 * spec.settings.max_sequences + 4,
         "scheduling_strategy": scheduling_strategy,
+        "lifetime": "detached" if detached else None,
     }
     remote: Any = ray.remote  # its stubs do not know concurrency groups
     return (

@@ -532,6 +532,7 @@ class AgentWorker:
             output=output,
             output_text=self._spelt(output.token_ids or ()),
             kv_text=self._spelt((output.token_ids or ())[: output.kv_tokens]),
+            speeds=self.speeds,
         )
 
     def _spelt(self, ids: Iterable[int]) -> str:

@@ -136,7 +136,7 @@ class Loading:
             turn.clock.submitted = 0.0
         log.warning(
             "a pull broke off while its first layers were in use: starting again without it",
-            extra={"request": turn.request.id, "worker": self._worker},
+            extra=self._ids(turn),
         )
         self._start(turn)
 
@@ -238,6 +238,11 @@ class Loading:
             turn.prompt.token_ids, turn.cache, limit=max(0, limit), tenant=turn.request.tenant
         )
 
+    def _ids(self, turn: Turn) -> dict[str, str]:
+        """Who a line of the log is about."""
+        trace = {"trace": turn.request.traceparent} if turn.request.traceparent else {}
+        return {"request": turn.request.id, "worker": self._worker, **trace}
+
     def _count_fallbacks(self, turn: Turn) -> None:
         for fallback in fallbacks(turn):
             if fallback in turn.counted:
@@ -251,7 +256,7 @@ class Loading:
                 fallback.slot,
                 fallback.reason,
                 fallback.detail,
-                extra={"request": turn.request.id, "worker": self._worker},
+                extra=self._ids(turn),
             )
 
 

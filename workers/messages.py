@@ -59,6 +59,7 @@ class Request:
         consumers: requests that are expected to relay the answer (0: unknown); once they have, its segment is
             the first to be evicted.
         shadow_tokens: keep what `AgentWorker.shadow` needs to judge so many first tokens (0: nothing).
+        traceparent: W3C context of the caller's trace, for the log; "" where there is none.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Request:
     prefix_limit: int | None = None
     consumers: int = 0
     shadow_tokens: int = 0
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +195,8 @@ class Reply:
             answer where only its KV became exact; None where healing was off or did not get so far.
         pull_hidden_s: for how long bytes travelled while the engine computed with those that had come;
             `stages.pull_s` is the rest, for which the request waited.
+        full_prefill_s: what the time to first token was predicted to be with full prefill, from this worker's
+            prefills before; None while it has made too few.
     """
 
     request_id: str
@@ -230,6 +234,7 @@ class Reply:
     healed_at_token: int | None = None
     pull_hidden_s: float = 0.0
     prepared_tokens: int = 0
+    full_prefill_s: float | None = None
 
     @property
     def skipped(self) -> tuple[SpanCost, ...]:

@@ -28,6 +28,7 @@ from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PullRow
+from relay_cluster.bench.serve_rows import ServeRow
 from relay_cluster.bench.stream_rows import StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
@@ -223,6 +224,7 @@ ROWS: Mapping[str, type] = {
     "decode": DecodeRow,
     "pull": PullRow,
     "stream": StreamRow,
+    "serve": ServeRow,
 }
 
 Row = (
@@ -236,6 +238,7 @@ Row = (
     | DecodeRow
     | PullRow
     | StreamRow
+    | ServeRow
 )
 
 

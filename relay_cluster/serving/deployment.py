@@ -36,7 +36,7 @@ def deployment(config: ClusterConfig, host: str) -> Any:
     workers = config.serve.workers if config.workers == "auto" else config.workers
 
     def build() -> Any:
-        cluster = Cluster(config)
+        cluster = Cluster(config, attach=True)
         cluster.start()
         start_workers(cluster)
         return make_app(cluster, tenants, cluster.stop)
@@ -68,7 +68,7 @@ def run_serve(
     """
     application = deployment(config, host)
     # Not started but joined: Cluster starts or joins Ray as its file says, and ends it.
-    with Cluster(config, on_event=on_event):
+    with Cluster(config, attach=True, on_event=on_event):
         try:
             serve.start(
                 proxy_location="HeadOnly",
