@@ -145,14 +145,13 @@ class Recent:
 
     def begin(self, request_id: str, ask: Ask) -> Entry:
         """A request has come."""
-        pipeline, slash, _ = (ask.agent or "").rpartition("/")
         entry = Entry(
             id=request_id[:ID_DIGITS],
             tenant=ask.tenant,
             at=time.time(),
             model=ask.model if ask.model in self._models else "",
             agent=agent_name(ask),
-            pipeline=pipeline if slash else "",
+            pipeline=ask.told[0],
             begun=self.clock(),
         )
         self._running[request_id] = entry

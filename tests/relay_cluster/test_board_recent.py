@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from relay_cluster.serving.board import detail
 from relay_cluster.serving.errors import ApiError
 from relay_cluster.serving.explaining import REASONS, explain, typical
+from relay_cluster.serving.following import followed
 from relay_cluster.serving.hops import GROUPS, HOPS, IN_WORKER
 from relay_cluster.serving.memory import ChatText, Found, Rewritten
 from relay_cluster.serving.recent import Entry, Recent, fill, plain
-from relay_cluster.serving.recording import recorded
 from relay_cluster.serving.service import Ask, Finished
 from relay_cluster.serving.speeds import PrefillLine, PrefillSpeeds
 from relay_cluster.serving.summing import links, percentile, reasons, totals
@@ -38,7 +38,8 @@ KEY = SegmentKey("space", b"0123456789abcdef")
 
 def ask(tenant: str = "", agent: str | None = "team/judge") -> Ask:
     texts = (ChatText("user", SECRET),)
-    return Ask(tenant=tenant, model=MODEL, texts=texts, sampling=SamplingSettings(), agent=agent)
+    told = ("team", "judge") if agent == "team/judge" else ("", agent or "")
+    return Ask(tenant=tenant, model=MODEL, texts=texts, sampling=SamplingSettings(), agent=agent, told=told)
 
 
 def transfer(
@@ -198,7 +199,7 @@ async def items(*given: Any) -> AsyncGenerator[Token | Finished, None]:
 def follow(recent: Recent, *given: Any, take: int | None = None) -> list[Any]:
     async def run() -> list[Any]:
         got: list[Any] = []
-        source = recorded(recent, "a" * 32, ask(), items(*given))
+        source = followed(recent, "a" * 32, ask(), items(*given))
         async for item in source:
             got.append(item)
             if take == len(got):

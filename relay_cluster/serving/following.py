@@ -20,7 +20,7 @@ _TOLD = (WorkerLost, DeadlineExceeded, CacheFull)
 """Errors whose words are ours alone; others may quote what a client sent."""
 
 
-async def recorded(
+async def followed(
     recent: Recent, request_id: str, ask: Ask, source: AsyncGenerator[Token | Finished, None]
 ) -> AsyncGenerator[Token | Finished, None]:
     """The items of `source`, whose request is kept in `recent`. Close it when it is left early.
