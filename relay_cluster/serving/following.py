@@ -34,7 +34,7 @@ async def followed(
         async with aclosing(source):
             async for item in source:
                 if isinstance(item, Finished):
-                    _finish(entry, item, recent)
+                    _finish(entry, item)
                     recent.end(request_id, entry, "ok")
                     ended = True
                 elif entry.ttft_s is None:
@@ -51,10 +51,10 @@ async def followed(
             recent.end(request_id, entry, "cancelled")
 
 
-def _finish(entry: Entry, done: Finished, recent: Recent) -> None:
+def _finish(entry: Entry, done: Finished) -> None:
     """A fault of the record is none of the answer."""
     try:
-        fill(entry, done, recent.speeds)
+        fill(entry, done)
     except Exception:
         log.exception("the facts of a request could not be recorded", extra={"request": entry.id})
 

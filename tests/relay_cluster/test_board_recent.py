@@ -22,7 +22,6 @@ from relay_cluster.serving.hops import GROUPS, HOPS, IN_WORKER
 from relay_cluster.serving.memory import ChatText, Found, Rewritten
 from relay_cluster.serving.recent import Entry, Recent, fill, plain
 from relay_cluster.serving.service import Ask, Finished
-from relay_cluster.serving.speeds import PrefillLine, PrefillSpeeds
 from relay_cluster.serving.summing import links, percentile, reasons, totals
 from transport.errors import ConfigError, WorkerLost
 from transport.types import NodeId, Outcome, SegmentKey, Transfer, WorkerId
@@ -88,7 +87,7 @@ def finished(found: Reply | None = None, *, ttft_s: float = 0.6, queue_s: float 
 
 def ended(recent: Recent, done: Finished, request_id: str, tenant: str = "") -> Entry:
     entry = recent.begin(request_id, ask(tenant))
-    fill(entry, done, recent.speeds)
+    fill(entry, done)
     recent.end(request_id, entry, "ok")
     return entry
 
@@ -317,45 +316,16 @@ def test_totals() -> None:
 # -- full prefill's estimate ---------------------------------------------------------------------------------
 
 
-def test_the_line_is_not_bent_by_one_slow_request() -> None:
-    line = PrefillLine()
-    for work in range(100, 1100, 100):
-        line.observe(work, 0.05 + work * 1e-3)
-    line.observe(500, 30.0)
-    assert line.predict(1000) == pytest.approx(1.05, rel=0.02)
-
-
-def test_nothing_is_predicted_from_too_little() -> None:
-    line = PrefillLine()
-    assert line.predict(100) is None
-    for _ in range(3):
-        assert line.predict(100) is None
-        line.observe(100, 0.1)
-    assert line.predict(150) == pytest.approx(0.15)
-    assert line.predict(1000) is None, "far more than was ever measured"
-
-
-def test_the_estimate_has_the_same_waits() -> None:
-    recent = Recent(50)
-    full = {"relayed_tokens": 0, "prefix_tokens": 0, "fresh_tokens": 1000, "flop_ratio": 1.0}
-    slow = replace(STAGES, prefill_s=2.0, rectify_s=0.0)
-    first = ended(recent, finished(reply(**full, stages=slow)), "a" * 32)
-    assert (first.basis, first.full_ttft_s) == ("measured", 0.6)
-    for i in range(2):
-        ended(recent, finished(reply(**full, stages=slow)), f"{i:012x}aaaa")
-    entry = ended(recent, finished(), "b" * 32)
+def test_the_estimate_is_the_workers_with_the_same_waits() -> None:
+    entry = some(1, full_prefill_s=2.0)[0]
     assert entry.basis == "predicted"
-    waits = sum(entry.hops[name] for name in ("place", "dispatch", "queue", "first_token"))
-    assert entry.full_ttft_s == pytest.approx(2.0 + waits)
+    assert entry.full_ttft_s == pytest.approx(2.0 + 0.05 + entry.hops["dispatch"])
+    assert (some(1)[0].full_ttft_s, some(1)[0].basis) == (None, ""), "the worker has measured too little"
 
 
-def test_a_worker_of_which_little_is_known_borrows_from_its_model() -> None:
-    speeds = PrefillSpeeds()
-    for _ in range(3):
-        speeds.observe(reply(worker=WorkerId("w0"), flop_ratio=1.0))
-    assert speeds.full_prefill_s(reply(worker=WorkerId("w7"))) == pytest.approx(0.35)
-    assert speeds.full_prefill_s(reply(model="other")) is None
-    speeds.observe(reply(flop_ratio=None))
+def test_a_request_that_reused_nothing_was_a_full_prefill() -> None:
+    entry = some(1, relayed_tokens=0, prefix_tokens=0, fresh_tokens=1000, full_prefill_s=2.0)[0]
+    assert (entry.full_ttft_s, entry.basis) == (0.6, "measured")
 
 
 # -- words ---------------------------------------------------------------------------------------------------
