@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from relay_cluster.serving.board import detail
 from relay_cluster.serving.errors import ApiError
-from relay_cluster.serving.explaining import REASONS, explain, typical
+from relay_cluster.serving.explaining import NOTHING_USUAL, REASONS, explain, typical
 from relay_cluster.serving.following import followed
 from relay_cluster.serving.hops import GROUPS, HOPS, IN_WORKER
 from relay_cluster.serving.memory import ChatText, Found, Rewritten
@@ -223,7 +223,7 @@ def test_one_that_is_left_is_cancelled() -> None:
     (entry,) = recent.of("")
     assert entry.outcome == "cancelled"
     assert entry.ttft_s is not None
-    assert "client went away while" in explain(entry, {})[0]
+    assert "client went away while" in explain(entry, NOTHING_USUAL)[0]
 
 
 def test_a_fault_of_the_record_is_none_of_the_answer(caplog: pytest.LogCaptureFixture) -> None:
@@ -251,7 +251,7 @@ def test_one_that_fails_says_how_but_not_what_was_sent(
         follow(recent, error)
     (entry,) = recent.of("")
     assert (entry.outcome, entry.status, entry.code, entry.detail) == ("error", status, code, told)
-    (line,) = explain(entry, {})
+    (line,) = explain(entry, NOTHING_USUAL)
     assert f"status {status}" in line
     assert "swordfish" not in line
 
@@ -333,7 +333,7 @@ def test_a_request_that_reused_nothing_was_a_full_prefill() -> None:
 
 def test_the_largest_part_is_told_first() -> None:
     entry = some(1)[0]
-    assert explain(entry, {})[0].startswith("The largest part was rectify: 200 ms of 600 ms (33%)")
+    assert explain(entry, NOTHING_USUAL)[0].startswith("The largest part was rectify: 200 ms of 600 ms (33%)")
 
 
 def test_what_took_longer_than_usual_is_told_with_what_to_look_at() -> None:
@@ -342,25 +342,40 @@ def test_what_took_longer_than_usual_is_told_with_what_to_look_at() -> None:
     recent = Recent(9)
     entry = ended(recent, finished(reply(stages=late, ttft_s=1.29), ttft_s=1.4), "c" * 32)
     usual = typical(entry, [*entries, entry])
-    assert usual["pull"] == pytest.approx(0.1), "the median of the others"
+    assert usual.seconds["pull"] == pytest.approx(0.1), "the median of the others"
+    assert usual.work == {"pull": 1000, "rotate": 800, "rectify": 800, "prefill": 150}
     lines = explain(entry, usual)
     assert lines[0].startswith("The largest part was pull: 900 ms of 1.40 s (64%), waiting for bytes from w0")
-    assert any(line.startswith("Pull took 9.0x its median") and "link" in line for line in lines)
-    assert typical(entry, entries[:2]) == {}, "two are no measure"
-    assert typical(replace(entry, agent="another"), entries) == {}
+    assert any(line.startswith("Pull took 9.0x its median") and "link or the owner" in line for line in lines)
+    assert typical(entry, entries[:2]) == NOTHING_USUAL, "two are no measure"
+    assert typical(replace(entry, agent="another"), entries) == NOTHING_USUAL
+
+
+@pytest.mark.parametrize(
+    ("fresh", "told"),
+    [(200, "no more to do than usual (150 computed tokens)"), (900, "850 computed tokens, usually 150")],
+)
+def test_more_work_is_told_from_slower_work(fresh: int, told: str) -> None:
+    entries = some(4)
+    late = replace(STAGES, prefill_s=1.5)
+    recent = Recent(9)
+    much = reply(stages=late, ttft_s=1.84, fresh_tokens=fresh)
+    entry = ended(recent, finished(much, ttft_s=1.95), "c" * 32)
+    (line,) = (text for text in explain(entry, typical(entry, entries)) if text.startswith("Prefill took"))
+    assert told in line
 
 
 def test_fallbacks_and_full_prefill_are_told() -> None:
     fall = Fallback("s0", "timed_out", "2 of 9 blocks", 800)
     entry = replace(some(1, fallbacks=(fall,))[0], full_ttft_s=3.0, basis="predicted", retries=1)
-    said = " ".join(explain(entry, {}))
+    said = " ".join(explain(entry, NOTHING_USUAL))
     assert "800 tokens of span s0" in said
     assert "transport.pull_timeout_s" in said
     assert "started again once" in said
     assert "5.0x as long" in said
-    assert "as fast or faster" in " ".join(explain(replace(entry, full_ttft_s=0.3), {}))
+    assert "as fast or faster" in " ".join(explain(replace(entry, full_ttft_s=0.3), NOTHING_USUAL))
 
 
 def test_a_running_request_says_so() -> None:
     entry = Recent(1).begin("a" * 32, ask())
-    assert "still runs" in explain(entry, {})[0]
+    assert "still runs" in explain(entry, NOTHING_USUAL)[0]

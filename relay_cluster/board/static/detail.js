@@ -40,8 +40,8 @@ function waterfall(r, labels) {
     const much = bar.usual_s !== null && bar.seconds > 1.5 * bar.usual_s && bar.seconds - bar.usual_s > 0.1 * all;
     return h("tr", { title: hop.what, "data-hop": bar.name },
       h("th", { scope: "row" }, h("i", { class: "swatch", css: { background: hopColour(bar.name) } }), hop.label),
-      h("td", { class: "lane", "aria-hidden": "true" }, h("span", { class: "bar", css: {
-        left: `${(100 * bar.start_s) / all}%`, width: `max(2px, ${(100 * bar.seconds) / all}%)`, background: hopColour(bar.name) } })),
+      h("td", { class: "lane", "aria-hidden": "true" }, h("div", {}, h("span", { class: "bar", css: {
+        left: `${(100 * bar.start_s) / all}%`, width: `max(2px, ${(100 * bar.seconds) / all}%)`, background: hopColour(bar.name) } }))),
       h("td", { class: "num", "data-seconds": bar.seconds }, seconds(bar.seconds)),
       h("td", { class: "num quiet share" }, percent(bar.seconds / all)),
       compared && h("td", { class: much ? "num much" : "num quiet" }, seconds(bar.usual_s), much && h("span", { class: "hidden" }, " (much more than usual)")));
