@@ -62,7 +62,7 @@ class FakeCluster:
     calls: list[dict[str, Any]]
     failure: Exception | None = None
 
-    def __init__(self, config: Any, *, agents_hint: Any, on_event: Any) -> None:
+    def __init__(self, config: Any, *, agents_hint: Any, on_event: Any, **options: Any) -> None:
         self.config = config
         on_event("cluster", "fake workers are ready")
 
