@@ -114,7 +114,7 @@ def test_the_ring_keeps_the_last_of_each_tenant() -> None:
     assert list(recent.of("green")) == []
 
 
-def test_tenants_never_see_each_other() -> None:
+def test_the_ring_of_one_tenant_is_not_anothers() -> None:
     recent = Recent(3)
     mine = ended(recent, finished(), "a" * 32, "red")
     recent.begin("c" * 32, ask("red"))
