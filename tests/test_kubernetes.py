@@ -1,6 +1,6 @@
 """The KubeRay manifest, as far as it can be told without Kubernetes: Ray's own schema of what Ray Serve is to
-deploy, and what a RayService must contain. (It was checked once against the schema of KubeRay's operator; see
-docs/deployment.md.)"""
+deploy, and what a RayService must contain. KubeRay's own schema, which is no package, is asked where
+RELAY_RAYSERVICE_CRD names its file."""
 
 from __future__ import annotations
 

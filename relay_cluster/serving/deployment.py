@@ -55,8 +55,8 @@ def deployment(config: ClusterConfig, host: str) -> Any:
 
 
 def build(args: Mapping[str, str]) -> Any:
-    """The application as `serve deploy`, `serve run` and KubeRay's RayService build it, from the `import_path`
-    and the `args` of a configuration.
+    """The application as `serve deploy`, `serve run` and KubeRay's RayService build it, from the
+    `import_path` and the `args` of a configuration.
 
     Args:
         args: "cluster": path of the cluster file; "host": on which the proxies listen (default: loopback).
