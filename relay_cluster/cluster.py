@@ -359,12 +359,8 @@ class Cluster:
         worker = self._placed[agent]
         member = self._members[worker]
         frozen = member.frozen is not None
-        here = self._here(worker) is not None
-        if (
-            here
-            and not frozen
-            and self._answers(worker, min(runtime.frozen_timeout_s, runtime.start_timeout_s))
-        ):
+        patience_s = min(runtime.frozen_timeout_s, runtime.start_timeout_s)
+        if self._here(worker) and not frozen and self._answers(worker, patience_s):
             return worker
         member.lost = True
         model = member.spec.model
@@ -436,7 +432,9 @@ class Cluster:
         if member.follower is not None:
             if not member.follower.back():
                 return None
-            member.handle, member.info = member.follower.handle, member.follower.info
+            if member.handle is not member.follower.handle:
+                member.handle, member.info = member.follower.handle, member.follower.info
+                member.lost, member.frozen = False, None
         return member
 
     def _settled(self, worker: WorkerId, stop: threading.Event) -> WorkerId:
