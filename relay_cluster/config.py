@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from relay_cluster.gate import QualitySettings, Role
 from relay_cluster.pipeline import Agent, Pipeline, did_you_mean, find_problems
 from relay_cluster.serving.settings import ServeSettings
+from relay_cluster.telemetry import TelemetrySettings
 from transport.errors import ConfigError
 from transport.settings import DirectorySettings, TransportSettings
 from workers.methods import check_presets, parse_method
@@ -136,6 +137,7 @@ class ClusterConfig(BaseModel):
     ray: RaySettings = Field(default_factory=RaySettings)
     runtime: RuntimeSettings = Field(default_factory=RuntimeSettings)
     serve: ServeSettings = Field(default_factory=ServeSettings)
+    telemetry: TelemetrySettings = Field(default_factory=TelemetrySettings)
 
     def worker_count(self, agents: int) -> int:
         """How many workers to start for a pipeline of so many agents."""

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
+from relay_cluster.ahead import Ahead, Written
 from relay_cluster.gate import Check, Decision, Edge, EdgeState, Gate, worst
 from relay_cluster.pipeline import Agent, Pipeline
 from relay_cluster.report import (
@@ -28,13 +29,17 @@ from relay_cluster.report import (
 )
 from transport.errors import Cancelled, RelayError, WorkerLost
 from transport.types import WorkerId
-from workers.messages import Comparison, Reply, Request, ShadowCheck, SlotTransfer
+from workers.messages import Comparison, Draft, Reply, Request, ShadowCheck, SlotTransfer, Token
 from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[..., None]
+OnToken = Callable[[int, Token], None]
+Stream = Literal["off", "auto", "exact"]
+"""Whether prompts are prepared while their upstream agents still write: "auto" computes what the idle workers
+have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's."""
 
 
 class Workers(Protocol):
@@ -49,10 +54,11 @@ class Workers(Protocol):
         ...
 
     def generate(
-        self, worker: WorkerId, request: Request, on_token: Callable[[int], None], stop: threading.Event
+        self, worker: WorkerId, request: Request, on_token: OnToken, stop: threading.Event
     ) -> tuple[Reply, float]:
-        """(reply, seconds from the call to the first token here). Raises WorkerLost when the process died and
-        Cancelled soon after `stop` is set."""
+        """(reply, seconds from the call to the first token here). on_token: gets the number of each token,
+        from 1, and the token. Raises WorkerLost when the process died and Cancelled soon after `stop` is
+        set."""
         ...
 
     def compare(
@@ -70,7 +76,33 @@ class Workers(Protocol):
         """Judge an answer; see AgentWorker.shadow. Raises RelayError where there is no verdict."""
         ...
 
+    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
+        """See AgentWorker.prepare_ahead. Raises RelayError."""
+        ...
+
     def cancel(self, worker: WorkerId, request_id: str) -> None: ...
+
+
+class Observer(Protocol):
+    """Hears of every answer and every check, for metrics and traces; called in any thread."""
+
+    def answered(self, turn: Turn, edge: Edge) -> None:
+        """A request of an edge has been answered."""
+        ...
+
+    def gated(
+        self,
+        edge: Edge,
+        asked: str,
+        before: EdgeState | None,
+        after: EdgeState,
+        found: Check | None,
+        *,
+        checked: bool,
+    ) -> None:
+        """The gate has heard of a request that asked for a method. found: the verdict, if it was checked and
+        came to one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +115,7 @@ class RunOptions:
     max_new_tokens: int
     seed: int
     max_retries: int
+    stream: Stream = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +142,7 @@ class Executor:
         run_id: str,
         on_event: OnEvent,
         gate: Gate | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._workers = workers
@@ -116,10 +150,13 @@ class Executor:
         self._run_id = run_id
         self._on_event = on_event
         self._gate = gate
+        self._observer = observer
         self._running: dict[str, WorkerId] = {}
         self._stop = threading.Event()
         self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._inputs: dict[str, SlotValue] = {}
+        self._ahead = Ahead(workers, self._draft) if options.stream != "off" else None
 
     def run(self, inputs: Mapping[str, str]) -> tuple[dict[str, Turn], float]:
         """Answer every agent.
@@ -136,7 +173,9 @@ class Executor:
         turns: dict[str, Turn] = {}
         pending: dict[Future[Turn], str] = {}
         pool = ThreadPoolExecutor(max_workers=len(waiting), thread_name_prefix="agent")
+        self._inputs = values
         try:
+            self._prepare_all()
             while waiting or pending:
                 for name in [n for n, up in waiting.items() if up <= turns.keys()]:
                     del waiting[name]
@@ -147,14 +186,47 @@ class Executor:
                 for future in done:
                     name = pending.pop(future)
                     turns[name] = future.result()
+                    if self._ahead is not None:
+                        self._ahead.writing.answered(name, turns[name].reply.output)
         except BaseException:
             self._stop.set()
             self._cancel_running()
             raise
         finally:
+            if self._ahead is not None:
+                self._ahead.close()
             # Not waited for: a thread may hang on a frozen worker until its deadline.
             pool.shutdown(wait=False, cancel_futures=True)
         return turns, time.perf_counter() - begin
+
+    def _prepare_all(self) -> None:
+        """Let all agents that wait for others be prepared."""
+        if self._ahead is None:
+            return
+        for name, upstreams in self._pipeline.upstreams.items():
+            if upstreams:
+                self._ahead.start(name, self._id(name), upstreams)
+
+    def _draft(self, name: str, written: Mapping[str, Written]) -> Draft:
+        """What is known of an agent's request. Tokens of another model, which are passed on as text, are
+        known when the last one is."""
+        agent, model = self._pipeline[name], self._workers.model_for(name)
+        values, room = dict(self._inputs), 0
+        growing: set[str] = set()
+        for upstream, found in written.items():
+            if upstream not in agent.slots:
+                continue  # waited for, and not read
+            same = self._workers.model_for(upstream) == model
+            if found.value is not None and same:
+                values[upstream] = found.value
+                continue
+            values[upstream] = SlotValue(token_ids=found.token_ids if same else ())
+            growing.add(upstream)
+            limit = self._pipeline[upstream].max_new_tokens or self._options.max_new_tokens
+            room += limit if not same else max(0, limit - len(found.token_ids))
+        return Draft(
+            request=self._request(agent, values, None), open_slots=frozenset(growing), room_tokens=room
+        )
 
     def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:
         """Every prompt again under the other method, on the same worker, one at a time."""
@@ -192,11 +264,15 @@ class Executor:
         decision, edge, asked = turn.decision, self._edge(turn.agent), self._asked(turn.agent)
         assert decision is not None  # with a gate every request has been decided on
         found = self._shadow(turn, decision) if decision.checked else None
+        verdict = None if found is None else _verdict(found)
         with self._lock:
+            before = gate.state(edge, asked)
             if decision.checked:
-                gate.observe(edge, asked, decision, None if found is None else _verdict(found))
+                gate.observe(edge, asked, decision, verdict)
             state = gate.state(edge, asked)
         assert state is not None  # it was decided on
+        if self._observer is not None:
+            self._observer.gated(edge, asked, before, state, verdict, checked=decision.checked)
         return gate_report(edge, asked, decision, state, found)
 
     def _shadow(self, turn: Turn, decision: Decision) -> ShadowCheck | None:
@@ -223,6 +299,8 @@ class Executor:
 
     def _asked(self, agent: Agent) -> str:
         """The method that the agent's requests ask for."""
+        if self._options.stream == "exact":
+            return "exact_prefix"
         return (agent.method or self._options.method) if agent.reuse else "exact_prefix"
 
     def _decide(self, agent: Agent) -> Decision | None:
@@ -261,11 +339,13 @@ class Executor:
             worker = self._workers.worker_for(agent.name)
             self._check_running()
             self._on_event("agent_started", agent.name, worker)
+            if self._ahead is not None:
+                self._ahead.asked(agent.name, worker)
             with self._lock:
                 self._running[request.id] = worker
             try:
                 reply, ttft_s = self._workers.generate(
-                    worker, request, lambda n: self._on_event("token", agent.name, n), self._stop
+                    worker, request, lambda n, token: self._token(agent.name, n, token), self._stop
                 )
             except WorkerLost as error:
                 log.warning("worker %s died under request %s: %s", worker, request.id, error)
@@ -280,13 +360,25 @@ class Executor:
                 with self._lock:
                     self._running.pop(request.id, None)
             self._on_event("agent_done", agent.name)
-            return Turn(agent, request, reply, ttft_s, attempt, decision)
+            turn = Turn(agent, request, reply, ttft_s, attempt, decision)
+            if self._observer is not None:
+                self._observer.answered(turn, self._edge(agent))
+            return turn
         raise AssertionError("unreachable: the loop returns or raises")
+
+    def _token(self, agent: str, number: int, token: Token) -> None:
+        if self._ahead is not None:
+            self._ahead.writing.add(agent, number, token.id)
+        self._on_event("token", agent, number)
+
+    def _id(self, agent: str) -> str:
+        """Of the first request for an agent."""
+        return f"{self._run_id}-{agent}"
 
     def _request(self, agent: Agent, values: Mapping[str, SlotValue], decision: Decision | None) -> Request:
         checked = self._gate.settings.tokens if self._gate and decision and decision.checked else 0
         return Request(
-            id=f"{self._run_id}-{agent.name}",
+            id=self._id(agent.name),
             agent=agent.name,
             system=agent.system,
             prompt=agent.prompt,
@@ -349,6 +441,7 @@ def agent_report(
         fresh_tokens=reply.fresh_tokens,
         relayed_tokens=reply.relayed_tokens,
         prefix_tokens=reply.prefix_tokens,
+        prepared_tokens=reply.prepared_tokens,
         reuse=reply.reuse,
         recomputed_entries=reply.recomputed_entries,
         total_entries=reply.relayed_entries,

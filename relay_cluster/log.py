@@ -12,7 +12,7 @@ import sys
 LEVEL_VARIABLE = "RELAY_LOG_LEVEL"
 
 _ROOTS = ("relay_cluster", "workers", "transport")
-_IDS = ("request", "worker", "agent", "segment", "peer")
+_IDS = ("request", "worker", "agent", "segment", "peer", "trace")
 
 
 class _Formatter(logging.Formatter):

@@ -176,6 +176,7 @@ class AgentReport:
             parameter included.
         prompt_tokens: fresh_tokens + relayed_tokens.
         prefix_tokens: the part of fresh_tokens that came from the exact local prefix cache.
+        prepared_tokens: the part of prefix_tokens that was computed while upstream agents still wrote.
         reuse: share of the (token, layer) entries of relayed spans that were not recomputed; None without
             such spans.
         recomputed_entries: (token, layer) entries of relayed spans that were recomputed, of total_entries.
@@ -204,6 +205,7 @@ class AgentReport:
     fresh_tokens: int
     relayed_tokens: int
     prefix_tokens: int = 0
+    prepared_tokens: int = 0
     reuse: float | None = None
     recomputed_entries: int = 0
     total_entries: int = 0

@@ -21,7 +21,7 @@ import ray
 from transport.errors import DeadlineExceeded, RelayError, WorkerDraining
 from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, SegmentKey, WorkerId
-from workers.messages import Comparison, Distance, Reply, Request, ShadowCheck
+from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck
 from workers.settings import DEFAULT_MODEL, WorkerSettings
 
 if TYPE_CHECKING:  # the driver handles these classes without loading torch
@@ -35,6 +35,8 @@ CONTROL = "control"
 """Concurrency group of calls that must get through however many requests are waiting."""
 PROMOTE = "promote"
 """Of calls by other workers, which may wait for a disk."""
+AHEAD = "ahead"
+"""Of prefill ahead, which may wait for the engine as long as others want it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,6 +278,11 @@ class Worker:
         with self._calls.one():
             return distances(self._agent, request, methods, tokens=tokens)
 
+    @ray.method(concurrency_group=AHEAD)
+    def prepare_ahead(self, draft: Draft) -> int:
+        """See AgentWorker.prepare_ahead."""
+        return self._agent.prepare_ahead(draft)
+
     @ray.method(concurrency_group=CONTROL)
     def cancel(self, request_id: str) -> bool:
         """See AgentWorker.cancel."""
@@ -288,13 +295,14 @@ class Worker:
 
     @ray.method(concurrency_group=CONTROL)
     def stats(self) -> dict[str, Any]:
-        """Counters of the engine, the arena and the transport."""
+        """Counters of the engine, the arena and the transport, and of calls to the directory."""
         return {
             **self._agent.stats(),
             "calls": self._calls.running,
             "draining": self._calls.draining,
             "arena": self._arena.stats(),
             "transport": self._transport.stats(),
+            "directory": self._directory.calls(),
         }
 
     @ray.method(concurrency_group=CONTROL)
@@ -380,4 +388,6 @@ def remote_worker(
         "lifetime": "detached" if detached else None,
     }
     remote: Any = ray.remote  # its stubs do not know concurrency groups
-    return remote(concurrency_groups={CONTROL: 4, PROMOTE: 2})(Worker).options(**options).remote(spec)
+    return (
+        remote(concurrency_groups={CONTROL: 4, PROMOTE: 2, AHEAD: 8})(Worker).options(**options).remote(spec)
+    )

@@ -113,6 +113,25 @@ class Admission:
             turns.append(Turn(a.request, a.reuse, a.prompt, deadline, event, clock, cache))
         return turns
 
+    def go_on(self, turn: Turn, arrival: Arrival, *, prepared: int) -> Turn:
+        """The turn of a request for which `turn` has held a slot and enough memory, and which begins now; it
+        takes the place of `turn`.
+
+        Args:
+            prepared: leading tokens of its prompt that stand in the cache.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        return Turn(
+            arrival.request,
+            arrival.reuse,
+            arrival.prompt,
+            deadline,
+            turn.cancelled,
+            Clock(),
+            turn.cache,
+            prepared=prepared,
+        )
+
     def end(self, turn: Turn) -> None:
         """Give the turn's memory and slot back, once the engine is done with its sequence; one that is not
         finished is cancelled."""

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from transport.errors import DeadlineExceeded, RelayError
+from transport.errors import CacheFull, DeadlineExceeded, RelayError
 from transport.types import NodeId, WorkerId
 from workers.admission import Admission, Arrival
 from workers.anchoring import Anchoring, template_contexts
@@ -32,12 +32,13 @@ from workers.engine import Engine
 from workers.heal import Heal, chunk_rows
 from workers.kv_cache import CachePool
 from workers.loading import Loading, prefill_model
-from workers.messages import Comparison, Reply, Request, ShadowCheck, Token, TokenScore
+from workers.messages import Comparison, Draft, Reply, Request, ShadowCheck, Token, TokenScore
 from workers.methods import parse_reuse
 from workers.methods.base import HealMode, ModelProfile, Span
 from workers.methods.kvcomm import KVComm
 from workers.model import LoadedModel
 from workers.prefix_cache import PrefixCache
+from workers.preparing import Preparing
 from workers.publishing import Publishing, input_masses
 from workers.pulled import SegmentLost
 from workers.sampling import Sampler
@@ -131,6 +132,9 @@ class AgentWorker:
             on_engine=self.on_engine,
         )
         self._evidence = EvidenceBox(_MOST_EVIDENCE, settings.shadow_bytes)
+        self._preparing = Preparing(
+            self._admission, self.prefixes, self._prefill, timeout_s=settings.request_timeout_s
+        )
 
     # -- calls ---------------------------------------------------------------------------------------------
 
@@ -166,7 +170,7 @@ class AgentWorker:
         Raises:
             CacheTooSmall: together they are more than the cache or `max_sequences` holds. Else as `generate`.
         """
-        turns = self._admission.admit([self._arrival(r, r.sampling.max_new_tokens) for r in requests])
+        turns = self._admit([self._arrival(r, r.sampling.max_new_tokens) for r in requests])
         with ExitStack() as held:
             for turn in turns:
                 held.callback(self._end, turn)
@@ -301,9 +305,28 @@ class AgentWorker:
         finally:
             self._end(turn)
 
+    def prepare_ahead(self, draft: Draft) -> int:
+        """Compute what is certain of a request's prompt before the request can be made, while nobody else
+        wants the engine. `generate` of the same id begins with it, whatever its method: it is exact.
+
+        Returns:
+            How many leading prompt tokens stand ready; 0 where there is no room, or the request is here.
+
+        Raises:
+            ConfigError: template or values do not fit. RelayError: the engine failed.
+        """
+        request = replace(draft.request, shadow_tokens=0)  # there is no answer yet that could be judged
+        template = self._template(request)
+        most = request.sampling.max_new_tokens + draft.room_tokens
+        whole = self._builder.build(template, request.values, most, request.tenant)
+        known = self._builder.known(template, request.values, draft.open_slots)
+        return self._preparing.advance(Arrival(request, parse_reuse("exact_prefix"), whole, most), known)
+
     def cancel(self, request_id: str) -> bool:
-        """End a request at its next step, or as soon as it arrives. Returns whether it was running."""
-        return self._admission.cancel(request_id)
+        """End a request at its next step, or as soon as it arrives, and what was prepared for it. Returns
+        whether it was running."""
+        prepared = self._preparing.discard(request_id)
+        return self._admission.cancel(request_id) or prepared
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of this worker."""
@@ -323,6 +346,7 @@ class AgentWorker:
             "evidence_bytes": self._evidence.nbytes,
             "unpublished": self._publishing.unpublished,
             "memory": self.store.stats(),
+            **self._preparing.stats(),
             **self.anchors.pool.stats(),
         }
 
@@ -340,7 +364,23 @@ class AgentWorker:
     def _begin(self, request: Request, answer_tokens: int, background_s: float | None = None) -> Turn:
         """Render the prompt and wait for room. background_s: for one that must not be in anybody's way, its
         deadline; it does not wait."""
-        return self._admission.admit([self._arrival(request, answer_tokens)], background_s)[0]
+        arrival = self._arrival(request, answer_tokens)
+        if background_s is not None:
+            return self._admission.admit([arrival], background_s)[0]
+        turn = self._preparing.take(arrival)
+        if turn is not None:
+            return turn
+        return self._admit([arrival])[0]
+
+    def _admit(self, arrivals: list[Arrival]) -> list[Turn]:
+        """Wait for room; what is only prepared makes room first."""
+        self._preparing.sweep()
+        while self._preparing.stats()["preparations"]:
+            try:
+                return self._admission.admit(arrivals, self.settings.request_timeout_s)
+            except CacheFull:
+                self._preparing.make_room()
+        return self._admission.admit(arrivals)
 
     def _arrival(self, request: Request, answer_tokens: int) -> Arrival:
         reuse = parse_reuse(request.method, self.profile)
@@ -492,12 +532,18 @@ class AgentWorker:
             output=output,
             output_text=self._spelt(output.token_ids or ()),
             kv_text=self._spelt((output.token_ids or ())[: output.kv_tokens]),
+            speeds=self.speeds,
         )
 
     def _spelt(self, ids: Iterable[int]) -> str:
         return self.loaded.tokenizer.decode(
             list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
+
+    def _prefill(self, turn: Turn) -> None:
+        """Compute the turn's prompt while nobody else wants the engine."""
+        self._loading.load(turn)
+        self._wait(turn, self._submit(turn, None, 0, background=True))
 
     def _wait(self, turn: Turn, sequence: Sequence) -> None:
         """Until the sequence has ended."""

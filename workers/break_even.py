@@ -144,6 +144,11 @@ class Speeds:
             with self._lock:
                 self._prefill.observe(flops, seconds)
 
+    def prefill_s(self, flops: float) -> float | None:
+        """What a prefill of `flops` is predicted to take in the engine; None while too little is known."""
+        with self._lock:
+            return self._prefill.predict(flops) if self._prefill.known else None
+
     def estimate(
         self,
         node: str | None,

@@ -40,6 +40,9 @@ from workers.turn import Turn, fallbacks, log_costs
 
 log = logging.getLogger(__name__)
 
+_LITTLE_ROWS = 64
+_WORTH_A_PULL = 6
+
 
 class Loading:
     """Loads for the requests of one worker.
@@ -100,8 +103,9 @@ class Loading:
         wanted: dict[SegmentKey, int] = {}
         if method.uses_segments:
             known = self._prefixes.match(prompt.token_ids, request.tenant) if request.prefix_first else 0
+            known = max(known, turn.prepared)
             for span in prompt.spans:
-                if span.stop <= known:
+                if span.stop <= known or _nearly_prepared(turn, span):
                     continue  # it is here already, exact
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
@@ -132,7 +136,7 @@ class Loading:
             turn.clock.submitted = 0.0
         log.warning(
             "a pull broke off while its first layers were in use: starting again without it",
-            extra={"request": turn.request.id, "worker": self._worker},
+            extra=self._ids(turn),
         )
         self._start(turn)
 
@@ -222,15 +226,22 @@ class Loading:
         return prefill
 
     def _load_prefix(self, turn: Turn, plan: RectifyPlan) -> int:
-        if not plan.use_prefix_cache:
-            return 0
         leading = next((s.span.start for s in plan.spans if s.source), len(turn.prompt.token_ids))
         limit = min(leading, len(turn.prompt.token_ids) - 1)
+        if turn.prepared:  # exact as well, and there is nothing to copy
+            return min(turn.prepared, limit)
+        if not plan.use_prefix_cache:
+            return 0
         if turn.request.prefix_limit is not None:
             limit = min(limit, turn.request.prefix_limit)
         return self._prefixes.load(
             turn.prompt.token_ids, turn.cache, limit=max(0, limit), tenant=turn.request.tenant
         )
+
+    def _ids(self, turn: Turn) -> dict[str, str]:
+        """Who a line of the log is about."""
+        trace = {"trace": turn.request.traceparent} if turn.request.traceparent else {}
+        return {"request": turn.request.id, "worker": self._worker, **trace}
 
     def _count_fallbacks(self, turn: Turn) -> None:
         for fallback in fallbacks(turn):
@@ -245,8 +256,15 @@ class Loading:
                 fallback.slot,
                 fallback.reason,
                 fallback.detail,
-                extra={"request": turn.request.id, "worker": self._worker},
+                extra=self._ids(turn),
             )
+
+
+def _nearly_prepared(turn: Turn, span: Span) -> bool:
+    """Whether so much of a span has been computed ahead that relaying the whole of it would not be less
+    work: a pull and its rectification cost about a seventh of computing it."""
+    rest = span.stop - turn.prepared
+    return span.start < turn.prepared and rest <= max(_LITTLE_ROWS, len(span) // _WORTH_A_PULL)
 
 
 def prefill_model(loaded: LoadedModel, profile: ModelProfile) -> PrefillModel:

@@ -59,6 +59,7 @@ class Request:
         consumers: requests that are expected to relay the answer (0: unknown); once they have, its segment is
             the first to be evicted.
         shadow_tokens: keep what `AgentWorker.shadow` needs to judge so many first tokens (0: nothing).
+        traceparent: W3C context of the caller's trace, for the log; "" where there is none.
     """
 
     id: str
@@ -78,6 +79,25 @@ class Request:
     prefix_limit: int | None = None
     consumers: int = 0
     shadow_tokens: int = 0
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draft:
+    """What is known of a request before it can be made.
+
+    A newer draft of a request says all that an older one said: one that is lost costs nothing.
+
+    Attributes:
+        request: as it will be asked, its id included. `values` of open slots are what they have so far (no
+            ids at all: nothing).
+        open_slots: whose values may still grow.
+        room_tokens: most tokens that they may still get together.
+    """
+
+    request: Request
+    open_slots: frozenset[str]
+    room_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +195,8 @@ class Reply:
             answer where only its KV became exact; None where healing was off or did not get so far.
         pull_hidden_s: for how long bytes travelled while the engine computed with those that had come;
             `stages.pull_s` is the rest, for which the request waited.
+        full_prefill_s: what the time to first token was predicted to be with full prefill, from this worker's
+            prefills before; None while it has made too few.
     """
 
     request_id: str
@@ -211,6 +233,8 @@ class Reply:
     healed_entries: int = 0
     healed_at_token: int | None = None
     pull_hidden_s: float = 0.0
+    prepared_tokens: int = 0
+    full_prefill_s: float | None = None
 
     @property
     def skipped(self) -> tuple[SpanCost, ...]:
@@ -233,6 +257,7 @@ class ShadowCheck:
         kl_first, kl_mean: KL(full prefill || method) in nats, at the first token and on average.
         top1: share of tokens whose most likely token is the same.
         value_errors: (layer, mean 1 - cos of the relayed tokens' values) pairs.
+        logits_max_diff: the largest difference of any logit.
     """
 
     method: str
@@ -241,6 +266,7 @@ class ShadowCheck:
     kl_mean: float
     top1: float
     value_errors: tuple[tuple[int, float], ...] = ()
+    logits_max_diff: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,14 +203,19 @@ class Prefill:
         return self._model.costs
 
     @property
+    def full_flops(self) -> float:
+        """Of a full prefill of the same prompt."""
+        return full_prefill_flops(self._model.costs, self.num_tokens)
+
+    @property
     def flop_ratio_predicted(self) -> float:
         """Predicted FLOPs, as a share of full prefill's of the same prompt."""
-        return self.predicted_flops / full_prefill_flops(self._model.costs, self.num_tokens)
+        return self.predicted_flops / self.full_flops
 
     @property
     def flop_ratio(self) -> float:
         """FLOPs of the parts done so far, as a share of full prefill's."""
-        return self.actual_flops / full_prefill_flops(self._model.costs, self.num_tokens)
+        return self.actual_flops / self.full_flops
 
     @property
     def rows_left(self) -> int:

@@ -17,6 +17,7 @@ import string
 import struct
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -436,6 +437,29 @@ class PromptBuilder:
         if len(ids) + max_new_tokens > self._max_context:
             raise PromptTooLong(self._too_long(len(ids), max_new_tokens, spans))
         return Prompt(tuple(ids), tuple(self._free_last_token(spans)))
+
+    def known(
+        self, template: PromptTemplate, values: Mapping[str, SlotValue], open_slots: AbstractSet[str]
+    ) -> tuple[int, ...]:
+        """Ids of the prompt up to where the first of `open_slots` may still grow: whatever the open slots
+        will hold in the end, `build` begins with them.
+
+        Raises:
+            PipelineError: a value is missing or unknown.
+        """
+        _check_values(template.slots, values)
+        ids: list[int] = []
+        for piece in template.pieces:
+            if piece.slot is None:
+                ids.extend(piece.token_ids)
+            elif piece.slot in open_slots and values[piece.slot].token_ids is None:
+                break  # a text that grows may be tokenised otherwise
+            else:
+                for run, _ in self._fill(values[piece.slot]):
+                    ids.extend(run)
+                if piece.slot in open_slots:
+                    break
+        return tuple(ids)
 
     def _fill(self, value: SlotValue) -> list[tuple[tuple[int, ...], bool]]:
         """Runs of ids of a slot, and whether each is keyed."""

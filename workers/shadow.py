@@ -145,4 +145,5 @@ def judge(
         kl_mean=found.kl_mean,
         top1=found.top1,
         value_errors=tuple(zip(layers, errors, strict=True)),
+        logits_max_diff=float((ours.float() - reference.float()).abs().max()),
     )

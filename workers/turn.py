@@ -11,7 +11,7 @@ import torch
 
 from transport.types import NodeId, SegmentKey, WorkerId
 from workers.anchors import Match
-from workers.break_even import Estimate
+from workers.break_even import Estimate, Speeds
 from workers.costs import span_flops
 from workers.fetching import Acquired
 from workers.heal import Heal
@@ -50,6 +50,7 @@ class Turn:
         estimates: what relaying was predicted to take, for segments of which enough is known.
         counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
+        prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
     """
 
     request: Request
@@ -68,6 +69,7 @@ class Turn:
     published: list[Published] = field(default_factory=list[Published])
     notes: list[str] = field(default_factory=list[str])
     estimates: dict[SegmentKey, Estimate] = field(default_factory=dict[SegmentKey, Estimate])
+    prepared: int = 0
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:
@@ -102,14 +104,16 @@ def build_reply(
     output: SlotValue,
     output_text: str,
     kv_text: str,
+    speeds: Speeds,
 ) -> Reply:
-    """The facts of a finished request."""
+    """The facts of a finished request. speeds: of the worker, from earlier requests."""
     assert turn.prefill is not None  # a finished request has been prefilled
     assert turn.sequence is not None
     counts = turn.prefill.counts
     relayed = sum(len(s.span) for s in turn.prefill.plan.spans if s.source)
     prompt_tokens = len(turn.prompt.token_ids)
     stages = stage_times(turn, turn.sequence)
+    full_s = speeds.prefill_s(turn.prefill.full_flops)
     return Reply(
         request_id=turn.request.id,
         agent=turn.request.agent,
@@ -122,6 +126,7 @@ def build_reply(
         fresh_tokens=prompt_tokens - relayed,
         relayed_tokens=relayed,
         prefix_tokens=turn.prefill.prefix_tokens,
+        prepared_tokens=min(turn.prepared, turn.prefill.prefix_tokens),
         fresh_entries=counts.fresh,
         recomputed_entries=counts.rectified,
         relayed_entries=counts.relayed,
@@ -145,6 +150,7 @@ def build_reply(
         healed_entries=turn.heal.entries if turn.heal else 0,
         healed_at_token=turn.heal.finished_at if turn.heal else None,
         pull_hidden_s=max(0.0, turn.acquired.moving_s - stages.pull_s),
+        full_prefill_s=None if full_s is None else stages.queue_s + full_s + stages.first_token_s,
     )
 
 

@@ -292,7 +292,7 @@ class _Bench:
         )
 
     def _ask(self, worker: WorkerId, request: Request) -> tuple[Reply, float]:
-        return self._cluster.generate(worker, request, lambda _: None)
+        return self._cluster.generate(worker, request, lambda *_: None)
 
     def _row(
         self,

@@ -28,6 +28,8 @@ from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PullRow
+from relay_cluster.bench.serve_rows import ServeRow
+from relay_cluster.bench.stream_rows import StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
 from transport.errors import ConfigError
@@ -221,10 +223,22 @@ ROWS: Mapping[str, type] = {
     "link": LinkRow,
     "decode": DecodeRow,
     "pull": PullRow,
+    "stream": StreamRow,
+    "serve": ServeRow,
 }
 
 Row = (
-    TimingRow | FidelityRow | DecayRow | DirectoryRow | TransferRow | FaultRow | LinkRow | DecodeRow | PullRow
+    TimingRow
+    | FidelityRow
+    | DecayRow
+    | DirectoryRow
+    | TransferRow
+    | FaultRow
+    | LinkRow
+    | DecodeRow
+    | PullRow
+    | StreamRow
+    | ServeRow
 )
 
 

@@ -11,13 +11,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
 from relay_cluster.cluster import Cluster
+from relay_cluster.executor import OnToken
 from transport.directory.client import DirectoryClient
 from transport.errors import DeadlineExceeded, DirectoryUnavailable, WorkerLost
 from transport.faults import FaultSpec
@@ -52,7 +53,7 @@ class WatchedCluster(Cluster):
         self,
         worker: WorkerId,
         request: Request,
-        on_token: Callable[[int], None],
+        on_token: OnToken,
         stop: threading.Event | None = None,
     ) -> tuple[Reply, float]:
         """See executor.Workers."""

@@ -195,7 +195,7 @@ class _Bench:
 
     def _ask(self, method: str, value: SlotValue) -> tuple[Reply, float]:
         request = self._request(_READER, {_WRITER.name: value}, method)
-        return self._cluster.generate(self._reader, request, lambda _: None)
+        return self._cluster.generate(self._reader, request, lambda *_: None)
 
     def _request(self, agent: Agent, values: dict[str, SlotValue], method: str) -> Request:
         return Request(

@@ -4,6 +4,7 @@
     fidelity      KL of the first token and over 32 tokens, singles and composites apart
     decay         speed-up over the queries, with the warm peak
     directory     keys per second and the time of a call, by kind and size of call
+    serve         time to first token by agent and load, and throughput
 
 matplotlib draws to a file only; no window, no global state.
 """
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from relay_cluster.bench.directory_plot import draw_directory
+from relay_cluster.bench.serve_plot import draw_serve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -213,6 +215,7 @@ _DRAW: Mapping[str, Callable[[Figure, Rows], None]] = {
     "decay": _draw_decay,
     "directory": draw_directory,
     "link": _draw_link,
+    "serve": draw_serve,
 }
 _TITLES = {
     "ttft": "Time to first token at one worker",
@@ -221,4 +224,5 @@ _TITLES = {
     "decay": "Speed-up while novel queries keep arriving",
     "directory": "Keys per second of the directory's shards, and the time of a call",
     "link": "Time to first token where the segment comes over a network",
+    "serve": "Three agents over HTTP, relay on and off on one service",
 }

@@ -16,6 +16,8 @@ from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
+from relay_cluster.bench.serve_rows import SERVE_COLUMNS, ServeRow
+from relay_cluster.bench.stream_rows import STREAM_COLUMNS, StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 
 Column = tuple[str, Callable[[Any], str]]
@@ -48,6 +50,10 @@ def _method(row: Row) -> tuple[str, str]:
         return f"batch {row.batch}", ""
     if isinstance(row, PullRow):
         return row.backend, ""
+    if isinstance(row, StreamRow):
+        return row.mode, row.method
+    if isinstance(row, ServeRow):
+        return f"{row.part} {row.what}", ""
     return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
 
 
@@ -114,6 +120,8 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     LinkRow: _LINK,
     DecodeRow: DECODE_COLUMNS,
     PullRow: PULL_COLUMNS,
+    StreamRow: STREAM_COLUMNS,
+    ServeRow: SERVE_COLUMNS,
 }
 
 
@@ -140,6 +148,8 @@ def _shape(row: Row) -> object:
     """Rows of one shape stand together."""
     if isinstance(row, TimingRow):
         return row.agent, row.span_tokens, row.spans
+    if isinstance(row, ServeRow):
+        return row.part, row.concurrency, row.relay
     return row.spans if isinstance(row, FidelityRow) else _method(row)[0]
 
 

@@ -64,6 +64,8 @@ class Answering:
         self._control = ThreadPoolExecutor(_CONTROL_THREADS, thread_name_prefix="control")
         self._open: set[Future[None]] = set()
         self._looked = float("-inf")
+        self.on_retry: Callable[[], None] = lambda: None
+        """Called when a request is started again."""
 
     @property
     def running(self) -> dict[WorkerId, int]:
@@ -122,6 +124,7 @@ class Answering:
                 log.warning("worker %s died under request %s: %s", worker, again.id, error)
                 if begun or attempt == self._max_retries:
                     raise
+                self.on_retry()
                 await asyncio.to_thread(self._workers.is_up, worker, timeout_s=_LOOK_AGAIN_S)
             else:
                 return

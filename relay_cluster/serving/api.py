@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from relay_cluster.serving.board import Board, Picture, no_picture
 from relay_cluster.serving.errors import ApiError, api_error
+from relay_cluster.serving.openapi import describe
+from relay_cluster.serving.recent import Recent
+from relay_cluster.serving.recording import recorded
 from relay_cluster.serving.replies import DONE, ChatForm, Form, TextForm, broken, event
 from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest, parse
 from relay_cluster.serving.service import Ask, Finished, Service, random_seed, raw_text
 from relay_cluster.serving.tenants import Tenants
+from relay_cluster.tracing import Trace, Tracing
 from transport.errors import RelayError
 from workers.messages import Token
 from workers.settings import SamplingSettings
@@ -39,7 +45,13 @@ _LEAST_TOP_P = 1e-9
 
 
 def build_app(
-    service: Service, tenants: Tenants, healthy: Healthy, on_close: Callable[[], None] | None = None
+    service: Service,
+    tenants: Tenants,
+    healthy: Healthy,
+    on_close: Callable[[], None] | None = None,
+    *,
+    picture: Picture = no_picture,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """The ASGI app.
 
@@ -48,7 +60,10 @@ def build_app(
         tenants: whose keys are taken.
         healthy: facts for /healthz; its "status" is "ok" where requests can be answered.
         on_close: called in a thread at the very end.
+        picture: of the cluster, for the live page.
+        tracing: makes the requests' traces; None: none. Closed at the end.
     """
+    tracing = tracing or Tracing()
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -57,42 +72,24 @@ def build_app(
         finally:
             await service.drain()
             await asyncio.to_thread(service.close)
+            await asyncio.to_thread(tracing.close)
             if on_close is not None:
                 await asyncio.to_thread(on_close)
 
     app = FastAPI(title="relay_cluster", version="1", lifespan=life, docs_url=None, redoc_url=None)
-    routes = _Routes(service, tenants, healthy)
-    schemas: dict[str, Any] = {}
-    for path, handler, kind in (
-        ("/v1/chat/completions", routes.chat, ChatRequest),
-        ("/v1/completions", routes.complete, CompletionRequest),
-    ):
-        extra = {"requestBody": {"required": True, "content": _content(kind, schemas)}}
-        app.add_api_route(path, handler, methods=["POST"], openapi_extra=extra, response_model=None)
+    app.state.service = service
+    routes = _Routes(service, tenants, healthy, tracing, picture)
+    app.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", routes.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
     app.add_api_route("/v1/models/{model:path}", routes.model, methods=["GET"], response_model=None)
     app.add_api_route("/healthz", routes.healthz, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    routes.board.add_to(app)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, _api_error)
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            found = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            found.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
-            app.openapi_schema = found
-        return app.openapi_schema
-
-    app.openapi = openapi
+    app.openapi = functools.cache(lambda: describe(keys=not tenants.open))
     return app
-
-
-def _content(kind: type[Body], schemas: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI's description of a body; what it refers to goes to `schemas`."""
-    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas.update(schema.pop("$defs", {}))
-    schemas[kind.__name__] = schema
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -108,10 +105,15 @@ async def _http_error(_: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    def __init__(self, service: Service, tenants: Tenants, healthy: Healthy) -> None:
+    def __init__(
+        self, service: Service, tenants: Tenants, healthy: Healthy, tracing: Tracing, picture: Picture
+    ) -> None:
+        self._tracing = tracing
         self._service = service
         self._tenants = tenants
         self._healthy = healthy
+        self._recent = Recent(service.settings.recent_requests, service.models)
+        self.board = Board(self._recent, service, picture, self._tenant)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
@@ -143,7 +145,8 @@ class _Routes:
     async def metrics(self) -> Response:
         """For Prometheus."""
         self._service.observe()
-        return PlainTextResponse(self._service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        text = await asyncio.to_thread(self._service.metrics.text)  # asks the workers
+        return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
     def _model(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._service.started, "owned_by": "relay_cluster"}
@@ -161,20 +164,39 @@ class _Routes:
     async def _post(
         self, request: Request, kind: type[Body], form: type[ChatForm] | type[TextForm], name: str
     ) -> Response:
+        trace = self._start_trace(request)
         try:
             tenant = self._tenant(request)
+            self._service.metrics.admitted(tenant)
+            _check_json(request)
             body: Any = parse(await self._read(request), kind)
-            response = await self._respond(request, body, self._ask(body, tenant), form)
+            response = await self._respond(request, body, self._ask(body, tenant, trace), form)
         except ClientDisconnect:
-            self._service.metrics.cancelled.inc()
+            self._service.metrics.counter("relay_cancelled_requests_total").inc()
             response = Response(status_code=_CLIENT_GONE)
         except (ApiError, RelayError) as error:
-            response = await _api_error(request, error)
+            response = await self._failed(request, error, trace)
         except Exception as error:
             log.exception("a request failed")
-            response = await _api_error(request, error)
-        self._service.metrics.requests.labels(name, str(response.status_code)).inc()
+            response = await self._failed(request, error, trace)
+        status = response.status_code
+        self._service.metrics.counter("relay_requests_total", name, str(status)).inc()
+        if trace.live:
+            response.headers["traceparent"] = trace.traceparent
+        if not isinstance(response, _EventStream):  # which ends it itself
+            trace.end(status)
         return response
+
+    def _start_trace(self, request: Request) -> Trace:
+        path = request.url.path
+        facts = {"http.request.method": request.method, "http.route": path}
+        return self._tracing.start(f"{request.method} {path}", request.headers, facts)
+
+    async def _failed(self, request: Request, error: Exception, trace: Trace) -> Response:
+        told = api_error(error)
+        self._service.failed(told)
+        trace.failed(told.code or "error")
+        return await _api_error(request, told)
 
     async def _read(self, request: Request) -> bytes:
         """The body, if it comes whole, in time, and is not too large."""
@@ -200,7 +222,7 @@ class _Routes:
             ) from None
         return b"".join(parts)
 
-    def _ask(self, body: Body, tenant: str) -> Ask:
+    def _ask(self, body: Body, tenant: str, trace: Trace) -> Ask:
         raw = isinstance(body, CompletionRequest)
         relay = body.relay
         agent = None
@@ -217,6 +239,8 @@ class _Routes:
             reuse=None if relay is None or relay.reuse is None else REUSE.get(relay.reuse, relay.reuse),
             agent=agent,
             only=only,
+            told=("", "") if relay is None else (relay.pipeline or "", relay.agent or ""),
+            trace=trace,
         )
 
     def _sampling(self, body: Body) -> SamplingSettings:
@@ -232,8 +256,9 @@ class _Routes:
     async def _respond(
         self, request: Request, body: Body, ask: Ask, form: type[ChatForm] | type[TextForm]
     ) -> Response:
-        writer = form(uuid.uuid4().hex, body.model)
-        source = self._service.answer(ask)
+        request_id = uuid.uuid4().hex
+        writer = form(request_id, body.model)
+        source = recorded(self._recent, request_id, ask, self._service.answer(ask))
         if not body.stream:
             async with aclosing(source):
                 whole = await _unless_gone(request, _whole(source, writer))
@@ -245,7 +270,22 @@ class _Routes:
             await source.aclose()
             raise
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return _EventStream(source, _events(first, source, writer, usage=usage), self._service)
+        events = _events(first, source, writer, usage=usage, failed=partial(self._broke_off, ask.trace))
+        return _EventStream(source, events, self._service, ask.trace)
+
+    def _broke_off(self, trace: Trace, error: ApiError) -> None:
+        """An error after the answer had begun."""
+        self._service.failed(error)
+        trace.failed(error.code or "error")
+
+
+def _check_json(request: Request) -> None:
+    """A body that says it is something else than JSON is not taken for it; one that says nothing is."""
+    declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind, _, name = declared.partition("/")
+    if declared and not (kind == "application" and (name == "json" or name.endswith("+json"))):
+        what = f'the body is declared as "{declared[:64]}". Send "Content-Type: application/json".'
+        raise ApiError(415, what, code="unsupported_media_type")
 
 
 async def _whole(source: Source, writer: Form) -> dict[str, Any]:
@@ -258,11 +298,13 @@ async def _whole(source: Source, writer: Form) -> dict[str, Any]:
 
 
 async def _events(
-    first: Token | Finished, source: Source, writer: Form, *, usage: bool
+    first: Token | Finished, source: Source, writer: Form, *, usage: bool, failed: Callable[[ApiError], None]
 ) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events. Tokens that add no text yet are kept for the next one's chunk."""
+    """The answer as server-sent events. Tokens that add no text yet are kept for the next one's chunk.
+    failed: told of an error, beside the client."""
+    without: dict[str, Any] = {"usage": None} if usage else {}
     for chunk in writer.opening():
-        yield event(chunk)
+        yield event({**chunk, **without})
     held: list[Token] = []
     sent = 0
     try:
@@ -271,32 +313,36 @@ async def _events(
             held.append(item)
             text = "".join(token.text for token in held)
             if text:
-                yield event(writer.piece(text, held))
+                yield event({**writer.piece(text, held), **without})
                 sent += len(text)
                 held = []
             item = await anext(source)
         assert isinstance(item, Finished)  # a source ends with how it finished, or raises
         rest = item.reply.text[sent:]
         if rest or held:
-            yield event(writer.piece(rest, held))
+            yield event({**writer.piece(rest, held), **without})
         for chunk in writer.ending(item, usage=usage):
-            yield event(chunk)
-    except RelayError as error:
-        yield broken(api_error(error))
+            yield event({**without, **chunk})
     except Exception as error:
-        log.exception("a request failed after its answer had begun")
-        yield broken(api_error(error))
+        if not isinstance(error, RelayError):
+            log.exception("a request failed after its answer had begun")
+        told = api_error(error)
+        failed(told)
+        yield broken(told)
     yield DONE
 
 
 class _EventStream(StreamingResponse):
     """Server-sent events whose source is closed however they end: leaving it early cancels the work."""
 
-    def __init__(self, source: Source, events: AsyncGenerator[bytes, None], service: Service) -> None:
+    def __init__(
+        self, source: Source, events: AsyncGenerator[bytes, None], service: Service, trace: Trace
+    ) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._source = source
         self._events = events
         self._service = service
+        self._trace = trace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         done = False
@@ -314,7 +360,8 @@ class _EventStream(StreamingResponse):
             await self._events.aclose()
             await self._source.aclose()
             if not done:
-                self._service.metrics.cancelled.inc()
+                self._service.metrics.counter("relay_cancelled_requests_total").inc()
+            self._trace.end(self.status_code)
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -11,16 +12,23 @@ from typing import Any
 from fastapi import FastAPI
 
 from relay_cluster.cluster import Cluster
+from relay_cluster.collecting import ClusterCollector
 from relay_cluster.config import ClusterConfig
+from relay_cluster.observing import RunObserver
+from relay_cluster.recording import Recorder
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.api import build_app
+from relay_cluster.serving.http import make_server
+from relay_cluster.serving.overview import Overview
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.service import Service
 from relay_cluster.serving.tenants import Tenants, load_tenants
+from relay_cluster.tracing import make_tracing
+
+log = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 2.0
 _HEALTH_KEPT_S = 2.0
-_KEEP_ALIVE_S = 75
 
 
 def start_workers(cluster: Cluster) -> None:
@@ -43,8 +51,34 @@ def make_app(cluster: Cluster, tenants: Tenants, on_close: Callable[[], None] | 
         cluster, threads=running, max_agents=serve.max_agents, max_retries=config.runtime.max_retries
     )
     places = Places(running=running, max_waiting=serve.max_waiting, queue_timeout_s=serve.queue_timeout_s)
-    service = Service(serve, [config.model], answering, places)
-    return build_app(service, tenants, _Health(cluster), on_close)
+    service = Service(
+        serve,
+        [config.model],
+        answering,
+        places,
+        recorder=_recorder(cluster, tenants),
+        agent_labels=config.telemetry.agent_labels == "on"
+        or (config.telemetry.agent_labels == "auto" and tenants.open),
+    )
+    tracing = make_tracing(config.telemetry)
+    picture = Overview(cluster)
+
+    def close() -> None:
+        picture.close()
+        if on_close is not None:
+            on_close()
+
+    return build_app(service, tenants, _Health(cluster), close, picture=picture, tracing=tracing)
+
+
+def _recorder(cluster: Cluster, tenants: Tenants) -> Recorder:
+    """Metrics of a service, those of its workers and of pipelines that run on them included."""
+    recorder = Recorder([cluster.config.model], tenant_key=tenants.label_key)
+    recorder.collect_also(ClusterCollector(cluster.poll()))
+    cluster.observer = RunObserver(recorder)
+    for name in sorted(tenants.names):
+        log.info("tenant %s is %s in metrics", name, recorder.tenant(name))
+    return recorder
 
 
 class _Health:
@@ -76,30 +110,19 @@ class _Health:
 def run_uvicorn(
     config: ClusterConfig, *, host: str, port: int, on_event: Callable[..., None] | None = None
 ) -> None:
-    """Serve until a signal comes: workers, then the app, in this process.
+    """Serve until a signal comes: workers, then the app, in this process. Requests that run then have
+    serve.drain_timeout_s to end.
 
     Raises:
         ConfigError: no keys where they are needed. RelayError: a worker did not come up.
     """
-    import uvicorn
-
     tenants = load_tenants(config.serve, host)
     # An answer whose client went away ends with an error that nobody takes: no news.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     with Cluster(config, attach=True, on_event=on_event) as cluster:
         start_workers(cluster)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(cluster, tenants),
-                host=host,
-                port=port,
-                log_level="warning",
-                access_log=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(config.serve.drain_timeout_s) or 1,
-                server_header=False,
-            )
-        )
+        app = make_app(cluster, tenants)
+        server = make_server(app, config.serve, app.state.service.drain, host=host, port=port)
         if on_event is not None:
             on_event("cluster", f"serving on http://{host}:{port}/v1")
         server.run()

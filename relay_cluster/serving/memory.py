@@ -93,23 +93,23 @@ class Memory:
     """What one tenant has asked one model, and got from it. Not thread-safe.
 
     Args:
-        max_texts, max_bytes: of what is remembered whole.
+        max_texts, max_bytes: of what is remembered whole, which is `index`.
         min_input_chars: shorter inputs, or parts of inputs, are not shared.
         common_chars: of inputs in which parts that later ones share are looked for.
     """
 
     def __init__(self, *, max_texts: int, max_bytes: int, min_input_chars: int, common_chars: int) -> None:
-        self._index: TextIndex[Remembered] = TextIndex(max_texts=max_texts, max_bytes=max_bytes)
+        self.index: TextIndex[Remembered] = TextIndex(max_texts=max_texts, max_bytes=max_bytes)
         self._common = CommonRuns(min_chars=min_input_chars, max_chars=common_chars)
         self._min_input_chars = min_input_chars
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     @property
     def nbytes(self) -> int:
         """Estimated memory."""
-        return self._index.nbytes
+        return self.index.nbytes
 
     def rewrite(self, messages: Sequence[ChatText], only: Collection[str] | None = None) -> Rewritten:
         """Put a slot wherever a remembered text stands in a message, and around inputs worth sharing.
@@ -120,7 +120,7 @@ class Memory:
         starts = [0, *accumulate(len(m.text) + 1 for m in messages)]
         matches: list[list[Match[Remembered]]] = [[] for _ in messages]
         accept = None if only is None else (lambda value: value.id in only)
-        for match in self._index.find(_BETWEEN.join(m.text for m in messages), accept):
+        for match in self.index.find(_BETWEEN.join(m.text for m in messages), accept):
             matches[bisect_right(starts, match.start) - 1].append(match)
         draft = _Draft(self._min_input_chars, self._common)
         for message, start, found in zip(messages, starts, matches, strict=False):
@@ -142,15 +142,15 @@ class Memory:
         if not value.kv_tokens or _BETWEEN in text:
             return None
         kept = Remembered(segment_id(text), "response", value)
-        return kept.id if self._index.put(text, kept) else None
+        return kept.id if self.index.put(text, kept) else None
 
     def keep_inputs(self, prompt: Rewritten) -> None:
         """Remember what a worker has computed, and published if it could."""
         for text in prompt.asked:
             self._common.add(text)
         for text in prompt.inputs:
-            if _BETWEEN not in text and self._index.get(text) is None:
-                self._index.put(text, Remembered(segment_id(text), "input", SlotValue(text=text)))
+            if _BETWEEN not in text and self.index.get(text) is None:
+                self.index.put(text, Remembered(segment_id(text), "input", SlotValue(text=text)))
 
 
 @dataclass(slots=True)

@@ -49,6 +49,7 @@ def usage_of(done: Finished) -> dict[str, Any]:
         "completion_tokens": answer,
         "total_tokens": reply.prompt_tokens + answer,
         "prompt_tokens_details": {"cached_tokens": reply.relayed_tokens + reply.prefix_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

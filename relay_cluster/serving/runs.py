@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from relay_cluster.serving.seeds import SEED, SeedHashes, cuts_word, high_bits
+from relay_cluster.serving.seeds import SEED, SeedHashes, cuts_word, high_bits, high_bits_of
 
 _SAMPLE_BITS = 4
+_TABLE_BITS = 21
 _BLANKS = " \t\r\n"
 
 
@@ -42,6 +43,7 @@ class CommonRuns:
         self._chars = 0
         self._texts: OrderedDict[str, tuple[int, ...]] = OrderedDict()
         self._samples: dict[int, tuple[str, int]] = {}
+        self._counts = np.zeros(1 << _TABLE_BITS, dtype=np.uint16)  # of them; most hashes of a text have none
         self._hashes = SeedHashes()
 
     @property
@@ -56,10 +58,12 @@ class CommonRuns:
             return
         if not self._min_chars <= len(text) <= self._max_chars:
             return
-        sampled = self._sampled(text)
+        sampled = self._sampled(text, known=False)
         self._texts[text] = tuple(seed for _, seed in sampled)
         self._chars += len(text)
         for at, seed in reversed(sampled):  # of what it repeats, the first place: most follows there
+            if seed not in self._samples:
+                self._counts[_bucket(seed)] += 1
             self._samples[seed] = (text, at)
         while self._chars > self._max_chars:
             self._drop_oldest()
@@ -69,7 +73,9 @@ class CommonRuns:
         word, that begins in them to the last that ends in them; in order, none overlapping another."""
         runs: list[Run] = []
         done = 0
-        for at, seed in self._sampled(text):
+        if not self._samples:
+            return runs
+        for at, seed in self._sampled(text, known=True):
             other = self._samples.get(seed)
             if at < done or other is None:
                 continue
@@ -82,11 +88,15 @@ class CommonRuns:
                 runs.append(neat)
         return runs
 
-    def _sampled(self, text: str) -> list[tuple[int, int]]:
-        """(position, hash) of the sampled positions."""
+    def _sampled(self, text: str, *, known: bool) -> list[tuple[int, int]]:
+        """(position, hash) of the sampled positions. known: only of those whose hash may have been kept."""
         out: list[tuple[int, int]] = []
         for first, seeds in self._hashes.blocks(text):
-            places = np.flatnonzero(high_bits(seeds, _SAMPLE_BITS) == 0)
+            # A hash is sampled when its highest bits are zero; those after them are its place in the table.
+            buckets = high_bits(seeds, _SAMPLE_BITS + _TABLE_BITS)
+            places = np.flatnonzero(buckets < 1 << _TABLE_BITS)
+            if known:
+                places = places[self._counts.take(buckets[places]) != 0]
             out += zip((places + first).tolist(), seeds[places].tolist(), strict=True)
         return out
 
@@ -96,6 +106,11 @@ class CommonRuns:
         for seed in seeds:
             if self._samples.get(seed, ("", 0))[0] is text:
                 del self._samples[seed]
+                self._counts[_bucket(seed)] -= 1
+
+
+def _bucket(seed: int) -> int:
+    return high_bits_of(seed, _SAMPLE_BITS + _TABLE_BITS)
 
 
 def _extended(text: str, least: int, at: int, other: str, there: int) -> Run:

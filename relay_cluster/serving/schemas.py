@@ -21,7 +21,8 @@ from pydantic_core import PydanticCustomError
 from relay_cluster.serving.errors import ApiError
 from relay_cluster.serving.memory import ChatText
 
-_OPEN = ConfigDict(extra="ignore")
+_OPEN = ConfigDict(extra="ignore", strict=True)
+"""Unknown fields are ignored; a number in quotes is no number, as OpenAI has it."""
 _MOST_STOPS = 4
 _MOST_MESSAGES = 4096
 REUSE = {"exact": "exact_prefix", "rectify": "auto", "anchor": "kvcomm", "dense": "full_prefill"}
@@ -45,6 +46,17 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 """Fields of OpenAI's API that we do not honour -> the values beside null that ask for nothing."""
+
+
+def _publish_unsupported(schema: dict[str, Any]) -> None:
+    """Say in the published schema what `_refuse` does."""
+    for name, harmless in _UNSUPPORTED.items():
+        schema["properties"][name] = {"enum": [None, *harmless], "description": "Not supported otherwise."}
+    if "top_logprobs" in schema["properties"]:
+        schema.update(_LOGPROBS_RULE)
+
+
+_WHOLE = ("max_tokens", "max_completion_tokens", "seed", "logprobs", "top_logprobs")
 
 
 def _unsupported(name: str) -> PydanticCustomError:
@@ -84,7 +96,7 @@ class StreamOptions(BaseModel):
 
 class TextPart(BaseModel):
     model_config = _OPEN
-    type: str
+    type: Annotated[str, Field(json_schema_extra={"enum": ["text"]})]
     text: str = ""
 
     @field_validator("type")
@@ -106,19 +118,35 @@ def _as_list(value: object) -> object:
 
 
 _Content = str | list[TextPart] | None
-_Texts = str | list[str] | None
+_Stops = str | Annotated[list[str], Field(max_length=_MOST_STOPS)] | None
+_Prompt = str | Annotated[list[str], Field(min_length=1, max_length=1)]
+
+
+_CONTENT_RULE: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {"properties": {"content": {"type": ["string", "array"]}}, "required": ["content"]},
+    ]
+}
+"""What `ChatMessage._said` asks for, for the published schema; likewise the next one."""
+_LOGPROBS_RULE: dict[str, Any] = {
+    "anyOf": [
+        {"properties": {"top_logprobs": {"type": "null"}}},
+        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+    ]
+}
 
 
 class ChatMessage(BaseModel):
     """One message. A developer's is a system message; a function's result is a tool's."""
 
-    model_config = _OPEN
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=_CONTENT_RULE)
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[list[TextPart] | None, BeforeValidator(_as_parts, json_schema_input_type=_Content)] = (
         None
     )
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
+    tool_calls: Annotated[list[Any], Field(json_schema_extra={"maxItems": 0})] | None = None
+    function_call: Annotated[Any, Field(json_schema_extra={"type": "null"})] = None
 
     @model_validator(mode="after")
     def _said(self) -> ChatMessage:
@@ -136,14 +164,14 @@ class ChatMessage(BaseModel):
 class _Sampled(BaseModel):
     """What both kinds of request have."""
 
-    model_config = _OPEN
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra=_publish_unsupported)
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_as_list, json_schema_input_type=_Texts)] = None
+    stop: Annotated[list[str] | None, BeforeValidator(_as_list, json_schema_input_type=_Stops)] = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     relay: RelayOptions | None = None
 
@@ -152,8 +180,13 @@ class _Sampled(BaseModel):
     def _refuse(cls, data: Any) -> Any:
         for name, harmless in _UNSUPPORTED.items():
             value = data.get(name) if isinstance(data, dict) else None
-            if value is not None and value not in harmless:
+            # To Python False is 0; to JSON it is not.
+            same = [isinstance(value, bool) is isinstance(one, bool) and value == one for one in harmless]
+            if value is not None and not any(same):
                 raise _unsupported(name)
+        if isinstance(data, dict):  # 4.0 is a whole number to JSON
+            whole = {k: int(v) for k in _WHOLE if type(v := data.get(k)) is float and v.is_integer()}
+            return {**data, **whole}
         return data
 
     @field_validator("stop")
@@ -199,7 +232,7 @@ class CompletionRequest(_Sampled):
     prompt: Annotated[
         list[str],
         Field(min_length=1, max_length=1),
-        BeforeValidator(_as_list, json_schema_input_type=str | list[str]),
+        BeforeValidator(_as_list, json_schema_input_type=_Prompt),
     ]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
@@ -228,18 +261,29 @@ def parse(body: bytes, kind: type[ChatRequest] | type[CompletionRequest]) -> Any
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8 (byte {error.start}).", code="invalid_utf8") from None
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+        data = json.loads(text, parse_constant=_no_number)
+        broken = _half_pair(text)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply.", code="invalid_json") from None
+    except ValueError as error:
+        where = f" ({error})" if isinstance(error, (json.JSONDecodeError, _NoNumber)) else ""
         raise ApiError(400, f"the body is not JSON{where}.", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, "the body must be a JSON object.", code="invalid_json")
-    if _half_pair(text):
+    if broken:
         raise ApiError(400, "a text holds half a surrogate pair.", code="invalid_utf8")
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise _refusal(error) from None
+
+
+class _NoNumber(ValueError):
+    pass
+
+
+def _no_number(name: str) -> float:
+    raise _NoNumber(f"{name} is no number there")
 
 
 def _half_pair(text: str) -> bool:

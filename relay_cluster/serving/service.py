@@ -17,13 +17,16 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from relay_cluster.gate import Edge
+from relay_cluster.recording import Recorder
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.errors import ApiError
 from relay_cluster.serving.memory import ChatText, Memory, Rewritten, plain
-from relay_cluster.serving.metrics import Metrics
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.settings import ServeSettings
+from relay_cluster.tracing import NO_TRACE, Trace
 from transport.errors import ConfigError
 from workers.messages import Reply, Request, Token
 from workers.methods import parse_method
@@ -54,6 +57,8 @@ class Ask:
         reuse: method; None leaves it to the service.
         agent: who asks; None: told by the first message.
         only: find nothing but these ids; None: anything.
+        told: pipeline and agent as the client names them, for metrics; "" where it does not.
+        trace: the request's.
     """
 
     tenant: str
@@ -65,6 +70,8 @@ class Ask:
     reuse: str | None = None
     agent: str | None = None
     only: frozenset[str] | None = None
+    told: tuple[str, str] = ("", "")
+    trace: Trace = NO_TRACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,15 @@ class Finished:
     ttft_s: float
 
 
+class _Times(NamedTuple):
+    """Instants (time.perf_counter) of a request: it came, had a place, was rewritten, had its first token."""
+
+    arrived: float
+    entered: float
+    matched: float
+    first: float
+
+
 class Service:
     """Answers requests on a cluster's workers. All methods belong to one event loop.
 
@@ -94,17 +110,28 @@ class Service:
         models: names that are served; the first is the default.
         answering: the workers.
         places: the queue.
+        recorder: gets the metrics.
+        agent_labels: whether they have the names that clients give agents and pipelines.
     """
 
     def __init__(
-        self, settings: ServeSettings, models: Collection[str], answering: Answering, places: Places
+        self,
+        settings: ServeSettings,
+        models: Collection[str],
+        answering: Answering,
+        places: Places,
+        *,
+        recorder: Recorder | None = None,
+        agent_labels: bool = True,
     ) -> None:
         self.settings = settings
         self.models = tuple(models)
         self.places = places
-        self.metrics = Metrics()
+        self.metrics = recorder or Recorder(self.models)
         self.started = int(time.time())
+        self._agent_labels = agent_labels
         self._answering = answering
+        self._answering.on_retry = self.metrics.counter("relay_request_retries_total").inc
         self._memories: OrderedDict[tuple[str, str], Memory] = OrderedDict()
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Token | Finished, None]:
@@ -137,9 +164,7 @@ class Service:
                         yield item
                         continue
                     segment = self._remember(ask, prompt, item)
-                    self.metrics.count(ask.model, item)
-                    self.metrics.ttft.labels(ask.model).observe(first - arrived)
-                    self.metrics.seconds.labels(ask.model).observe(time.perf_counter() - arrived)
+                    self._record(ask, item, _Times(arrived, entered, matched, first))
                     log.info(
                         "answered after %.3f s, first token after %.3f s, %d of %d prompt tokens relayed",
                         time.perf_counter() - arrived,
@@ -152,16 +177,41 @@ class Service:
                         item, segment, prompt, entered - arrived, matched - entered, first - arrived
                     )
 
+    def _record(self, ask: Ask, reply: Reply, at: _Times) -> None:
+        """An answered request, in metrics and in its trace."""
+        seconds = time.perf_counter() - at.arrived
+        ttft_s = at.first - at.arrived
+        stages = {"wait": at.entered - at.arrived, "match": at.matched - at.entered}
+        stages["dispatch"] = max(0.0, ttft_s - sum(stages.values()) - reply.ttft_s)
+        pipeline, agent = ask.told if self._agent_labels else ("", "")
+        self.metrics.answered(
+            reply,
+            edge=Edge(pipeline, ask.model, agent, ()),
+            ttft_s=ttft_s,
+            seconds=seconds,
+            stages=stages,
+            tenant=ask.tenant,
+        )
+        ask.trace.answered(reply, stages, arrived=at.arrived, seconds=seconds)
+
+    def failed(self, error: ApiError) -> None:
+        """A request ended in an error."""
+        self.metrics.counter("relay_request_errors_total", error.code or "error").inc()
+
     def forget(self) -> None:
         """Remember nothing any more."""
         self._memories.clear()
 
     def observe(self) -> None:
         """Bring the gauges up to date."""
-        self.metrics.running.set(self.places.running)
-        self.metrics.waiting.set(self.places.waiting)
-        self.metrics.texts.set(sum(len(m) for m in self._memories.values()))
-        self.metrics.nbytes.set(sum(m.nbytes for m in self._memories.values()))
+        gauges = {
+            "relay_requests_running": self.places.running,
+            "relay_requests_waiting": self.places.waiting,
+            "relay_remembered_texts": sum(len(m) for m in self._memories.values()),
+            "relay_remembered_bytes": sum(m.nbytes for m in self._memories.values()),
+        }
+        for name, value in gauges.items():
+            self.metrics.gauge(name).set(value)
 
     async def drain(self) -> None:
         """Let nobody in any more, and wait for those that run, at most settings.drain_timeout_s."""
@@ -198,9 +248,9 @@ class Service:
         if sum(len(m.text) for m in ask.texts) > _MOST_CHARS:
             return plain(ask.texts)
         prompt = self._memory(ask).rewrite(ask.texts, ask.only)
-        self.metrics.matching.observe(time.perf_counter() - begin)
+        self.metrics.histogram("relay_matching_seconds").observe(time.perf_counter() - begin)
         for found in prompt.found:
-            self.metrics.found.labels(found.kind).inc()
+            self.metrics.counter("relay_found_texts_total", found.kind).inc()
         return prompt
 
     def _remember(self, ask: Ask, prompt: Rewritten, reply: Reply) -> str | None:
@@ -236,7 +286,7 @@ class Service:
         raw = ask.raw
         return Request(
             id=f"req-{uuid.uuid4().hex}",
-            agent=ask.agent or _agent(ask),
+            agent=agent_name(ask),
             prompt=prompt.messages[0].content if raw else "",
             messages=() if raw else prompt.messages,
             raw=raw,
@@ -246,11 +296,15 @@ class Service:
             sampling=ask.sampling,
             prefix_first=True,
             publish=self._relaying and ask.relay,
+            traceparent=ask.trace.traceparent,
         )
 
 
-def _agent(ask: Ask) -> str:
-    """A name for whoever asks: the same for the same opening, which is what its worker has cached."""
+def agent_name(ask: Ask) -> str:
+    """Who asks: as it says, or a name that is the same for the same opening, which is what its worker has
+    cached."""
+    if ask.agent:
+        return ask.agent
     opening = f"{ask.tenant}\0{ask.texts[0].role}\0{ask.texts[0].text}"
     return "agent-" + hashlib.blake2b(opening.encode(), digest_size=6).hexdigest()
 
@@ -265,4 +319,4 @@ def raw_text(prompt: str) -> tuple[ChatText, ...]:
     return (ChatText(_RAW, prompt),)
 
 
-__all__ = ["Ask", "Finished", "Service", "random_seed", "raw_text"]
+__all__ = ["Ask", "Finished", "Service", "agent_name", "random_seed", "raw_text"]

@@ -20,6 +20,8 @@ class ServeSettings:
         relay: False remembers nothing and finds nothing: every prompt is what the chat template makes of it.
         workers: workers to start where the cluster file says `workers: auto`.
         default_max_tokens: answer length of requests that give no limit.
+        head_timeout_s: a client must have sent its request's HTTP head within so many seconds.
+        send_timeout_s: a client that reads nothing of its answer for so long is dropped.
         max_body_bytes: largest request body.
         body_timeout_s: a client must have sent its request's body within so many seconds.
         max_waiting: requests that may wait for a worker; one more is answered with status 429.
@@ -30,6 +32,7 @@ class ServeSettings:
             shares are looked for, for each tenant and model; 0: only whole texts are found.
         max_agents: agents whose worker is kept in mind.
         api_keys_file: YAML file of keys and tenants; null: none is asked for (only on a loopback address).
+        recent_requests: requests whose facts are kept for the live page and `relay top`, for each tenant.
         drain_timeout_s: at the end, running requests have so many seconds before they are cancelled.
     """
 
@@ -37,6 +40,8 @@ class ServeSettings:
     relay: bool = True
     workers: Annotated[int, Ge(1)] = 2
     default_max_tokens: Annotated[int, Ge(1)] = 256
+    head_timeout_s: Annotated[float, Gt(0)] = 15.0
+    send_timeout_s: Annotated[float, Gt(0)] = 60.0
     max_body_bytes: Annotated[int, Ge(1024)] = 4 * MIB
     body_timeout_s: Annotated[float, Gt(0)] = 30.0
     max_waiting: Annotated[int, Ge(0)] = 64
@@ -47,4 +52,5 @@ class ServeSettings:
     common_chars: Annotated[int, Ge(0)] = 4 << 20
     max_agents: Annotated[int, Ge(1)] = 10_000
     api_keys_file: str | None = None
+    recent_requests: Annotated[int, Ge(0), Le(10_000)] = 200
     drain_timeout_s: Annotated[float, Ge(0)] = 30.0

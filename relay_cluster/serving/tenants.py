@@ -50,6 +50,16 @@ class Tenants:
         """Whether nobody is asked for a key."""
         return not self._digests
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Whose keys there are."""
+        return frozenset(self._digests.values())
+
+    @property
+    def label_key(self) -> bytes:
+        """Key of the hash under which tenants appear in metrics: the same as long as the API keys are."""
+        return hashlib.blake2b("\n".join(sorted(self._digests)).encode(), person=b"relay-metrics").digest()
+
     def of(self, authorization: str | None) -> str | None:
         """The tenant of an Authorization header; None when its key is not known."""
         if self.open:

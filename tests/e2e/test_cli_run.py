@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from relay_cluster.report import RunReport
 from tests.e2e.conftest import QUESTION
@@ -29,6 +30,8 @@ def test_rows_of_a_file_end_in_one_report(tmp_path: Path) -> None:
     picture = tmp_path / "out.png"
     options = ["--input-file", str(rows), "--limit", "2", "--max-new-tokens", "18", "--repeats", "1"]
     options += ["--compare", "full_prefill", "--json", str(out), "--plot", str(picture)]
+    metrics = tmp_path / "relay.prom"
+    options += ["--metrics-file", str(metrics), "--metrics-port", "0"]
     done = subprocess.run(
         [*RELAY, *options], cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
     )
@@ -45,6 +48,17 @@ def test_rows_of_a_file_end_in_one_report(tmp_path: Path) -> None:
         assert row["judge"].relayed_tokens > row["critic"].relayed_tokens > 0
     assert picture.stat().st_size > 10_000
     assert "no fallbacks" in done.stdout
+    families = text_string_to_metric_families(metrics.read_text("utf-8"))
+    samples = [sample for family in families for sample in family.samples]
+    relayed = {
+        s.labels["agent_edge"]: s.value
+        for s in samples
+        if s.name == "relay_prompt_tokens_total" and s.labels["source"] == "relayed"
+    }
+    assert sum(relayed.values()) == report.reused_tokens
+    edges = {"question -> solver", "question+solver -> critic", "question+solver+critic -> judge"}
+    assert relayed.keys() == edges
+    assert sum(s.value for s in samples if s.name == "relay_worker_up") == 3
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

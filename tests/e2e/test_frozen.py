@@ -17,6 +17,7 @@ from transport.errors import WorkerLost
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 FROZEN_S = 6.0
+TOKENS = 16
 
 
 class _Stopper:
@@ -39,14 +40,14 @@ class _Stopper:
 
 def test_a_frozen_worker_s_request_is_answered_by_another_one() -> None:
     with Cluster(small_cluster(runtime={"frozen_timeout_s": FROZEN_S}), agents_hint=PIPELINE) as cluster:
-        whole = cluster.run(PIPELINE, question=QUESTION, method="full_prefill", max_new_tokens=40)
+        whole = cluster.run(PIPELINE, question=QUESTION, method="full_prefill", max_new_tokens=TOKENS)
         stopper = _Stopper(cluster, "critic")
         try:
             result = cluster.run(
                 PIPELINE,
                 question=QUESTION,
                 method="full_prefill",
-                max_new_tokens=40,
+                max_new_tokens=TOKENS,
                 on_event=stopper.on_event,
             )
         finally:
@@ -57,10 +58,10 @@ def test_a_frozen_worker_s_request_is_answered_by_another_one() -> None:
         assert critic.tokens == whole["critic"].tokens
         assert any("w1 has given no sign of life" in note for note in critic.notes)
         # It has gone on, and is a full member again.
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while not cluster._answers(cluster._placed["critic"], 5.0) or len(cluster.stats()) < 2:
             assert time.monotonic() < deadline
-        again = cluster.run(PIPELINE, question=QUESTION, method="full_prefill", max_new_tokens=40)
+        again = cluster.run(PIPELINE, question=QUESTION, method="full_prefill", max_new_tokens=TOKENS)
         assert (again["critic"].worker, again["critic"].retries) == ("w1", 0)
         assert again["critic"].tokens == whole["critic"].tokens
 
@@ -72,7 +73,7 @@ def test_the_only_worker_frozen_is_a_clear_error_in_bounded_time() -> None:
         began = time.monotonic()
         try:
             with pytest.raises(WorkerLost, match=r"w0.*frozen|w0 has given no sign of life"):
-                cluster.run(PIPELINE, question=QUESTION, max_new_tokens=40, on_event=stopper.on_event)
-            assert time.monotonic() - began < 60, "the request's own deadline is 600 s"
+                cluster.run(PIPELINE, question=QUESTION, max_new_tokens=TOKENS, on_event=stopper.on_event)
+            assert time.monotonic() - began < 200, "the request's own deadline is 600 s"
         finally:
             stopper.go_on()

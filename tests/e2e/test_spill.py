@@ -56,7 +56,7 @@ def test_a_peer_has_spilled_segments_brought_back(tmp_path: Path) -> None:
         drafts = [_draft(cluster, i) for i in range(4)]
         spilled = cluster.stats()[W0]["memory"]
         values = {f"d{i}": reply.output for i, reply in enumerate(drafts[:2])}
-        reply, _ = cluster.generate(W1, _request("judge", "auto", **values), lambda _: None)
+        reply, _ = cluster.generate(W1, _request("judge", "auto", **values), lambda *_: None)
         owner, reader = (cluster.stats()[w]["memory"] for w in (W0, W1))
         assert len(list(tmp_path.glob("relay-spill-w?-*[0-9]"))) == 2
         assert cluster.directory_stats()["leases"] == 0

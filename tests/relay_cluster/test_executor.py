@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from relay_cluster.executor import Executor, RunOptions, agent_report
+from relay_cluster.executor import Executor, OnToken, RunOptions, agent_report
 from relay_cluster.pipeline import Agent, Pipeline
 from transport.errors import Cancelled, PromptTooLong, WorkerLost
 from transport.types import NodeId, WorkerId
@@ -45,7 +44,7 @@ class Recorder:
         return "other" if agent == "right" else "default"
 
     def generate(
-        self, worker: WorkerId, request: Request, on_token: Callable[[int], None], stop: threading.Event
+        self, worker: WorkerId, request: Request, on_token: OnToken, stop: threading.Event
     ) -> tuple[Reply, float]:
         with self._lock:
             self.asked.append(request)

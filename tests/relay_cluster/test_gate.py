@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay_cluster.console import gate_table, output
-from relay_cluster.executor import Executor, RunOptions, Turn, agent_report
+from relay_cluster.executor import Executor, OnToken, RunOptions, Turn, agent_report
 from relay_cluster.gate import (
     FULL,
     WINDOW,
@@ -254,7 +253,7 @@ class Watched(Recorder):
         self.shadows: list[tuple[Request, str | None]] = []
 
     def generate(
-        self, worker: WorkerId, request: Request, on_token: Callable[[int], None], stop: threading.Event
+        self, worker: WorkerId, request: Request, on_token: OnToken, stop: threading.Event
     ) -> tuple[Reply, float]:
         reply, ttft_s = super().generate(worker, request, on_token, stop)
         relayed = 0 if request.agent == "solver" or request.method == FULL else 20

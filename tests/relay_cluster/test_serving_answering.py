@@ -1,5 +1,5 @@
 """Which worker answers, what a death does, and that leaving early cancels the work; workers are played by a
-recorder. (Real ones are in tests/e2e/test_serving.py.)
+recorder. (Real ones are in tests/e2e/serving.)
 """
 
 from __future__ import annotations

@@ -99,6 +99,15 @@ class DirectoryClient:
         out["republished"] = float(self._own.republished)
         return out
 
+    def calls(self) -> dict[str, Any]:
+        """What this client has seen, without asking anybody: failures, republished, and latencies (see
+        `transport.latency`) by operation."""
+        return {
+            "failures": self.fleet.failures,
+            "republished": self._own.republished,
+            "latencies": self.fleet.latencies.snapshot(),
+        }
+
     # -- owning ----------------------------------------------------------------------------------------
 
     def announce(self, owner: Owner) -> None:

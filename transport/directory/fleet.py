@@ -20,6 +20,7 @@ from transport.directory import wire
 from transport.directory.ring import Ring
 from transport.directory.view import View
 from transport.errors import RelayError
+from transport.latency import Latencies
 from transport.settings import DirectorySettings
 from transport.types import SegmentKey
 
@@ -148,6 +149,7 @@ class Fleet:
         self._gone: set[str] = set()
         self._refreshed_at = 0.0
         self.failures = 0
+        self.latencies = Latencies()
 
     # -- membership --------------------------------------------------------------------------------------
 
@@ -211,7 +213,8 @@ class Fleet:
             timeout_s: for all of them together; None: call_timeout_s.
         """
         limit_s = self.settings.call_timeout_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit_s
+        begin = time.monotonic()
+        deadline = begin + limit_s
         pending: dict[str, Any] = {}
         out = Asked()
         for name, arguments in parts.items():
@@ -232,6 +235,8 @@ class Fleet:
                 out[name] = Answer(reply.incarnation, reply.result)
             else:
                 out.moved.add(name)
+        if pending:
+            self.latencies.observe(method, time.monotonic() - begin)
         return out
 
     def send(self, name: str, method: str, arguments: Sequence[Any]) -> Any:

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 
-from relay_cluster import Cluster
-from relay_cluster.serving.app import make_app, start_workers
-from relay_cluster.serving.tenants import Tenants
-from tests.e2e.conftest import small_cluster
+from tests.e2e.serving.live import Live, eventually
 from workers.settings import DEFAULT_MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -30,62 +21,6 @@ QUESTION = (
 )
 TOKENS = 14
 """Of most answers: this model on this machine decodes about ten a second."""
-KEYS = {"sk-red": "red", "sk-blue": "blue"}
-DEADLINE_S = 30.0
-
-
-@dataclass(frozen=True)
-class Live:
-    """A service that listens, and the cluster under it."""
-
-    url: str
-    cluster: Cluster
-
-    def client(self, key: str = "sk-red") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=240.0)
-
-    def metric(self, name: str) -> float:
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
-
-    def settled(self) -> bool:
-        """No request, no cache and no lease is left anywhere."""
-        stats = self.cluster.stats().values()
-        idle = all(s["running"] == 0 and s["free_cache_blocks"] == s["cache_blocks"] for s in stats)
-        return idle and self.cluster.directory_stats()["leases"] == 0
-
-
-def eventually(true: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (now := true()) and time.monotonic() < deadline:
-        time.sleep(0.05)  # between two looks
-    return now
-
-
-@pytest.fixture(scope="module")
-def live() -> Iterator[Live]:
-    tenants = Tenants({hashlib.sha256(key.encode()).hexdigest(): name for key, name in KEYS.items()})
-    # One thread each: two teams on two busy cores wait for each other at every operator.
-    worker = {
-        "device": "cpu",
-        "threads": 1,
-        "cache_tokens": 4096,
-        "break_even": False,
-        "min_segment_tokens": 6,
-    }
-    transport = {"arena_bytes": 128 << 20, "pull_timeout_s": 20.0}  # a busy machine is no fault
-    with Cluster(small_cluster(worker=worker, transport=transport)) as cluster:
-        start_workers(cluster)
-        config = uvicorn.Config(make_app(cluster, tenants), host="127.0.0.1", port=0, log_level="warning")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        assert eventually(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Live(f"http://127.0.0.1:{port}", cluster)
-        server.should_exit = True
-        thread.join(DEADLINE_S)
-        assert not thread.is_alive()
 
 
 def three_agents(client: openai.OpenAI, question: str, *, agents: int = 3, **options: Any) -> list[Any]:
@@ -232,7 +167,7 @@ def test_logprobs_and_plain_completions(live: Live) -> None:
 
 
 def test_the_example_of_the_docs_works(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "service.md").read_text("utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "service.md").read_text("utf-8")
     (example,) = re.findall(r"```python\n(from openai.*?)```", text, flags=re.DOTALL)
     changes = {
         "http://127.0.0.1:8000": live.url,
