@@ -74,6 +74,7 @@ def test_all_that_is_mounted_is_there_and_read_only() -> None:
         assert mode == ["ro"], f"{source} could be changed by its container"
         assert Path(target).is_absolute()
         assert source.startswith("./configs/")
+        assert (ROOT / source).exists(), source
     sources = {source for source, *_ in mounted}
     assert {"./configs/prometheus/prometheus.yml", "./configs/prometheus/rules"} <= sources
     assert {"./configs/grafana/provisioning", "./configs/grafana/relay.json"} <= sources

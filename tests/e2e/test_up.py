@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import ray
 
 from relay_cluster import Cluster, ClusterConfig, heads
 from tests.e2e.conftest import PIPELINE, QUESTION
+from tests.e2e.test_serving_ray_serve import free_port, wait_until_up
 from workers.embedded import cache_root
+from workers.settings import DEFAULT_MODEL
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -168,6 +172,50 @@ def test_a_rolling_restart_loses_no_request_and_takes_the_files_settings(
     after = standing.workers()
     assert all(after[w]["incarnation"] > before[w]["incarnation"] for w in before)
     assert standing.relay("status")["differences"] == []
+
+
+@pytest.mark.long
+def test_a_service_over_it_answers_during_a_rolling_restart(standing: Standing, up: dict[str, Any]) -> None:
+    before = standing.workers()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    line = [sys.executable, "-m", "relay_cluster", "serve", str(standing.file), "--port", str(port)]
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def ask(number: int) -> None:
+        body = {"model": DEFAULT_MODEL, "prompt": f"{number}. {QUESTION}", "max_tokens": 8}
+        while not stop.is_set():
+            statuses.append(httpx.post(f"{url}/v1/completions", json=body, timeout=200).status_code)
+
+    with subprocess.Popen(line, env=standing.environment, stderr=subprocess.PIPE, text=True) as service:
+        try:
+            wait_until_up(url, service)
+            threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+            for thread in threads:
+                thread.start()
+            done = standing.relay("up", "--restart")
+            served = len(statuses)
+            deadline = time.monotonic() + 120
+            while len(statuses) < served + 6 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            stop.set()
+            for thread in threads:
+                thread.join(200)
+            health = httpx.get(f"{url}/healthz", timeout=30).json()
+            service.send_signal(signal.SIGINT)
+            _, told = service.communicate(timeout=60)
+        finally:
+            stop.set()
+            service.kill()
+    assert set(statuses) == {200}, told
+    assert len(statuses) >= served + 6, "the new workers answer too"
+    assert done["replaced"] == ["w0", "w1"]
+    assert health["workers"] == {"w0": "up", "w1": "up"}
+    assert 'attaching to "standing", which is up' in told
+    after = standing.workers()
+    assert all(after[w]["incarnation"] > before[w]["incarnation"] for w in before)
+    assert standing.relay("status")["health"] == "healthy", "the service's end leaves it up"
 
 
 @pytest.mark.long

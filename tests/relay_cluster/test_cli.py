@@ -62,9 +62,7 @@ class FakeCluster:
     calls: list[dict[str, Any]]
     failure: Exception | None = None
 
-    def __init__(
-        self, config: Any, *, agents_hint: Any, attach: bool, on_event: Any, observer: Any
-    ) -> None:
+    def __init__(self, config: Any, *, agents_hint: Any, attach: bool, on_event: Any, observer: Any) -> None:
         assert attach, "a cluster that is up is used"
         self.config = config
         on_event("cluster", "fake workers are ready")
