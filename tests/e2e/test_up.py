@@ -31,7 +31,7 @@ name: standing
 workers: 2
 worker: {device: cpu, cache_tokens: 4096, break_even: false}
 transport: {arena_bytes: 64MiB}
-ray: {num_cpus: 2, auth: disabled}
+ray: {num_cpus: 4, auth: disabled}
 runtime: {max_retries: 0}
 """
 
@@ -44,15 +44,15 @@ class Standing:
         self.file.write_text(FILE, "utf-8")
         self.environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
-    def relay(self, *arguments: str, status: int = 0) -> Any:
-        """A command's JSON."""
-        line = [sys.executable, "-m", "relay_cluster", *arguments, str(self.file), "--json", "-"]
+    def relay(self, *arguments: str, status: int = 0, file: Path | None = None) -> Any:
+        """A command's JSON; where it is refused, what it said."""
+        line = [sys.executable, "-m", "relay_cluster", *arguments, str(file or self.file), "--json", "-"]
         done = subprocess.run(
             line, capture_output=True, text=True, timeout=280, check=False, env=self.environment
         )
         assert done.returncode == status, done.stderr
         assert "Traceback" not in done.stderr
-        return json.loads(done.stdout)
+        return done.stderr if status == 2 else json.loads(done.stdout)
 
     def workers(self) -> dict[str, dict[str, Any]]:
         return {w["worker"]: w for w in self.relay("status")["workers"]}
@@ -129,6 +129,32 @@ def test_lost_workers_and_shards_are_replaced(standing: Standing, up: dict[str, 
     assert after["w1"]["incarnation"] > before["w1"]["incarnation"]
     told = standing.relay("status")
     assert (told["health"], len(told["shards"])) == ("healthy", 2)
+
+
+@pytest.mark.long
+def test_in_rays_of_others_a_cluster_comes_and_goes_and_ray_stays(
+    standing: Standing, up: dict[str, Any], tmp_path: Path
+) -> None:
+    """The standing cluster's head stands for one that somebody else has started."""
+    before = standing.relay("status")
+    told = FILE.replace("standing", "guest").replace("workers: 2", "workers: 1")
+    told = told.replace("ray: {", f"ray: {{address: '{up['address']}', ")
+    file = tmp_path / "guest.yaml"
+    file.write_text(told, "utf-8")
+    guest = standing.relay("up", file=file)
+    assert (guest["new_head"], guest["started"], guest["address"]) == (False, ["w0"], up["address"])
+    assert standing.relay("status", file=file)["head"] is None
+    greedy = tmp_path / "greedy.yaml"
+    text = told.replace("guest", "greedy").replace("workers: 1", "workers: 9")
+    greedy.write_text(text.replace("max_retries: 0", "start_timeout_s: 3"), "utf-8")
+    said = standing.relay("up", status=2, file=greedy)
+    assert "no room for 9 workers" in said
+    assert standing.relay("status", status=3, file=greedy)["health"] == "down"
+    assert standing.relay("down", file=file)["ended"]
+    assert standing.relay("status", status=3, file=file)["health"] == "down"
+    after = standing.relay("status")
+    assert (after["health"], after["head"]) == ("healthy", before["head"])
+    assert [w["pid"] for w in after["workers"]] == [w["pid"] for w in before["workers"]]
 
 
 @pytest.mark.long
