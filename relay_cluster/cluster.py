@@ -686,7 +686,7 @@ class Cluster:
         """Asks workers and shards for their statistics with a deadline: for metrics. Call it when started."""
         return Poll(
             lambda: {w: (m.handle, m.info) for w, m in self._members.items() if m.info is not None},
-            self._shards,
+            tuple(self._shards),
             self.config.directory,
         )
 

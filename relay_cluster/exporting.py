@@ -87,6 +87,8 @@ class RunMetrics:
 
     def attach(self, cluster: Cluster) -> None:
         """Also tell what the cluster's workers and shards know; it has started."""
+        if self._server is None and self._file is None:
+            return  # nobody reads it
         self.recorder.collect_also(ClusterCollector(cluster.poll()))
 
     def write(self) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import small_cluster
+from tests.e2e.serving.bad_requests import check_bad_requests
 from workers.settings import DEFAULT_MODEL
 
 pytestmark = [
@@ -54,8 +56,7 @@ def check(url: str) -> None:
     ]
     judged = client.chat.completions.create(**ask, messages=chat)
     assert [f["kind"] for f in judged.model_extra["relay"]["found"]] == ["response"]  # type: ignore[index]
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="gpt-4", messages=chat)
+    check_bad_requests(url, key=None)
     for stream in (True, False):
         body = {**ask, "max_tokens": 1500, "messages": chat, "stream": stream}
         try:
@@ -67,6 +68,11 @@ def check(url: str) -> None:
         while not settled(url) and time.monotonic() < deadline:
             time.sleep(0.1)  # between two looks
         assert settled(url)
+    board = httpx.get(f"{url}/relay/v1/board").json()
+    outcomes = Counter(row["outcome"] for row in board["requests"])
+    assert outcomes == {"ok": 3, "error": 1, "cancelled": 2}, "the live page tells the same"
+    assert {w["state"] for w in board["cluster"]["workers"]} == {"up"}
+    assert httpx.get(f"{url}/dashboard", follow_redirects=True).text.startswith("<!doctype html>")
 
 
 def test_ray_serve_carries_the_same_app() -> None:

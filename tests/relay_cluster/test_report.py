@@ -128,7 +128,16 @@ def test_json_has_every_field_of_the_schema() -> None:
             "fresh_tokens",
             "relayed_tokens",
         ),
-        *("prefix_tokens", "reuse", "recomputed_entries", "total_entries", "ttft_s", "stages", "transfers"),
+        *(
+            "prefix_tokens",
+            "prepared_tokens",
+            "reuse",
+            "recomputed_entries",
+            "total_entries",
+            "ttft_s",
+            "stages",
+            "transfers",
+        ),
         *(
             "fallbacks",
             "published",
