@@ -27,8 +27,9 @@ def serve(
         typer.Option("--pipelines", min=1, metavar="N", help="Of each concurrency, relay on and off [20]."),
     ] = None,
     document_chars: Annotated[
-        int, typer.Option("--document-chars", min=1, metavar="N", help="Of the text that all agents get.")
-    ] = 2400,
+        int | None,
+        typer.Option("--document-chars", min=1, metavar="N", help="Of the text that all agents get [2400]."),
+    ] = None,
     answer_tokens: Annotated[
         int | None, typer.Option("--answer-tokens", min=1, metavar="N", help="Most of an answer [64].")
     ] = None,
@@ -64,11 +65,11 @@ def serve(
     from relay_cluster.bench.texts import load_tasks
 
     settings = ServeBenchSettings(
-        concurrency=int_list(concurrency or ("1,4" if quick else "1,4,8"), "--concurrency"),
-        pipelines=pipelines or (4 if quick else 20),
-        document_chars=document_chars,
-        answer_tokens=answer_tokens or (24 if quick else 64),
-        overhead_requests=50 if quick else 200,
+        concurrency=int_list(concurrency or ("1,2" if quick else "1,4,8"), "--concurrency"),
+        pipelines=pipelines or (2 if quick else 20),
+        document_chars=document_chars or (900 if quick else 2400),
+        answer_tokens=answer_tokens or (12 if quick else 64),
+        overhead_requests=40 if quick else 200,
         matching_rounds=50 if quick else 200,
         seed=seed,
     )

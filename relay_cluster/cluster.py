@@ -218,17 +218,21 @@ class Cluster:
         """Use the workers of the standing cluster of our name, if it is up.
 
         Raises:
-            RelayError: it is up, and no worker of it answers.
+            RelayError: it is up, and no worker of it answers, or its directory is gone.
         """
         found = standing.find(self.config.name)
         if found is None:
             return
+        if not found.shards:
+            raise RelayError(
+                f'"{found.name}" is up without a directory: `relay up` with its file repairs it.'
+            )
         self._on_event("cluster", f'attaching to "{self.config.name}", which is up')
         for worker, spec, follower in standing.follow(found, timeout_s=self.config.runtime.frozen_timeout_s):
             self._members[worker] = _Member(spec, follower.handle, follower.info, follower=follower)
-        self._shards = dict.fromkeys(found.shards)
+        self._shards = found.shards
         self._directory_prefix = found.directory
-        self._directory = DirectoryClient(found.shards, self.config.directory)
+        self._directory = DirectoryClient(self._shards, self.config.directory)
         self.attached = True
         for line in standing.notes(self.config, [m.spec for m in self._members.values()]):
             self._on_event("cluster", line)
@@ -363,12 +367,8 @@ class Cluster:
         worker = self._placed[agent]
         member = self._members[worker]
         frozen = member.frozen is not None
-        here = self._here(worker) is not None
-        if (
-            here
-            and not frozen
-            and self._answers(worker, min(runtime.frozen_timeout_s, runtime.start_timeout_s))
-        ):
+        patience_s = min(runtime.frozen_timeout_s, runtime.start_timeout_s)
+        if self._here(worker) and not frozen and self._answers(worker, patience_s):
             return worker
         member.lost = True
         model = member.spec.model
@@ -440,7 +440,9 @@ class Cluster:
         if member.follower is not None:
             if not member.follower.back():
                 return None
-            member.handle, member.info = member.follower.handle, member.follower.info
+            if member.handle is not member.follower.handle:
+                member.handle, member.info = member.follower.handle, member.follower.info
+                member.lost, member.frozen = False, None
         return member
 
     def _settled(self, worker: WorkerId, stop: threading.Event) -> WorkerId:

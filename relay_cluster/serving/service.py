@@ -39,6 +39,8 @@ _MOST_MEMORIES = 1024
 """Pairs of tenant and model."""
 _MOST_CHARS = 1 << 20
 """A longer prompt is not searched: the event loop would stand still for it, and no model takes it."""
+_CANCELLING_S = 1.0
+"""For requests that have just been cancelled."""
 _RAW = "user"
 """Role under which the prompt of a plain completion is searched: its texts are shared as a user's are."""
 
@@ -132,6 +134,7 @@ class Service:
         self._agent_labels = agent_labels
         self._answering = answering
         self._answering.on_retry = self.metrics.counter("relay_request_retries_total").inc
+        self._drained_by = 0.0
         self._memories: OrderedDict[tuple[str, str], Memory] = OrderedDict()
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Token | Finished, None]:
@@ -214,8 +217,11 @@ class Service:
             self.metrics.gauge(name).set(value)
 
     async def drain(self) -> None:
-        """Let nobody in any more, and wait for those that run, at most settings.drain_timeout_s."""
-        if not await self.places.drain(self.settings.drain_timeout_s):
+        """Let nobody in any more, and wait for those that run, at most settings.drain_timeout_s from the
+        first call on: the server calls it at a signal, and the app at its end."""
+        now = time.monotonic()
+        self._drained_by = self._drained_by or now + self.settings.drain_timeout_s
+        if not await self.places.drain(max(_CANCELLING_S, self._drained_by - now)):
             log.warning(
                 "%d requests were still running at the end of serve.drain_timeout_s", self.places.running
             )

@@ -122,17 +122,16 @@ def stopped(pid: int) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_a_worker_that_stands_still_is_shown_and_keeps_nobody_waiting(live: str) -> None:
-    def state() -> str:
-        # An answer that waited for the worker would not come within httpx's deadline.
-        return next(w["state"] for w in look(live)["cluster"]["workers"] if w["worker"] == "w1")
+def worker(url: str, name: str) -> dict[str, Any]:
+    """What the board says of a worker. It would not come within the deadline if it waited for that worker."""
+    return next(w for w in look(url)["cluster"]["workers"] if w["worker"] == name)
 
-    pid = next(w["pid"] for w in look(live)["cluster"]["workers"] if w["worker"] == "w1")
-    with stopped(pid):
-        wait_for(lambda: state() == "silent", "it is seen to stand still", timeout_s=DEADLINE_S)
-        silent = next(w for w in look(live)["cluster"]["workers"] if w["worker"] == "w1")
-        assert silent["segments"] >= 1, "what it said last"
-    wait_for(lambda: state() == "up", "it goes on", timeout_s=DEADLINE_S)
+
+def test_a_worker_that_stands_still_is_shown_and_keeps_nobody_waiting(live: str) -> None:
+    with stopped(worker(live, "w1")["pid"]):
+        wait_for(lambda: worker(live, "w1")["state"] == "silent", "it stands still", timeout_s=DEADLINE_S)
+        assert worker(live, "w1")["segments"] >= 1, "what it said last"
+    wait_for(lambda: worker(live, "w1")["state"] == "up", "it goes on", timeout_s=DEADLINE_S)
 
 
 @needs_chromium
@@ -167,3 +166,13 @@ def test_why_a_request_was_slow_is_two_clicks_away(live: str, width: int, scheme
         assert tab.problems == []
         assert tab.hosts == {urlsplit(live).netloc}
         assert SECRET not in page.content()
+
+
+def test_a_worker_that_dies_is_shown_and_so_is_its_next_life(live: str) -> None:
+    before = worker(live, "w1")
+    os.kill(before["pid"], signal.SIGKILL)
+    wait_for(lambda: worker(live, "w1")["state"] != "up", "it is gone", timeout_s=DEADLINE_S)
+    wait_for(lambda: worker(live, "w1")["state"] == "up", "Ray starts it again", timeout_s=3 * DEADLINE_S)
+    after = worker(live, "w1")
+    assert int(after["incarnation"]) > int(before["incarnation"])
+    assert after["segments"] == 0, "its memory went with it"

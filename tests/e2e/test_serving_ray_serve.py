@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import small_cluster
+from tests.e2e.serving.bad_requests import check_bad_requests
 from workers.settings import DEFAULT_MODEL
 
 pytestmark = [
@@ -58,8 +60,7 @@ def check(url: str) -> None:
     assert [f["kind"] for f in judged.model_extra["relay"]["found"]] == ["response"]  # type: ignore[index]
     assert 'agent_edge="- -> judge"' in httpx.get(f"{url}/metrics").text, "without keys names are shown"
     eventually(lambda: told_up(url) == {"relay_worker_up": 1, "relay_directory_shard_up": 2})
-    with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="gpt-4", messages=chat)
+    check_bad_requests(url, key=None)
     for stream in (True, False):
         body = {**ask, "max_tokens": 1500, "messages": chat, "stream": stream}
         try:
@@ -68,6 +69,11 @@ def check(url: str) -> None:
         except httpx.ReadTimeout:
             pass
         eventually(lambda: settled(url))
+    board = httpx.get(f"{url}/relay/v1/board").json()
+    outcomes = Counter(row["outcome"] for row in board["requests"])
+    assert outcomes == {"ok": 3, "error": 1, "cancelled": 2}, "the live page tells the same"
+    assert {w["state"] for w in board["cluster"]["workers"]} == {"up"}
+    assert httpx.get(f"{url}/dashboard", follow_redirects=True).text.startswith("<!doctype html>")
 
 
 def told_up(url: str) -> dict[str, float]:

@@ -39,6 +39,7 @@ class Worker:
     goes_on: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     large: int = 1
+    asked: list[Request] = field(default_factory=list[Request])
 
     def views(self) -> Sequence[WorkerView]:
         return [WorkerView(WORKER, MODEL, True)]
@@ -47,6 +48,7 @@ class Worker:
         return True
 
     def stream(self, worker: WorkerId, request: Request, stop: threading.Event) -> Iterator[Token | Reply]:
+        self.asked.append(request)
         yield Token(0, "x" * self.large)
         while not self.goes_on.wait(0.01):
             if stop.is_set():

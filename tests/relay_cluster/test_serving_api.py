@@ -89,6 +89,12 @@ BAD_BODIES: list[tuple[dict[str, Any], str, str]] = [
     (chat(logit_bias={"50256": -100}), "logit_bias", "unsupported_parameter"),
     (chat(stop=["a"] * 5), "stop", "invalid_value"),
     (chat(top_logprobs=3), "body", "invalid_value"),
+    (chat(max_tokens="5"), "max_tokens", "invalid_value"),
+    (chat(max_tokens=5.5), "max_tokens", "invalid_value"),
+    (chat(stream="true"), "stream", "invalid_value"),
+    (chat(seed=True), "seed", "invalid_value"),
+    (chat(n=True), "n", "unsupported_parameter"),
+    (chat(echo=0.0), "echo", "unsupported_parameter"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "invalid_value"),
     (chat(relay={"reuse": "magic"}), "relay.reuse", "invalid_value"),
     (chat(relay={"reuse": "anchor"}), "relay.reuse", "invalid_value"),
@@ -113,6 +119,7 @@ async def test_a_bad_field_is_named(
         (b"", 400, "invalid_json"),
         (b"[1, 2]", 400, "invalid_json"),
         (b"[" * 10_000, 400, "invalid_json"),
+        (json.dumps(chat(temperature=float("nan"))).encode(), 400, "invalid_json"),
         (b'{"model": "\xff"}', 400, "invalid_utf8"),
         (json.dumps(message(content="half \ud800 pair")).encode(), 400, "invalid_utf8"),
         (b" " * 200_001, 413, "body_too_large"),
@@ -128,6 +135,25 @@ async def test_a_bad_body_gets_its_status(
         response = await client.post(path, content=content)
         error = check_shape(response)
         assert (response.status_code, error["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("declared", "status"),
+    [
+        ("application/json; charset=utf-8", 400),
+        ("application/vnd.api+json", 400),
+        ("text/plain", 415),
+        ("application/x-www-form-urlencoded", 415),
+        ("json", 415),
+    ],
+)
+async def test_a_body_must_not_say_that_it_is_something_else(
+    client: httpx.AsyncClient, declared: str, status: int
+) -> None:
+    headers = {"Content-Type": declared}
+    response = await client.post("/v1/chat/completions", content=b"{", headers=headers)
+    assert response.status_code == status
+    check_shape(response)
 
 
 async def test_a_body_of_unknown_length_is_cut_off_at_the_limit(client: httpx.AsyncClient) -> None:
@@ -209,6 +235,8 @@ async def test_fields_mean_what_they_mean_to_openai() -> None:
     assert (parsed.limit, parsed.scored, parsed.stops) == (7, 0, ("\n", "END"))
     plain = parse(json.dumps({"model": MODEL, "prompt": ["once"], "logprobs": 2}).encode(), CompletionRequest)
     assert (plain.text, plain.limit, plain.scored) == ("once", None, 2)
+    whole = parse(json.dumps(chat(max_tokens=4.0, seed=-1.0)).encode(), ChatRequest)
+    assert (whole.limit, whole.seed) == (4, -1), "JSON knows no other whole numbers"
 
 
 async def test_the_schema_of_the_api_is_published(client: httpx.AsyncClient) -> None:

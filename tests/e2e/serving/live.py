@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import threading
@@ -18,7 +19,7 @@ from prometheus_client.samples import Sample
 
 from relay_cluster import Cluster
 from relay_cluster.serving.app import make_app, start_workers
-from relay_cluster.serving.http import make_server
+from relay_cluster.serving.http import Server, make_server
 from relay_cluster.serving.settings import ServeSettings
 from relay_cluster.serving.tenants import Tenants
 from tests.e2e.conftest import small_cluster
@@ -57,6 +58,7 @@ class Live:
     cluster: Cluster
     recorder: Recorder
     traces: Receiver
+    server: Server
 
     def client(self, key: str = "sk-red") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=240.0)
@@ -64,6 +66,10 @@ class Live:
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()
         return next(float(line.split()[-1]) for line in lines if line.startswith(f"{name} "))
+
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """Requests that the server still has in hand."""
+        return set(self.server.server_state.tasks)
 
     def samples(self, name: str | None = None, **labels: str) -> list[Sample]:
         """What a scrape gets: all of it, or one name's with these labels."""
@@ -111,7 +117,7 @@ def serving(traces: Receiver) -> Iterator[Live]:
         thread.start()
         assert eventually(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Live(f"http://127.0.0.1:{port}", cluster, recorder, traces)
+        yield Live(f"http://127.0.0.1:{port}", cluster, recorder, traces, server)
         server.should_exit = True
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
