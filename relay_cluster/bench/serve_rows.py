@@ -24,7 +24,7 @@ class ServeRow:
         ttft_s_p50, ttft_s_p95, ttft_s_p99: time to first token as the client saw it, in seconds.
         speedup: median of the relay-off row / median of this one.
         prompt_tokens, cached_tokens: mean of a request; cached: relayed, or in the prefix cache.
-        seconds_p50, seconds_p99: of the overhead, and of the matching.
+        seconds_p50, seconds_p99: of the overhead, and of the matching; the latter's are processor time.
     """
 
     part: str
