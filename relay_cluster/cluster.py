@@ -27,7 +27,7 @@ from relay_cluster import standing
 from relay_cluster.config import ClusterConfig
 from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
-from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream, agent_report
+from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream
 from relay_cluster.faulting import unwrapped
 from relay_cluster.following import Follower
 from relay_cluster.gate import Edge, EdgeState, Gate, QualitySettings
@@ -39,6 +39,7 @@ from relay_cluster.pipeline import Pipeline
 from relay_cluster.polling import Poll
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import WorkerView, place, worker_models
+from relay_cluster.turns import agent_report
 from relay_cluster.watching import POLL_S, Watch, WorkerFrozen, awaited
 from transport.directory.client import DirectoryClient
 from transport.directory.operate import DirectoryOperator

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from relay_cluster.executor import Turn
 from relay_cluster.gate import Check, Edge, EdgeState
 from relay_cluster.observing import RunObserver
 from relay_cluster.pipeline import Agent
 from relay_cluster.recording import Recorder
 from relay_cluster.telemetry import TelemetrySettings
 from relay_cluster.tracing import make_tracing
+from relay_cluster.turns import Turn
 from tests.relay_cluster.test_recording import reply, value
 from workers.messages import Request
 
