@@ -91,8 +91,9 @@ test-long: model ## what takes minutes and is covered in less by other tests
 	$(BIN)/python -m pytest -m long
 
 test-clients: model ## agent frameworks and fuzzers against the service; installs them first
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,clients]'
-	$(BIN)/python -m pytest tests/e2e/serving
+	$(BIN)/uv pip install --python $(BIN)/python $(PIP_FLAGS) -c constraints.txt -e '.[dev,clients]' \
+	  || $(BIN)/python -m pip install $(PIP_FLAGS) --no-compile -c constraints.txt -e '.[dev,clients]'
+	$(BIN)/python -m pytest -m "not long" tests/e2e/serving
 
 test-grid: $(STAMP) ## the kernels' long grid under Triton's interpreter; minutes
 	$(BIN)/python -m pytest -m grid tests/workers

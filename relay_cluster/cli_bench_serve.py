@@ -26,6 +26,10 @@ def serve(
         int | None,
         typer.Option("--pipelines", min=1, metavar="N", help="Of each concurrency, relay on and off [20]."),
     ] = None,
+    seconds: Annotated[
+        float,
+        typer.Option("--seconds", min=1, metavar="N", help="Begin no round of a concurrency after so many."),
+    ] = 1800.0,
     document_chars: Annotated[
         int | None,
         typer.Option("--document-chars", min=1, metavar="N", help="Of the text that all agents get [2400]."),
@@ -67,6 +71,7 @@ def serve(
     settings = ServeBenchSettings(
         concurrency=int_list(concurrency or ("1,2" if quick else "1,4,8"), "--concurrency"),
         pipelines=pipelines or (2 if quick else 20),
+        seconds=seconds,
         document_chars=document_chars or (900 if quick else 2400),
         answer_tokens=answer_tokens or (12 if quick else 64),
         overhead_requests=40 if quick else 200,

@@ -34,6 +34,7 @@ class ServeBenchSettings:
 
     Attributes:
         concurrency: numbers of pipelines at a time; pipelines: for each of them, with relay and without.
+        seconds: of one concurrency; no round begins after them, so there may be fewer pipelines.
         document_chars: of the text that all three agents of a pipeline get.
         answer_tokens: most tokens of an answer.
         overhead_requests: warm requests of one token, one after another.
@@ -43,6 +44,7 @@ class ServeBenchSettings:
 
     concurrency: tuple[int, ...] = (1, 4, 8)
     pipelines: int = 20
+    seconds: float = 1800.0
     document_chars: int = 2400
     answer_tokens: int = 64
     overhead_requests: int = 200
@@ -134,7 +136,8 @@ async def _load(
 ) -> list[ServeRow]:
     tallies = {True: _Tally(), False: _Tally()}
     left, number = settings.pipelines, 0
-    while left:
+    end = time.monotonic() + settings.seconds
+    while left and (number == 0 or time.monotonic() < end):
         texts = [documents.take(settings.document_chars) for _ in range(min(concurrency, left))]
         left -= len(texts)
         for relay in (True, False) if number % 2 == 0 else (False, True):

@@ -143,7 +143,11 @@ def own_service(cluster: Path | None) -> Iterator[str]:
     command = [sys.executable, "-m", "relay_cluster", "serve", *([str(cluster)] if cluster else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
-        [*command, "--port", str(port)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "--port", str(port)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # a signal to our group would end Ray's processes before the service could
     ) as process:
         try:
             _wait_until_up(url, process)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -126,3 +128,7 @@ def run_uvicorn(
         if on_event is not None:
             on_event("cluster", f"serving on http://{host}:{port}/v1")
         server.run()
+        if server.ended_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        if server.ended_by is not None:
+            sys.exit(128 + server.ended_by)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
 from typing import Any
@@ -129,6 +131,15 @@ class Server(uvicorn.Server):
         self._drain = drain
         self._draining: asyncio.Future[None] | None = None
         self._asked = False
+        self.ended_by: int | None = None
+        """The signal that ended it. It is for the caller to act on: raised in here, as uvicorn would, it
+        would be Ray's handler that takes it, in the middle of the loop."""
+
+    async def _serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super()._serve(sockets)
+        if self._captured_signals:
+            self.ended_by = self._captured_signals[0]
+            self._captured_signals.clear()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of a signal. A second one does not wait any longer."""
@@ -166,4 +177,11 @@ def make_server(
         timeout_graceful_shutdown=_FLUSH_S,
         server_header=False,
     )
-    return Server(config, drain)
+    server = Server(config, drain)
+    logging.getLogger("uvicorn.error").addFilter(_no_cancellation)
+    return server
+
+
+def _no_cancellation(record: logging.LogRecord) -> bool:
+    """Requests that were cancelled because their time at the end was over are no faults of the app."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))

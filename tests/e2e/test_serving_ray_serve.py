@@ -99,8 +99,12 @@ def test_ray_serve_carries_the_same_app() -> None:
     run_serve(config, host="127.0.0.1", port=port, wait=lambda: check(f"http://127.0.0.1:{port}"))
 
 
-def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_serves_until_a_signal_and_ends_what_runs(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
     port = free_port()
+    url = f"http://127.0.0.1:{port}"
     file = tmp_path / "one.yaml"
     file.write_text(
         "workers: 1\nworker: {device: cpu, cache_tokens: 4096}\n"
@@ -110,13 +114,20 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
-            wait_until_up(f"http://127.0.0.1:{port}", process)
-            check(f"http://127.0.0.1:{port}")
-            process.send_signal(signal.SIGINT)
+            wait_until_up(url, process)
+            if number == signal.SIGINT:
+                check(url)
+            body = {"model": DEFAULT_MODEL, "max_tokens": 40, "temperature": 0, "stream": True}
+            body["messages"] = [{"role": "user", "content": "Count from one to a hundred: one, two, "}]
+            with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=60.0) as running:
+                lines = running.iter_lines()
+                next(lines)
+                process.send_signal(number)
+                assert [line for line in lines if line][-1] == "data: [DONE]"
             _, told = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130, told
+    assert process.returncode == status, told
     assert "serving on" in told
     assert "Traceback" not in told
 

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -32,8 +33,7 @@ class Held:
 
     def __init__(self) -> None:
         me = psutil.Process()
-        started = [child for child in me.children(recursive=True) if child.cmdline()]
-        workers = [child for child in started if child.cmdline()[0].startswith("ray::")]
+        workers = [child for child in me.children(recursive=True) if is_actor(child)]
         self.workers = sorted(worker.pid for worker in workers)
         self.descriptors = {p.pid: p.num_fds() for p in (me, *workers)}
         self.threads = {p.pid: p.num_threads() for p in (me, *workers)}
@@ -54,6 +54,14 @@ class Held:
         if self.python_threads > before.python_threads + SLACK:
             grown["python threads"] = (before.python_threads, self.python_threads)
         return grown
+
+
+def is_actor(process: psutil.Process) -> bool:
+    """Whether a process is one of Ray's that have an actor; idle ones come and go."""
+    with suppress(psutil.Error):
+        name = process.cmdline()[:1]
+        return bool(name) and name[0].startswith("ray::") and "IDLE" not in name[0]
+    return False
 
 
 async def request(live: Live, number: int, end: str, chance: random.Random) -> str:
