@@ -24,7 +24,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-fast lint format clean
+.PHONY: docs help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-fast lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -107,6 +107,9 @@ test-fast: $(STAMP) ## tests without Ray, without the real model
 format: $(STAMP) ## rewrite the code in the house style
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+docs: $(STAMP) ## the documentation as a site -> build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove what the tools leave behind; keeps .venv and the converted model
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache runs

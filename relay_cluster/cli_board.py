@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import webbrowser
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -56,7 +57,8 @@ def dashboard(
         console.output().print(Text(f"live page of {client.url}: {server.url}"), soft_wrap=True)
         if open_page:
             webbrowser.open(server.url)
-        server.serve_forever(poll_interval=0.2)
+        with suppress(KeyboardInterrupt):  # how it is meant to end
+            server.serve_forever(poll_interval=0.2)
 
 
 @command
@@ -81,4 +83,5 @@ def top(
             screen = console.output()
             screen.print(show(found, width=screen.width))
         return
-    watch(client, console.output(), every_s=every_s)
+    with suppress(KeyboardInterrupt):
+        watch(client, console.output(), every_s=every_s)

@@ -13,6 +13,7 @@ from relay_cluster import console
 from relay_cluster.cli_common import DebugOption, command, examples
 from relay_cluster.config import ClusterConfig
 from relay_cluster.serving.tenants import load_tenants
+from relay_cluster.tracing import make_tracing
 from transport.errors import ConfigError
 
 EPILOG = examples(
@@ -54,6 +55,7 @@ def serve(
     config = ClusterConfig.load(cluster) if cluster else ClusterConfig()
     _check_installed()
     load_tenants(config.serve, host)  # before anything is started
+    make_tracing(config.telemetry).close()  # likewise
     if config.ray.address is None:
         from workers.model import describe, resolve
 

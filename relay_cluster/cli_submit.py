@@ -33,46 +33,53 @@ class OnInterrupt(StrEnum):
     STOP = "stop"
 
 
+_Pipeline = Annotated[
+    Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline to run.", show_default=False)
+]
+_RunOptions = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- OPTIONS]", help="Options of `relay run`.", show_default=False),
+]
+_Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address", metavar="URL", help="Ray's dashboard; default: as for `ray job submit`, or port 8265."
+    ),
+]
+_Cluster = Annotated[
+    Path | None,
+    typer.Option("--cluster", metavar="FILE", help="Cluster file of the run; one that is up is used."),
+]
+_WorkingDir = Annotated[
+    Path, typer.Option("--working-dir", metavar="FOLDER", help="What the job gets, but for .gitignore's.")
+]
+_RuntimeEnv = Annotated[
+    Path | None,
+    typer.Option("--runtime-env", metavar="FILE", help="Ray's runtime environment, YAML or JSON."),
+]
+_Env = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="NAME=VALUE", help="A variable of the job; several times."),
+]
+_Id = Annotated[
+    str | None, typer.Option("--submission-id", metavar="ID", help="Id of the job; default: Ray's choice.")
+]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Follow its logs until it ends.")]
+_OnInterrupt = Annotated[OnInterrupt, typer.Option("--on-interrupt", help="What Ctrl-C does to the job.")]
+
+
 @command
 def submit(
-    pipeline: Annotated[
-        Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline to run.", show_default=False)
-    ],
-    run_options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- OPTIONS]", help="Options of `relay run`.", show_default=False),
-    ] = None,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            "--address",
-            metavar="URL",
-            help="Ray's dashboard; default: as for `ray job submit`, or port 8265.",
-        ),
-    ] = None,
-    cluster: Annotated[
-        Path | None,
-        typer.Option("--cluster", metavar="FILE", help="Cluster file of the run; one that is up is used."),
-    ] = None,
-    working_dir: Annotated[
-        Path, typer.Option("--working-dir", metavar="FOLDER", help="What the job gets, but for .gitignore's.")
-    ] = Path(),
-    runtime_env: Annotated[
-        Path | None,
-        typer.Option("--runtime-env", metavar="FILE", help="Ray's runtime environment, YAML or JSON."),
-    ] = None,
-    env: Annotated[
-        list[str] | None,
-        typer.Option("--env", metavar="NAME=VALUE", help="A variable of the job; several times."),
-    ] = None,
-    submission_id: Annotated[
-        str | None,
-        typer.Option("--submission-id", metavar="ID", help="Id of the job; default: Ray's choice."),
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow its logs until it ends.")] = True,
-    on_interrupt: Annotated[
-        OnInterrupt, typer.Option("--on-interrupt", help="What Ctrl-C does to the job.")
-    ] = OnInterrupt.LEAVE,
+    pipeline: _Pipeline,
+    run_options: _RunOptions = None,
+    address: _Address = None,
+    cluster: _Cluster = None,
+    working_dir: _WorkingDir = Path(),
+    runtime_env: _RuntimeEnv = None,
+    env: _Env = None,
+    submission_id: _Id = None,
+    wait: _Wait = True,
+    on_interrupt: _OnInterrupt = OnInterrupt.LEAVE,
     json_file: JsonOption = None,
     debug: DebugOption = False,
 ) -> None:

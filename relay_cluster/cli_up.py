@@ -7,10 +7,13 @@ Exit status of `status`: 0 healthy, 3 down, 4 degraded.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
+import psutil
 import typer
 from rich import box
 from rich.table import Table
@@ -75,20 +78,34 @@ def up(
 ) -> None:
     """Bring a cluster up that stays: Ray (where the file names none), directory and workers. Again: repair
     what is missing, and say in what it differs from the file."""
-    begin = time.monotonic()
     config = ClusterConfig.load(cluster) if cluster else ClusterConfig()
     _fetch_model(config)
     with StepProgress(f'cluster "{config.name}"') as progress:
         from relay_cluster import lifecycle
 
-        done = lifecycle.up(
-            config,
-            file=cluster,
-            restart=restart,
-            drain_timeout_s=_patience(config, drain_timeout_s),
-            tell=progress,
+        with _half_done():
+            done = lifecycle.up(
+                config,
+                file=cluster,
+                restart=restart,
+                drain_timeout_s=_patience(config, drain_timeout_s),
+                tell=progress,
+            )
+    # Since the command was started: what its user has waited for.
+    _report(done, cluster, time.time() - psutil.Process().create_time(), json_file)
+
+
+@contextmanager
+def _half_done() -> Iterator[None]:
+    """Ctrl-C stops this command, not the cluster."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.show_error(
+            "interrupted: what was up before may be half done. `relay status` shows it, `relay up` completes "
+            "it, `relay down` ends it."
         )
-    _report(done, cluster, time.monotonic() - begin, json_file)
+        raise typer.Exit(130) from None
 
 
 def _patience(config: ClusterConfig, drain_timeout_s: float | None) -> float:
@@ -215,7 +232,8 @@ def down(
     with StepProgress(f'cluster "{config.name}"') as progress:
         from relay_cluster import lifecycle
 
-        ended = lifecycle.down(config, drain_timeout_s=_patience(config, drain_timeout_s), tell=progress)
+        with _half_done():
+            ended = lifecycle.down(config, drain_timeout_s=_patience(config, drain_timeout_s), tell=progress)
     if json_file:
         write_json({"name": config.name, "ended": ended}, json_file)
     if not json_file or str(json_file) != "-":

@@ -148,6 +148,8 @@ def _worker(out: Samples, stats: Mapping[str, Any], at: Sequence[str]) -> None:
     out.put("relay_worker_anchor_bytes", stats["anchor_bytes"], *at)
     out.put("relay_engine_passes_total", stats["weight_passes"], *at)
     out.put("relay_engine_rows_total", stats["rows"], *at)
+    ahead = {what: stats[f"prepared_tokens_{what}"] for what in ("used", "wasted")}
+    out.put_all("relay_prepared_tokens_total", ahead, *at)
     moved: Mapping[str, float] = stats["transport"]
     pulls = {name.removeprefix("pulls."): n for name, n in moved.items() if name.startswith("pulls.")}
     out.put_all("relay_transport_pulls_total", pulls, *at)

@@ -162,7 +162,7 @@ def _reuse() -> list[dict[str, Any]]:
         panel(
             "5 Prompt tokens by source",
             [Query(rate("relay_prompt_tokens_total", "source"), "{{source}}", "short")],
-            about="Tokens per second: relayed, from the exact prefix cache, computed.",
+            about="Tokens per second: relayed, from the exact prefix cache, prepared ahead, computed.",
             stacked=True,
         ),
         panel(
@@ -360,6 +360,7 @@ def _variables() -> list[dict[str, Any]]:
             "label": name.capitalize(),
             "type": "query",
             "datasource": SOURCE,
+            "definition": f"label_values({_TTFT}_count, {name})",
             "query": {"query": f"label_values({_TTFT}_count, {name})", "refId": name},
             "refresh": 2,
             "multi": True,

@@ -145,7 +145,7 @@ def settled(config: ClusterConfig) -> RaySettings:
     if config.ray.address is not None:
         return config.ray
     record = load(config.name)
-    if record is None or (record.head is not None and not is_alive(record.head)):
+    if record is None or record.head is None or not is_alive(record.head):
         return config.ray
     return replace(config.ray, address=record.address, namespace=record.namespace, auth=record.auth)
 

@@ -191,7 +191,7 @@ def _look(config: ClusterConfig, record: Record | None, *, compare: bool) -> Sta
         return Status(config.name, address, "down", (why,), head, nodes)
     size = standing.group_size(config.name) or len(found.workers)
     seen = standing.look(config.name, standing.numbered(size), timeout_s=_LOOK_S)
-    shards = _shards(found.shards)
+    shards = _shards(tuple(found.shards))
     different = standing.differences(config, [s.spec for s in seen if s.spec]) if compare else ()
     why = [
         f"worker {s.worker} is {s.state}{': ' if s.fault else ''}{s.fault}" for s in seen if s.state != "up"

@@ -131,7 +131,8 @@ TABLE: Final = (
            "Requests started again since their worker had died or was frozen."),
 
     Metric("relay_prompt_tokens_total", C, _REUSE, "tokens",
-           "Prompt tokens by where their KV came from: relayed, prefix (exact local cache), or computed.",
+           "Prompt tokens by where their KV came from: relayed, prefix (exact local cache), prepared (while "
+           "upstream agents still wrote), or computed.",
            (*_EDGE, "source")),
     Metric("relay_entries_total", C, _REUSE, "(token, layer) entries",
            "Entries of prompts: fresh (of tokens that no segment covers), recomputed or reused (of "
@@ -215,6 +216,8 @@ TABLE: Final = (
     Metric("relay_worker_anchor_bytes", G, _WORKERS, "bytes", "The anchor pool of kvcomm.", _AT),
     Metric("relay_engine_passes_total", C, _WORKERS, "passes", "Passes over the weights.", _AT),
     Metric("relay_engine_rows_total", C, _WORKERS, "rows", "Rows of these passes, of all requests.", _AT),
+    Metric("relay_prepared_tokens_total", C, _WORKERS, "tokens",
+           "Tokens computed before their request came: used, or wasted.", (*_AT, "outcome")),
     Metric("relay_transport_pulls_total", C, _WORKERS, "pulls",
            "Pulls by backend, at the reader.", (*_AT, "backend")),
     Metric("relay_transport_downgrades_total", C, _WORKERS, "pulls",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from relay_cluster.executor import Turn
 from relay_cluster.gate import Check, Edge, EdgeState
 from relay_cluster.recording import Recorder
 from relay_cluster.tracing import Tracing
+from relay_cluster.turns import Turn
 
 
 class RunObserver:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ class Poll:
 
     Args:
         workers: asked at each poll, since workers come and go.
-        shards: of the directory, by name.
+        shards: names of the directory's, or actor handles by name.
         settings: of the directory.
         timeout_s: what a poll may take.
     """
@@ -46,7 +46,7 @@ class Poll:
     def __init__(
         self,
         workers: Workers,
-        shards: Mapping[str, Any],
+        shards: Mapping[str, Any] | Sequence[str],
         settings: DirectorySettings,
         *,
         timeout_s: float = POLL_TIMEOUT_S,

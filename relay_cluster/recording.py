@@ -168,7 +168,8 @@ class Recorder:
         model = place[0]
         for source, tokens in (
             ("relayed", reply.relayed_tokens),
-            ("prefix", reply.prefix_tokens),
+            ("prefix", reply.prefix_tokens - reply.prepared_tokens),
+            ("prepared", reply.prepared_tokens),
             ("computed", reply.fresh_tokens - reply.prefix_tokens),
         ):
             self.counter("relay_prompt_tokens_total", *place, source).inc(tokens)

@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Final, Literal
 
@@ -60,13 +61,17 @@ def directory_prefix(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The actors of a standing cluster. workers: in the order of their numbers. directory: prefix of the
-    shards' names."""
+    """The actors of a standing cluster.
+
+    Attributes:
+        workers: in the order of their numbers.
+        directory: prefix of the shards' names. shards: name -> handle.
+    """
 
     name: str
     workers: tuple[WorkerId, ...]
     directory: str
-    shards: tuple[str, ...]
+    shards: dict[str, Any]
 
 
 def find(name: str) -> Found | None:
@@ -75,9 +80,12 @@ def find(name: str) -> Found | None:
     matches = (pattern.fullmatch(str(actor)) for actor in ray.util.list_named_actors())
     workers = sorted((int(m[2]), WorkerId(m[1])) for m in matches if m)
     prefix = directory_prefix(name)
-    shards = find_names().get(prefix, ())
     if not workers:
         return None
+    shards: dict[str, Any] = {}
+    for shard in find_names().get(prefix, ()):
+        with suppress(ValueError):  # it has ended since
+            shards[shard] = ray.get_actor(shard)
     return Found(name, tuple(w for _, w in workers), prefix, shards)
 
 

@@ -176,6 +176,7 @@ def test_grafana_is_provisioned_from_files() -> None:
     folder = ROOT / "configs" / "grafana" / "provisioning"
     (source,) = yaml.safe_load((folder / "datasources" / "relay.yml").read_text("utf-8"))["datasources"]
     assert (source["type"], source["isDefault"]) == ("prometheus", True)
+    assert source["url"] == "${PROMETHEUS_URL}", "Grafana knows no ${NAME:-default}"
     (provider,) = yaml.safe_load((folder / "dashboards" / "relay.yml").read_text("utf-8"))["providers"]
     assert provider["options"]["path"] == "/var/lib/grafana/dashboards"
 

@@ -281,7 +281,8 @@ class Worker:
     @ray.method(concurrency_group=AHEAD)
     def prepare_ahead(self, draft: Draft) -> int:
         """See AgentWorker.prepare_ahead."""
-        return self._agent.prepare_ahead(draft)
+        with self._calls.one():
+            return self._agent.prepare_ahead(draft)
 
     @ray.method(concurrency_group=CONTROL)
     def cancel(self, request_id: str) -> bool:

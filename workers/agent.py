@@ -10,29 +10,28 @@ Decisions live elsewhere: spans in `segment.py`, room in `admission.py`, pulls a
 
 from __future__ import annotations
 
-import functools
 import logging
-import queue
 import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from transport.errors import CacheFull, DeadlineExceeded, RelayError
+from transport.errors import CacheFull, RelayError
 from transport.types import NodeId, WorkerId
 from workers.admission import Admission, Arrival
 from workers.anchoring import Anchoring, template_contexts
+from workers.answers import Answers, OnToken
 from workers.break_even import Speeds
 from workers.compare import compare_methods
 from workers.engine import Engine
 from workers.heal import Heal, chunk_rows
 from workers.kv_cache import CachePool
 from workers.loading import Loading, prefill_model
-from workers.messages import Comparison, Draft, Reply, Request, ShadowCheck, Token, TokenScore
+from workers.messages import Comparison, Draft, Reply, Request, ShadowCheck
 from workers.methods import parse_reuse
 from workers.methods.base import HealMode, ModelProfile, Span
 from workers.methods.kvcomm import KVComm
@@ -42,21 +41,19 @@ from workers.preparing import Preparing
 from workers.publishing import Publishing, input_masses
 from workers.pulled import SegmentLost
 from workers.sampling import Sampler
-from workers.scheduler import Event, FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent, decoded_mass
-from workers.segment import Prompt, PromptBuilder, PromptTemplate, special_token_ids, splice, stop_token_ids
+from workers.scheduler import Sequence, StepLoop, decoded_mass
+from workers.segment import Prompt, PromptBuilder, PromptTemplate, special_token_ids, stop_token_ids
 from workers.settings import WorkerSettings
 from workers.shadow import Evidence, EvidenceBox, judge, relayed_positions
-from workers.stopping import StopText, tokens_before
 from workers.store import SegmentStore
 from workers.tokens import TokenStream
-from workers.turn import Scored, Turn, build_reply, build_scored
+from workers.turn import Scored, Turn, build_scored
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OnToken = Callable[[Token], None]
 
-_SETTLE_S = 1.0
+
 _MOST_EVIDENCE = 16
 """Answered requests that can wait for a shadow check."""
 _MOST_TEMPLATES = 256
@@ -132,6 +129,17 @@ class AgentWorker:
             on_engine=self.on_engine,
         )
         self._evidence = EvidenceBox(_MOST_EVIDENCE, settings.shadow_bytes)
+        self._answers = Answers(
+            worker,
+            node,
+            loaded,
+            self._publishing,
+            self._evidence,
+            self.speeds,
+            stop_ids=self._stop_ids,
+            special_ids=self._special_ids,
+            keep_evidence_s=settings.request_timeout_s,
+        )
         self._preparing = Preparing(
             self._admission, self.prefixes, self._prefill, timeout_s=settings.request_timeout_s
         )
@@ -154,7 +162,7 @@ class AgentWorker:
             self._loading.load(turn, pipelined=True)
             while True:
                 try:
-                    return self._answer(turn, self._start(turn), on_token)
+                    return self._answers.answer(turn, self._start(turn), on_token)
                 except SegmentLost:  # before the first token; each time a segment less
                     self._loading.load_again(turn)
         finally:
@@ -178,7 +186,7 @@ class AgentWorker:
                 self._loading.load(turn)
             with self._loop.held():
                 sequences = [self._start(turn) for turn in turns]
-            return [self._answer(t, s, None) for t, s in zip(turns, sequences, strict=True)]
+            return [self._answers.answer(t, s, None) for t, s in zip(turns, sequences, strict=True)]
 
     def shadow(
         self, request: Request, answer: tuple[int, ...], *, timeout_s: float, probe: str | None = None
@@ -214,7 +222,7 @@ class AgentWorker:
         try:
             self._loading.load(turn)
             sequence = self._submit(turn, None, 0, forced=answer[: count - 1], background=True)
-            self._wait(turn, sequence)
+            self._answers.wait(turn, sequence)
             if probe is not None:
                 return self.on_engine(lambda: judge(sequence.scored, kept.logits, (), (), probe))
             return self.on_engine(
@@ -239,7 +247,7 @@ class AgentWorker:
         try:
             self._loading.load(turn)
             sequence = self._submit(turn, None, 0, forced=answer)
-            self._wait(turn, sequence)
+            self._answers.wait(turn, sequence)
             turn.clock.first_token = turn.clock.last_token = sequence.first_logits_at
             if request.publish:
                 self._publishing.remember(turn)
@@ -247,7 +255,7 @@ class AgentWorker:
             stream = TokenStream(self.loaded.tokenizer)
             text = "".join(stream.push(i) for i in answer if i not in self._stop_ids) + stream.finish()
             reason = "stop" if answer[-1] in self._stop_ids else "length"
-            return self._reply(turn, sequence, text, reason)
+            return self._answers.reply(turn, sequence, text, reason)
         finally:
             self._end(turn)
 
@@ -258,7 +266,7 @@ class AgentWorker:
         try:
             self._loading.load(turn)
             sequence = self._submit(turn, None, 0, forced=continuation)
-            self._wait(turn, sequence)
+            self._answers.wait(turn, sequence)
             if request.publish:
                 self._publishing.learn_anchors(turn)
             return build_scored(turn, sequence)
@@ -299,7 +307,7 @@ class AgentWorker:
         (turn,) = self._admission.admit([Arrival(request, parse_reuse(request.method), whole, 0)])
         try:
             self._loading.load(turn)
-            self._wait(turn, self._submit(turn, None, 0))
+            self._answers.wait(turn, self._submit(turn, None, 0))
             self.on_engine(lambda: self.prefixes.store(ids, turn.cache))
             return len(ids)
         finally:
@@ -474,120 +482,13 @@ class AgentWorker:
         self.store.release_leases(turn.acquired)
         return sequence
 
-    def _events(self, turn: Turn, sequence: Sequence) -> Iterator[Event]:
-        """The sequence's events; a failure is raised here, in the caller's thread."""
-        while True:
-            try:
-                # The loop ends the sequence at its deadline, after the step that runs then.
-                event = sequence.events.get(timeout=turn.remaining_s + 60)
-            except queue.Empty:
-                raise DeadlineExceeded(
-                    f"request {turn.request.id}: the engine has been silent since its deadline."
-                ) from None
-            if isinstance(event, FailedEvent):
-                if isinstance(event.error, RelayError):
-                    raise event.error
-                what = f"request {turn.request.id} failed in a step: {event.error!r}"
-                raise RelayError(what) from event.error
-            yield event
-            if isinstance(event, FinishedEvent):
-                return
-
     def _start(self, turn: Turn) -> Sequence:
         """Submit a turn that decodes."""
         sampling = turn.request.sampling
         sampler = Sampler(sampling, withheld=self._stop_ids | self._special_ids)
         return self._submit(turn, sampler, sampling.max_new_tokens)
 
-    def _answer(self, turn: Turn, sequence: Sequence, on_token: OnToken | None) -> Reply:
-        text, reason = self._decode(turn, sequence, on_token)
-        return self._reply(turn, sequence, text, reason)
-
-    def _reply(self, turn: Turn, sequence: Sequence, text: str, reason: str) -> Reply:
-        # The last pull may have yet to say how it ended: its bytes came before the first token.
-        turn.acquired.settle(timeout_s=_SETTLE_S)
-        output = splice(
-            tuple(sequence.tokens),
-            stop_ids=self._stop_ids,
-            special_ids=self._special_ids,
-            tokenizer=self.loaded.tokenizer,
-            finish_reason=reason,
-        )
-        if turn.request.publish:
-            self._publishing.answer(turn, output)
-        if sequence.evidence is not None:
-            self._evidence.put(
-                turn.request.id,
-                sequence.evidence,
-                now=time.monotonic(),
-                keep_s=self.settings.request_timeout_s,
-            )
-        return build_reply(
-            turn,
-            worker=self.worker,
-            node=self.node,
-            model=self.loaded.name,
-            text=text,
-            reason=reason,
-            output=output,
-            output_text=self._spelt(output.token_ids or ()),
-            kv_text=self._spelt((output.token_ids or ())[: output.kv_tokens]),
-            speeds=self.speeds,
-        )
-
-    def _spelt(self, ids: Iterable[int]) -> str:
-        return self.loaded.tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
     def _prefill(self, turn: Turn) -> None:
         """Compute the turn's prompt while nobody else wants the engine."""
         self._loading.load(turn)
-        self._wait(turn, self._submit(turn, None, 0, background=True))
-
-    def _wait(self, turn: Turn, sequence: Sequence) -> None:
-        """Until the sequence has ended."""
-        for event in self._events(turn, sequence):
-            if isinstance(event, FinishedEvent):
-                return
-
-    def _decode(self, turn: Turn, sequence: Sequence, on_token: OnToken | None) -> tuple[str, str]:
-        stream = TokenStream(self.loaded.tokenizer)
-        answer = StopText(turn.request.sampling.stop)
-        kept = 0
-        reason = ""
-        for event in self._events(turn, sequence):
-            if isinstance(event, FinishedEvent):
-                reason = event.reason
-                break
-            assert isinstance(event, TokenEvent)  # failures are raised in _events
-            if answer.found:
-                continue  # drawn before the engine knew
-            piece = answer.push("" if event.token in self._stop_ids else stream.push(event.token))
-            if on_token is not None:
-                on_token(self._token(event, piece))
-            turn.clock.last_token = event.at
-            kept += 1
-            if answer.found:
-                sequence.enough.set()
-            if event.first:
-                turn.clock.first_token = event.at
-                if turn.request.publish:
-                    self._publishing.remember(turn)
-        if not answer.found:
-            answer.push(stream.finish())
-        if answer.found:  # only what comes before the stop text is the answer, and is published
-            decode = functools.partial(
-                self.loaded.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            del sequence.tokens[tokens_before(sequence.tokens, answer.text, decode, kept - 1) :]
-            reason = "stop"
-        return answer.text, reason
-
-    def _token(self, event: TokenEvent, piece: str) -> Token:
-        if event.scores is None:
-            return Token(event.token, piece)
-        own, best = event.scores
-        alone = self.loaded.tokenizer.decode
-        top = tuple(TokenScore(alone([i]), logprob) for i, logprob in best)
-        return Token(event.token, piece, TokenScore(alone([event.token]), own), top)
+        self._answers.wait(turn, self._submit(turn, None, 0, background=True))

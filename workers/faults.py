@@ -28,7 +28,7 @@ class FaultFacts:
     Attributes:
         events: of its faults since they were last cleared.
         used_blocks, quarantined_blocks: of its arena.
-        held_blocks: of the segments that it holds; at rest the used ones, and no others.
+        held_blocks: of the segments that it holds in the arena; at rest the used ones, and no others.
     """
 
     events: tuple[FaultEvent, ...]
@@ -71,7 +71,7 @@ def fault_facts(faults: Faults | None, store: SegmentStore, arena: Arena) -> Fau
     require_test_mode("fault_facts")
     assert faults is not None  # there is one in test mode
     stats = arena.stats()
-    held = sum(len(segment.blocks) for segment in store.segments())
+    held = sum(len(segment.blocks) for segment in store.segments() if not segment.spilled)
     return FaultFacts(faults.events(), stats.used, stats.quarantined, held)
 
 

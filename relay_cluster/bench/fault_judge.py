@@ -85,7 +85,11 @@ def judge(
     failed = _failed_pulls(events)
     spec = trial.kind.spec
     if spec is None:
-        seen.hit = acted_at is not None
+        # What a reader is to miss must have been there: an answer may be too short to be published.
+        there = not trial.kind.pull_fails or any(
+            p.slot is None for r in replies if r.agent == trial.upstream for p in r.published
+        )
+        seen.hit = acted_at is not None and there
     elif trial.kind.name == "reuse":
         seen.hit = bool(failed)
     else:

@@ -21,9 +21,9 @@ from starlette.types import Receive, Scope, Send
 
 from relay_cluster.serving.board import Board, Picture, no_picture
 from relay_cluster.serving.errors import ApiError, api_error
+from relay_cluster.serving.following import followed
 from relay_cluster.serving.openapi import describe
 from relay_cluster.serving.recent import Recent
-from relay_cluster.serving.recording import recorded
 from relay_cluster.serving.replies import DONE, ChatForm, Form, TextForm, broken, event
 from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest, parse
 from relay_cluster.serving.service import Ask, Finished, Service, random_seed, raw_text
@@ -112,6 +112,7 @@ class _Routes:
         self._service = service
         self._tenants = tenants
         self._healthy = healthy
+        self._scraping = asyncio.Lock()
         self._recent = Recent(service.settings.recent_requests, service.models)
         self.board = Board(self._recent, service, picture, self._tenant)
 
@@ -144,8 +145,9 @@ class _Routes:
 
     async def metrics(self) -> Response:
         """For Prometheus."""
-        self._service.observe()
-        text = await asyncio.to_thread(self._service.metrics.text)  # asks the workers
+        async with self._scraping:  # it asks the workers: one thread at a time is enough for that
+            self._service.observe()
+            text = await asyncio.to_thread(self._service.metrics.text)
         return PlainTextResponse(text, media_type=CONTENT_TYPE_LATEST)
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -258,7 +260,7 @@ class _Routes:
     ) -> Response:
         request_id = uuid.uuid4().hex
         writer = form(request_id, body.model)
-        source = recorded(self._recent, request_id, ask, self._service.answer(ask))
+        source = followed(self._recent, request_id, ask, self._service.answer(ask))
         if not body.stream:
             async with aclosing(source):
                 whole = await _unless_gone(request, _whole(source, writer))

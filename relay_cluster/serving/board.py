@@ -134,7 +134,7 @@ def detail(entry: Entry, clock: float, others: list[Entry]) -> dict[str, Any]:
     at = 0.0
     bars: list[dict[str, Any]] = []
     for name, seconds in entry.hops.items():
-        bars.append({"name": name, "start_s": at, "seconds": seconds, "usual_s": usual.get(name)})
+        bars.append({"name": name, "start_s": at, "seconds": seconds, "usual_s": usual.seconds.get(name)})
         at += seconds
     return {
         **plain(entry, clock),

@@ -8,7 +8,7 @@ health checks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray import serve
@@ -17,6 +17,7 @@ from relay_cluster.cluster import Cluster
 from relay_cluster.config import ClusterConfig
 from relay_cluster.serving.app import make_app, start_workers
 from relay_cluster.serving.tenants import load_tenants
+from transport.errors import ConfigError
 
 APP_NAME = "relay"
 _MORE = 64
@@ -51,6 +52,25 @@ def deployment(config: ClusterConfig, host: str) -> Any:
         health_check_timeout_s=60,
     )
     return options(serve.ingress(build)()).bind()
+
+
+def build(args: Mapping[str, str]) -> Any:
+    """The application as `serve deploy`, `serve run` and KubeRay's RayService build it, from the
+    `import_path` and the `args` of a configuration.
+
+    Args:
+        args: "cluster": path of the cluster file; "host": on which the proxies listen (default: loopback).
+
+    Raises:
+        ConfigError: another argument, the file, or no keys where they are needed.
+    """
+    unknown = args.keys() - {"cluster", "host"}
+    if unknown or "cluster" not in args:
+        raise ConfigError(
+            f"args of the Serve application: {', '.join(sorted(args)) or 'none'} given; cluster (a file) is "
+            "needed, and host may be given."
+        )
+    return deployment(ClusterConfig.load(args["cluster"]), args.get("host", "127.0.0.1"))
 
 
 def run_serve(

@@ -7,7 +7,8 @@ prefill. Pure: entries in, sentences out.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from relay_cluster.serving.hops import BY_NAME
 from relay_cluster.serving.recent import Entry
@@ -15,6 +16,14 @@ from relay_cluster.serving.recent import Entry
 _LEAST_OTHERS = 3
 """Fewer requests of an agent than this are no measure for another one."""
 _MUCH_MORE = 1.5
+_MORE_WORK = 1.3
+_WORK: Mapping[str, tuple[Callable[[Entry], float], str]] = {
+    "pull": (lambda e: sum(p.bytes for p in e.pulls), "bytes"),
+    "rotate": (lambda e: e.relayed_tokens, "relayed tokens"),
+    "rectify": (lambda e: e.relayed_tokens, "relayed tokens"),
+    "prefill": (lambda e: e.computed_tokens, "computed tokens"),
+}
+"""What a hop's time goes up with."""
 _TELLING = 0.1
 """Share of the time to first token from which on an excess is worth a sentence."""
 
@@ -35,19 +44,36 @@ REASONS = {
 }
 
 
-def typical(entry: Entry, others: Iterable[Entry]) -> dict[str, float]:
-    """Hop -> median seconds of other answered requests of the same agent and model; empty where too few."""
+class Usual(NamedTuple):
+    """Medians of an agent's other requests.
+
+    Attributes:
+        seconds: of each hop. work: what a hop had to do, in tokens or bytes, where that can be told.
+    """
+
+    seconds: Mapping[str, float]
+    work: Mapping[str, float]
+
+
+NOTHING_USUAL = Usual({}, {})
+
+
+def typical(entry: Entry, others: Iterable[Entry]) -> Usual:
+    """Of other answered requests of the same agent and model; nothing where there are too few."""
     same = [
         o
         for o in others
         if o.id != entry.id and o.outcome == "ok" and (o.agent, o.model) == (entry.agent, entry.model)
     ]
     if len(same) < _LEAST_OTHERS:
-        return {}
-    return {name: statistics.median(o.hops.get(name, 0.0) for o in same) for name in entry.hops}
+        return NOTHING_USUAL
+    return Usual(
+        {name: statistics.median(o.hops.get(name, 0.0) for o in same) for name in entry.hops},
+        {name: statistics.median(work(o) for o in same) for name, (work, _) in _WORK.items()},
+    )
 
 
-def explain(entry: Entry, usual: dict[str, float]) -> list[str]:
+def explain(entry: Entry, usual: Usual) -> list[str]:
     """Sentences about an ended request. usual: what `typical` says."""
     if entry.outcome == "running":
         return ["It still runs: the parts of its time are known when it ends."]
@@ -98,17 +124,30 @@ def _sources(entry: Entry) -> str:
     return f"bytes from {' and '.join(names)}" if names else "bytes"
 
 
-def _excesses(entry: Entry, ttft_s: float, usual: dict[str, float]) -> Sequence[str]:
+def _excesses(entry: Entry, ttft_s: float, usual: Usual) -> Sequence[str]:
     """Parts that took much longer than they usually do for this agent."""
     found: list[tuple[float, str]] = []
-    for name, usually in usual.items():
+    for name, usually in usual.seconds.items():
         took = entry.hops[name]
         if took > _MUCH_MORE * usually and took - usually > _TELLING * ttft_s:
             hop = BY_NAME[name]
             times = f"{took / usually:.1f}x" if usually >= 1e-4 else "far more than"
             what = f"{hop.label.capitalize()} took {times} its median for this agent ({seconds(usually)})."
-            found.append((took - usually, f"{what} {hop.slow}"))
+            found.append((took - usually, f"{what} {_cause(entry, name, usual)}"))
     return [line for _, line in sorted(found, reverse=True)]
+
+
+def _cause(entry: Entry, name: str, usual: Usual) -> str:
+    """Whether the part had more to do, or was slower at it."""
+    slow = BY_NAME[name].slow
+    if name not in _WORK:
+        return slow
+    work, unit = _WORK[name]
+    had, usually = work(entry), usual.work[name]
+    if had > _MORE_WORK * usually:
+        return f"It had more to do: {had:,.0f} {unit}, usually {usually:,.0f}. {slow}"
+    busy = "the link or the owner was slow" if name == "pull" else "the worker's device was busy"
+    return f"It had no more to do than usual ({had:,.0f} {unit}), so {busy}."
 
 
 def _fallback(slot: str, tokens: int | None, reason: str, detail: str) -> str:

@@ -115,7 +115,8 @@ HOPS: tuple[Hop, ...] = (
     ),
 )
 BY_NAME: Mapping[str, Hop] = {hop.name: hop for hop in HOPS}
-_IN_WORKER = ("queue", "lookup", "lease", "pull", "rotate", "rectify", "prefill", "first_token")
+IN_WORKER = ("queue", "lookup", "lease", "pull", "rotate", "rectify", "prefill", "first_token")
+"""Those that a worker tells: StageTimes' fields."""
 
 
 def durations(
@@ -128,5 +129,5 @@ def durations(
         ttft_s: from the request's arrival at the service. queue_s, match_s: before the worker was asked.
     """
     dispatch_s = max(0.0, ttft_s - queue_s - match_s - worker_ttft_s)
-    inside = {name: float(getattr(stages, f"{name}_s")) for name in _IN_WORKER}
+    inside = {name: float(getattr(stages, f"{name}_s")) for name in IN_WORKER}
     return {"place": queue_s, "matching": match_s, "dispatch": dispatch_s, **inside}

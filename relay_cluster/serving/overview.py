@@ -1,7 +1,7 @@
 """What workers and directory shards say of themselves, without anybody waiting for those that do not answer.
 
     refresh (one at a time) -> every worker is asked for its counters, every shard for its own
-    a worker that has not answered within the deadline is "silent", and is not asked again until it has
+    a worker that leaves a question unanswered for some seconds is "silent"; it is not asked another one
 
 Readers get the last picture at once, with its age. Only this module asks Ray.
 """
@@ -27,7 +27,9 @@ from workers.actor import WorkerInfo
 log = logging.getLogger(__name__)
 
 ASK_TIMEOUT_S: Final = 1.0
-"""What a worker or a shard may take to answer before it is shown as silent."""
+"""How long a picture waits for workers."""
+SILENT_S: Final = 3.0
+"""What a worker may take to answer before it is shown as silent: one that computes on few cores is slow."""
 FRESH_S: Final = 0.8
 """A picture that is younger is not taken again."""
 _SHARDS_TIMEOUT_S: Final = 4.0
@@ -46,7 +48,7 @@ class Overview:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._thread = ThreadPoolExecutor(2, thread_name_prefix="overview")
-        self._asked: dict[WorkerId, Any] = {}
+        self._asked: dict[WorkerId, tuple[float, Any, Any]] = {}
         self._operator: DirectoryOperator | None = None
         self._workers: dict[str, dict[str, Any]] = {}
         self._shards: list[dict[str, Any]] = []
@@ -79,29 +81,35 @@ class Overview:
         try:
             self._workers = self._ask_workers()
             self._shards = shards.result(timeout=_SHARDS_TIMEOUT_S)
-        except (RelayError, RayError, TimeoutError) as error:
+            self._gates = [_gate(*row) for row in self._cluster.gate_states()]
+        except TimeoutError:
             shards.cancel()
-            log.warning("the live page's picture of the cluster is not complete: %s", error)
-        self._gates = [_gate(*row) for row in self._cluster.gate_states()]
+            log.warning("the directory's shards did not answer within %.0f s", _SHARDS_TIMEOUT_S)
+        except Exception:  # whatever Ray raises while it ends: the last picture stays
+            shards.cancel()
+            log.exception("no picture of the cluster for the live page")
         self._taken_at = time.monotonic()
 
     def _ask_workers(self) -> dict[str, dict[str, Any]]:
         infos, handles = self._cluster.workers, self._cluster.handles()
         for worker, handle in handles.items():
             if worker not in self._asked:
-                self._asked[worker] = (handle.info.remote(), handle.stats.remote())
-        calls = [call for both in self._asked.values() for call in both]
+                self._asked[worker] = (time.monotonic(), handle.info.remote(), handle.stats.remote())
+        self._asked = {worker: asked for worker, asked in self._asked.items() if worker in handles}
+        calls = [call for _, *both in self._asked.values() for call in both]
         if calls:
             ray.wait(calls, num_returns=len(calls), timeout=ASK_TIMEOUT_S)
         return {str(worker): self._told(worker, infos.get(worker)) for worker in handles}
 
     def _told(self, worker: WorkerId, before: WorkerInfo | None) -> dict[str, Any]:
-        calls = self._asked[worker]
-        if len(ray.wait(list(calls), num_returns=2, timeout=0)[0]) < 2:
-            return {**_identity(worker, before), "state": "silent", **_last(self._workers.get(worker))}
+        asked_at, *calls = self._asked[worker]
+        if len(ray.wait(calls, num_returns=2, timeout=0)[0]) < 2:
+            last = self._workers.get(worker, _identity(worker, before))
+            late = time.monotonic() - asked_at > SILENT_S and last.get("state") != "down"
+            return {**last, "state": "silent"} if late or "state" not in last else last
         del self._asked[worker]
         try:
-            info, stats = ray.get(list(calls), timeout=ASK_TIMEOUT_S)
+            info, stats = ray.get(calls, timeout=ASK_TIMEOUT_S)
         except (RayError, RelayError) as error:
             log.debug("worker %s: %s", worker, error)
             return {**_identity(worker, before), "state": "down"}
@@ -134,11 +142,6 @@ def _identity(worker: WorkerId, info: WorkerInfo | None) -> dict[str, Any]:
     }
 
 
-def _last(before: dict[str, Any] | None) -> dict[str, Any]:
-    """What a silent worker said last."""
-    return {} if before is None else {k: before[k] for k in _COUNTERS if k in before}
-
-
 def _gate(edge: Edge, asked: str, state: EdgeState) -> dict[str, Any]:
     return {
         "pipeline": edge.pipeline,
@@ -153,20 +156,6 @@ def _gate(edge: Edge, asked: str, state: EdgeState) -> dict[str, Any]:
         "recoveries": state.recoveries,
         "reason": state.reason,
     }
-
-
-_COUNTERS = (
-    "running",
-    "cache_blocks",
-    "free_cache_blocks",
-    "prefix_cache_bytes",
-    "segments",
-    "leases",
-    "pins",
-    "tiers",
-    "evictions",
-    "quarantined_blocks",
-)
 
 
 def _counters(stats: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from relay_cluster.serving.hops import durations
 from relay_cluster.serving.service import Ask, Finished, agent_name
-from relay_cluster.serving.speeds import PrefillSpeeds
 from workers.messages import Reply
 
 Outcome = Literal["running", "ok", "error", "cancelled"]
@@ -135,7 +134,6 @@ class Recent:
         self, limit: int, models: tuple[str, ...] = (), clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self.boot = secrets.token_hex(4)
-        self.speeds = PrefillSpeeds()
         self.clock = clock
         self._limit = limit
         self._models = frozenset(models)
@@ -145,14 +143,13 @@ class Recent:
 
     def begin(self, request_id: str, ask: Ask) -> Entry:
         """A request has come."""
-        pipeline, slash, _ = (ask.agent or "").rpartition("/")
         entry = Entry(
             id=request_id[:ID_DIGITS],
             tenant=ask.tenant,
             at=time.time(),
             model=ask.model if ask.model in self._models else "",
             agent=agent_name(ask),
-            pipeline=pipeline if slash else "",
+            pipeline=ask.told[0],
             begun=self.clock(),
         )
         self._running[request_id] = entry
@@ -185,8 +182,8 @@ class Recent:
         return next((entry for entry in every if entry.id == wanted), None)
 
 
-def fill(entry: Entry, done: Finished, speeds: PrefillSpeeds) -> None:
-    """Put the facts of an answered request into its entry, and learn from them what a prefill takes."""
+def fill(entry: Entry, done: Finished) -> None:
+    """Put the facts of an answered request into its entry."""
     reply = done.reply
     entry.worker, entry.node, entry.model = str(reply.worker), str(reply.node), reply.model
     entry.agent = reply.agent
@@ -208,8 +205,7 @@ def fill(entry: Entry, done: Finished, speeds: PrefillSpeeds) -> None:
     entry.log_id = reply.request_id
     entry.retries = _tries(reply.request_id)
     entry.spans, entry.pulls = _spans(done), _pulls(reply)
-    speeds.observe(reply)
-    entry.full_ttft_s, entry.basis = _full(entry, speeds.full_prefill_s(reply))
+    entry.full_ttft_s, entry.basis = _full(entry, done)
 
 
 def _tries(request_id: str) -> int:
@@ -218,16 +214,14 @@ def _tries(request_id: str) -> int:
     return int(last) if request_id.count("-") > 1 and last.isdigit() else 0
 
 
-def _full(entry: Entry, compute_s: float | None) -> tuple[float | None, str]:
-    """Time to first token of the same request with full prefill: the same waits, other work."""
-    if entry.ttft_s is None:
-        return None, ""
+def _full(entry: Entry, done: Finished) -> tuple[float, str] | tuple[None, str]:
+    """Time to first token of the same request with full prefill: the worker's prediction, and the same waits
+    before it."""
     if not entry.relayed_tokens and not entry.prefix_tokens:
-        return entry.ttft_s, "measured"
-    if compute_s is None:
+        return done.ttft_s, "measured"
+    if done.reply.full_prefill_s is None:
         return None, ""
-    same = ("place", "dispatch", "queue", "first_token")
-    return compute_s + sum(entry.hops[name] for name in same), "predicted"
+    return done.reply.full_prefill_s + done.queue_s + entry.hops["dispatch"], "predicted"
 
 
 def _pulls(reply: Reply) -> tuple[Pull, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from relay_cluster import Cluster
-from relay_cluster.executor import Turn, agent_report
+from relay_cluster.turns import Turn, agent_report
 from tests.e2e.conftest import PIPELINE, QUESTION, environment, small_cluster
 from transport.types import WorkerId
 from workers.messages import Request

@@ -8,12 +8,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import small_cluster
 from tests.e2e.serving.bad_requests import check_bad_requests
@@ -53,8 +56,10 @@ def check(url: str) -> None:
         {"role": "system", "content": "You judge."},
         {"role": "user", "content": f"He said:\n{text}\nWhy?"},
     ]
-    judged = client.chat.completions.create(**ask, messages=chat)
+    judged = client.chat.completions.create(**ask, messages=chat, extra_body={"relay": {"agent": "judge"}})
     assert [f["kind"] for f in judged.model_extra["relay"]["found"]] == ["response"]  # type: ignore[index]
+    assert 'agent_edge="- -> judge"' in httpx.get(f"{url}/metrics").text, "without keys names are shown"
+    eventually(lambda: told_up(url) == {"relay_worker_up": 1, "relay_directory_shard_up": 2})
     check_bad_requests(url, key=None)
     for stream in (True, False):
         body = {**ask, "max_tokens": 1500, "messages": chat, "stream": stream}
@@ -63,10 +68,27 @@ def check(url: str) -> None:
                 next(response.iter_lines())
         except httpx.ReadTimeout:
             pass
-        deadline = time.monotonic() + 30
-        while not settled(url) and time.monotonic() < deadline:
-            time.sleep(0.1)  # between two looks
-        assert settled(url)
+        eventually(lambda: settled(url))
+    board = httpx.get(f"{url}/relay/v1/board").json()
+    outcomes = Counter(row["outcome"] for row in board["requests"])
+    assert outcomes == {"ok": 3, "error": 1, "cancelled": 2}, "the live page tells the same"
+    assert {w["state"] for w in board["cluster"]["workers"]} == {"up"}
+    assert httpx.get(f"{url}/dashboard", follow_redirects=True).text.startswith("<!doctype html>")
+
+
+def told_up(url: str) -> dict[str, float]:
+    """How many workers and shards answered a scrape."""
+    page = httpx.get(f"{url}/metrics", timeout=30.0).text
+    families = {f.name: f for f in text_string_to_metric_families(page)}
+    names = ("relay_worker_up", "relay_directory_shard_up")
+    return {name: sum(s.value for s in families[name].samples) for name in names}
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.1)  # between two looks
+    assert true()
 
 
 def test_ray_serve_carries_the_same_app() -> None:

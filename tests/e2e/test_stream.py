@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from relay_cluster import Agent, Cluster, Pipeline
-from tests.e2e.conftest import QUESTION
+from tests.e2e.conftest import QUESTION, small_cluster
 from transport.errors import RelayError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -44,6 +45,15 @@ def assert_nothing_left(cluster: Cluster) -> None:
             return
         assert time.monotonic() < deadline, [s["preparations"] for s in stats]
         time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A thread for each worker: readers compute while writers do, and two teams on two cores wait for each
+    other at every operator."""
+    worker = {"device": "cpu", "cache_tokens": 4096, "break_even": False, "threads": 1}
+    with Cluster(small_cluster(worker=worker), agents_hint=THREE) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,7 @@ def test_an_unknown_request_is_not_found(service: str, request_id: str) -> None:
     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_tenants_never_see_each_other(keyed: str) -> None:
+def test_a_tenant_sees_its_own_requests_only(keyed: str) -> None:
     ask(keyed, "sk-red")
     assert board(keyed).status_code == board(keyed, "sk-wrong").status_code == 401
     (red,) = board(keyed, "sk-red").json()["requests"]

@@ -1,5 +1,5 @@
 """The live page in a real browser, over a service without workers: what it shows of requests that failed, of
-nothing, and of a service that goes away and comes back. (With workers: tests/e2e/test_dashboard.py.)"""
+nothing, and of a service that goes away and comes back. With workers: tests/e2e/serving/test_live_page.py."""
 
 from __future__ import annotations
 

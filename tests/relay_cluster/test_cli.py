@@ -62,12 +62,16 @@ class FakeCluster:
     calls: list[dict[str, Any]]
     failure: Exception | None = None
 
-    def __init__(self, config: Any, *, agents_hint: Any, on_event: Any, **options: Any) -> None:
+    def __init__(self, config: Any, *, agents_hint: Any, attach: bool, on_event: Any, observer: Any) -> None:
+        assert attach, "a cluster that is up is used"
         self.config = config
         on_event("cluster", "fake workers are ready")
 
     def __enter__(self) -> FakeCluster:
         return self
+
+    def poll(self) -> None:
+        """Nobody scrapes the metrics of these runs."""
 
     def __exit__(self, *error: object) -> None:
         type(self).calls.append({"closed": True})
@@ -298,6 +302,7 @@ from relay_cluster import cli
 
 class Cluster:
     def __init__(self, *args, **kwargs): pass
+    def poll(self): pass
     def __enter__(self): return self
     def __exit__(self, *error):
         print("stopping", flush=True)

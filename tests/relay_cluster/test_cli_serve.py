@@ -44,6 +44,8 @@ def test_others_than_this_machine_are_not_served_without_keys() -> None:
         ("serve: {max_waitng: 3}", "max_waiting"),
         ("serve: {default_max_tokens: 0}", "default_max_tokens"),
         ("serve: {api_keys_file: /nowhere/keys.yaml}", "/nowhere/keys.yaml"),
+        ("telemetry: {otlp_endpoint: 'somewhere:4318'}", "telemetry.otlp_endpoint"),
+        ("telemetry: {sample_ratio: 2}", "sample_ratio"),
     ],
 )
 def test_faults_of_the_file_are_told(tmp_path: Path, text: str, told: str) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from relay_cluster.executor import Executor, OnToken, RunOptions, agent_report
+from relay_cluster.executor import Executor, OnToken, RunOptions
 from relay_cluster.pipeline import Agent, Pipeline
+from relay_cluster.turns import agent_report
 from transport.errors import Cancelled, PromptTooLong, WorkerLost
 from transport.types import NodeId, WorkerId
 from workers.messages import Comparison, Reply, Request, StageTimes

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay_cluster.console import gate_table, output
-from relay_cluster.executor import Executor, OnToken, RunOptions, Turn, agent_report
+from relay_cluster.executor import Executor, OnToken, RunOptions
 from relay_cluster.gate import (
     FULL,
     WINDOW,
@@ -28,6 +28,7 @@ from relay_cluster.gate import (
 )
 from relay_cluster.pipeline import Agent, Pipeline
 from relay_cluster.report import AgentReport, RowReport
+from relay_cluster.turns import Turn, agent_report
 from tests.relay_cluster.test_executor import Recorder
 from transport.errors import ConfigError, DeadlineExceeded, PipelineError
 from transport.types import WorkerId

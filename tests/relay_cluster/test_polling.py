@@ -42,6 +42,14 @@ class Talker:
         pass
 
 
+def test_without_ray_nothing_is_started() -> None:
+    if ray.is_initialized():
+        pytest.skip("another test of this process runs Ray")
+    poll = Poll(lambda: {WorkerId("w0"): (None, info("w0"))}, {}, SETTINGS)
+    assert poll() == Facts({}, {})
+    assert not ray.is_initialized()
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, namespace="test-polling", log_to_driver=False)
@@ -76,14 +84,6 @@ def test_who_does_not_answer_is_missing(running: None) -> None:
     again = poll()
     assert again.workers[WorkerId("quick")][1] == {"calls": 2}
     assert again.workers[WorkerId("slow")][1] is None, "the open call is not answered, and no other is made"
-
-
-def test_without_ray_nothing_is_started() -> None:
-    if ray.is_initialized():
-        pytest.skip("another test of this process runs Ray")
-    poll = Poll(lambda: {WorkerId("w0"): (None, info("w0"))}, {}, SETTINGS)
-    assert poll() == Facts({}, {})
-    assert not ray.is_initialized()
 
 
 def test_a_silent_worker_and_a_silent_shard_have_nothing_but_up() -> None:

@@ -56,6 +56,7 @@ def reply(**facts: Any) -> Reply:
         "fresh_tokens": 60,
         "relayed_tokens": 40,
         "prefix_tokens": 10,
+        "prepared_tokens": 4,
         "fresh_entries": 600,
         "recomputed_entries": 100,
         "relayed_entries": 400,
@@ -97,7 +98,7 @@ def test_a_relayed_answer() -> None:
     assert value(it, "relay_full_prefill_estimate_seconds_sum", **how) == pytest.approx(0.5 + 2.5)
     for stage, seconds in {"wait": 0.4, "pull": 0.2, "prefill": 0.4, "lookup": 0.0}.items():
         assert value(it, "relay_stage_seconds_sum", model="m", stage=stage) == pytest.approx(seconds)
-    tokens = {"relayed": 40, "prefix": 10, "computed": 50}
+    tokens = {"relayed": 40, "prefix": 6, "prepared": 4, "computed": 50}
     for source, count in tokens.items():
         assert value(it, "relay_prompt_tokens_total", **PLACE, source=source) == count
     for kind, count in {"fresh": 600, "recomputed": 100, "reused": 300}.items():

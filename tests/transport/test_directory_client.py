@@ -72,6 +72,25 @@ def test_one_call_per_shard(rig: Rig) -> None:
     assert sorted(rig.calls.sent) == [("a", "lookup"), ("b", "lookup"), ("c", "lookup")]
 
 
+def test_calls_are_timed_by_operation_and_failures_counted(rig: Rig) -> None:
+    rig.client.publish(ME, ALL)
+    for _ in range(3):
+        rig.client.lookup(KEYS)
+    calls = rig.client.calls()
+    assert {name: sum(found.counts) for name, found in calls["latencies"].items()} == {
+        "publish": 1,
+        "lookup": 3,
+    }
+    assert all(found.seconds > 0 for found in calls["latencies"].values())
+    assert calls["failures"] == 0
+    rig.calls.dead.add("b")
+    rig.client.lookup(KEYS)
+    assert rig.client.calls()["failures"] == 1
+    asked = len(rig.calls.sent)
+    rig.client.calls()
+    assert len(rig.calls.sent) == asked, "nobody is asked for it"
+
+
 def test_evict_takes_the_oldest_over_all_shards(rig: Rig) -> None:
     for s in ALL[:12]:
         rig.client.publish(ME, [s])

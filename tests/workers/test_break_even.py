@@ -180,3 +180,12 @@ def test_what_this_worker_holds_itself_costs_no_pull() -> None:
     assert own.pull_s == 0
     other = replace(found, owner=replace(found.owner, worker=WorkerId("you")))
     assert estimate_relays(known, COSTS, plan, {key: other}, here=WorkerId("me"), now=1.0)[key].pull_s > 9
+
+
+def test_full_prefill_is_predicted_from_prefills_before() -> None:
+    speeds = Speeds()
+    for flops in (1e9, 2e9):
+        speeds.observe_prefill(flops, 0.1 + flops * 1e-9)
+    assert speeds.prefill_s(3e9) is None, "too few"
+    speeds.observe_prefill(4e9, 4.1)
+    assert speeds.prefill_s(3e9) == pytest.approx(3.1)

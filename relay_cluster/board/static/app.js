@@ -3,7 +3,7 @@
 import { TtftChart } from "./chart.js";
 import { detail } from "./detail.js";
 import { $, h, paint } from "./dom.js";
-import { ago } from "./format.js";
+import { ago, clock } from "./format.js";
 import { clusterMap } from "./map.js";
 import { fallbacks, gates, hopLegend, linkTable, memory, requestTable, shardTable, tiles } from "./tables.js";
 
@@ -81,9 +81,11 @@ function trouble(error) {
     $("banner").hidden = true;
     return 10 * AWAY_EVERY_MS;
   }
-  const since = state.heard ? ` since ${ago((Date.now() - state.heard) / 1000)}` : "";
-  const why = error instanceof Refused ? error.message : "nothing answers at this address";
-  tell("away", `service away${since}`, `The service is away${since}: ${why} What you see is what it said last; it is asked again every ${AWAY_EVERY_MS / 1000} s.`.replace(": nothing answers at this address ", ": nothing answers at this address. "));
+  // A clock time, not a count of seconds: screen readers would read every change of it.
+  const since = state.heard ? ` since ${clock(state.heard / 1000)}` : "";
+  const why = error instanceof Refused ? error.message : error.name === "TimeoutError" ? `no answer within ${TIMEOUT_MS / 1000} s.` : "nothing answers at this address.";
+  const kept = state.board ? " What you see is what it said last." : "";
+  tell("away", "service away", `The service is away${since}: ${why}${kept} It is asked again every ${AWAY_EVERY_MS / 1000} s.`);
   return AWAY_EVERY_MS;
 }
 

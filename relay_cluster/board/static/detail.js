@@ -40,8 +40,8 @@ function waterfall(r, labels) {
     const much = bar.usual_s !== null && bar.seconds > 1.5 * bar.usual_s && bar.seconds - bar.usual_s > 0.1 * all;
     return h("tr", { title: hop.what, "data-hop": bar.name },
       h("th", { scope: "row" }, h("i", { class: "swatch", css: { background: hopColour(bar.name) } }), hop.label),
-      h("td", { class: "lane", "aria-hidden": "true" }, h("span", { class: "bar", css: {
-        left: `${(100 * bar.start_s) / all}%`, width: `max(2px, ${(100 * bar.seconds) / all}%)`, background: hopColour(bar.name) } })),
+      h("td", { class: "lane", "aria-hidden": "true" }, h("div", {}, h("span", { class: "bar", css: {
+        left: `${(100 * bar.start_s) / all}%`, width: `max(2px, ${(100 * bar.seconds) / all}%)`, background: hopColour(bar.name) } }))),
       h("td", { class: "num", "data-seconds": bar.seconds }, seconds(bar.seconds)),
       h("td", { class: "num quiet share" }, percent(bar.seconds / all)),
       compared && h("td", { class: much ? "num much" : "num quiet" }, seconds(bar.usual_s), much && h("span", { class: "hidden" }, " (much more than usual)")));
@@ -73,7 +73,7 @@ function spans(r) {
       h("td", {}, span.kind === "response" ? "answer" : "input"),
       h("td", { class: "num" }, count(span.tokens)),
       h("td", {}, h("span", { class: `badge ${tone}`, title: span.detail || what }, span.reason ? `${label}: ${span.reason.replaceAll("_", " ")}` : label)),
-      h("td", {}, moved.length ? moved.map((p) => h("div", {}, transfer(p))) : h("span", { class: "quiet" }, "\u2013")));
+      h("td", {}, moved.length ? moved.map((p) => h("div", {}, transfer(p))) : h("span", { class: "quiet" }, span.how === "relayed" ? "no pull: this worker had it" : "\u2013")));
   });
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Spans of the prompt" }, h("table", { class: "spans" },
     h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "span"), h("th", { scope: "col" }, "is an"), h("th", { scope: "col", class: "num" }, "tokens"), h("th", { scope: "col" }, "was"), h("th", { scope: "col" }, "pull"))),

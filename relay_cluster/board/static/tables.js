@@ -46,8 +46,8 @@ function requestRow(r, most, labels, selected, onPick) {
       parts.map(([name, sec]) => h("i", { css: { "flex-grow": String(sec), background: hopColour(name) } })))),
     h("td", { class: "num" }, r.ttft_s === null ? (r.outcome === "running" ? `${seconds(r.total_s)}\u2026` : "\u2013") : seconds(r.ttft_s)),
     h("td", { class: "num extra", title: r.basis === "measured" ? "this was a full prefill" : r.full_ttft_s === null ? "too little was measured" : `about ${seconds(r.full_ttft_s)}` }, gain),
-    h("td", { class: "num extra" }, count(r.relayed_tokens)),
-    h("td", { class: "num extra" }, count(r.computed_tokens)),
+    h("td", { class: "num extra" }, count(r.prompt_tokens ? r.relayed_tokens : null)),
+    h("td", { class: "num extra" }, count(r.prompt_tokens ? r.computed_tokens : null)),
     h("td", { class: "extra" }, r.worker || "\u2013"));
 }
 

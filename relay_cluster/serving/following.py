@@ -20,7 +20,7 @@ _TOLD = (WorkerLost, DeadlineExceeded, CacheFull)
 """Errors whose words are ours alone; others may quote what a client sent."""
 
 
-async def recorded(
+async def followed(
     recent: Recent, request_id: str, ask: Ask, source: AsyncGenerator[Token | Finished, None]
 ) -> AsyncGenerator[Token | Finished, None]:
     """The items of `source`, whose request is kept in `recent`. Close it when it is left early.
@@ -34,7 +34,7 @@ async def recorded(
         async with aclosing(source):
             async for item in source:
                 if isinstance(item, Finished):
-                    _finish(entry, item, recent)
+                    _finish(entry, item)
                     recent.end(request_id, entry, "ok")
                     ended = True
                 elif entry.ttft_s is None:
@@ -51,10 +51,10 @@ async def recorded(
             recent.end(request_id, entry, "cancelled")
 
 
-def _finish(entry: Entry, done: Finished, recent: Recent) -> None:
+def _finish(entry: Entry, done: Finished) -> None:
     """A fault of the record is none of the answer."""
     try:
-        fill(entry, done, recent.speeds)
+        fill(entry, done)
     except Exception:
         log.exception("the facts of a request could not be recorded", extra={"request": entry.id})
 
