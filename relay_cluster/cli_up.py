@@ -139,6 +139,7 @@ def _report(done: Up, cluster: Path | None, seconds: float, json_file: Path | No
         "replaced": list(raised.replaced),
         "differences": [{**asdict(d), "up": str(d.up), "wanted": str(d.wanted)} for d in raised.differences],
         "seconds": round(seconds, 2),
+        "cpu_seconds": round(time.process_time(), 2),  # of this command alone, whatever else the machine does
     }
     if json_file:
         write_json(facts, json_file)
