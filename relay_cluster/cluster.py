@@ -11,89 +11,52 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import RayError
 
 from relay_cluster import standing
 from relay_cluster.config import ClusterConfig
-from relay_cluster.directory import resize
 from relay_cluster.doctor import this_machine
-from relay_cluster.executor import Executor, Observer, OnToken, RunOptions, Stream
+from relay_cluster.executor import Executor, Observer, RunOptions, Stream
 from relay_cluster.faulting import unwrapped
-from relay_cluster.following import Follower
+from relay_cluster.fleet import Fleet, Member
 from relay_cluster.gate import Edge, EdgeState, Gate, QualitySettings
 from relay_cluster.heads import settled
 from relay_cluster.joining import join
 from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities, shares
 from relay_cluster.pipeline import Pipeline
-from relay_cluster.polling import Poll
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
-from relay_cluster.router import WorkerView, place, worker_models
+from relay_cluster.router import place, worker_models
 from relay_cluster.turns import agent_report
-from relay_cluster.watching import POLL_S, Watch, WorkerFrozen, awaited
 from transport.directory.client import DirectoryClient
-from transport.directory.operate import DirectoryOperator
 from transport.directory.shard import create_shards, kill_shards
-from transport.directory.view import View
 from transport.errors import (
-    Cancelled,
     ConfigError,
     DeadlineExceeded,
     RelayError,
-    WorkerDraining,
-    WorkerLost,
 )
 from transport.types import WorkerId
-from workers.actor import WorkerInfo, WorkerSpec, remote_worker
-from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck, Token
+from workers.actor import WorkerInfo, remote_worker
 from workers.methods import parse_method
 
 log = logging.getLogger(__name__)
 
 _LINK_TIMEOUT_S: Final = 20.0
-_OTHER_ANSWERS_S: Final = 5.0
-"""How long another worker may take to say that it lives, before the next one is asked."""
-_LOOK_S: Final = 0.1
-"""Between two looks at who takes a worker's place."""
-_BEYOND_DEADLINE_S: Final = 180.0
-"""What a worker that runs may take beyond its request's deadline to say that it was missed."""
 
 OnEvent = Callable[..., None]
 
 
-class _Died(WorkerLost):
-    """The worker's process is known to be gone, and with it what it was doing."""
-
-
 def _no_event(*_: Any) -> None:
     """Nobody is watching."""
-
-
-@dataclass(slots=True)
-class _Member:
-    """A worker actor of this cluster.
-
-    Attributes:
-        lost: no agent is placed there any more. frozen: it is only lost until this call is answered.
-        follower: of a standing cluster: finds who has taken its place.
-    """
-
-    spec: WorkerSpec
-    handle: Any
-    info: WorkerInfo | None = None
-    lost: bool = False
-    frozen: Any = None
-    follower: Follower | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +69,7 @@ class Result:
         return self.report.rows[-1][agent]
 
 
-class Cluster:
+class Cluster(Fleet):
     """Workers on Ray. A context manager; leaving it ends every process that it started.
 
     Args:
@@ -126,18 +89,13 @@ class Cluster:
         on_event: OnEvent | None = None,
         observer: Observer | None = None,
     ) -> None:
-        self.config = config or ClusterConfig()
+        super().__init__(config or ClusterConfig())
         self.observer = observer
         self._hint = agents_hint
         self._attach = attach
         self.attached = False
         """Whether the workers are those of a standing cluster."""
         self._on_event = on_event or _no_event
-        self._members: dict[WorkerId, _Member] = {}
-        self._placed: dict[str, WorkerId] = {}
-        self._shards: dict[str, Any] = {}
-        self._directory: DirectoryClient | None = None
-        self._elsewhere: dict[str, WorkerId] = {}
         self._started_ray = False
         self._transport = self.config.transport
         self._wire_note = ""
@@ -146,7 +104,6 @@ class Cluster:
         self._gates: dict[tuple[str, QualitySettings], Gate] = {}
         self._id = uuid.uuid4().hex[:6]
         self._directory_prefix = f"relay-directory-{self._id}"
-        self._lock = threading.Lock()
 
     @classmethod
     def from_yaml(cls, path: str | Path, **kwargs: Any) -> Cluster:
@@ -230,7 +187,7 @@ class Cluster:
             )
         self._on_event("cluster", f'attaching to "{self.config.name}", which is up')
         for worker, spec, follower in standing.follow(found, timeout_s=self.config.runtime.frozen_timeout_s):
-            self._members[worker] = _Member(spec, follower.handle, follower.info, follower=follower)
+            self._members[worker] = Member(spec, follower.handle, follower.info, follower=follower)
         self._shards = found.shards
         self._directory_prefix = found.directory
         self._directory = DirectoryClient(self._shards, self.config.directory)
@@ -291,7 +248,7 @@ class Cluster:
             max_restarts=self.config.runtime.max_restarts,
             scheduling_strategy=place,
         )
-        self._members[worker] = _Member(spec, handle)
+        self._members[worker] = Member(spec, handle)
 
     def _await_ready(self) -> None:
         timeout_s = self.config.runtime.start_timeout_s
@@ -353,352 +310,6 @@ class Cluster:
             if not info.profile_measured:
                 lines[f"model {info.model} has no profile: the generic one is used (slower, safe)"] = None
         return tuple(lines)
-
-    # -- Workers protocol of the executor ------------------------------------------------------------------
-
-    def model_for(self, agent: str) -> str:
-        """See executor.Workers."""
-        return self._members[self._placed[agent]].spec.model
-
-    def worker_for(self, agent: str) -> WorkerId:
-        """The agent's worker, waiting for its restart where it died; else any live worker with its model.
-        Another one is taken as well when it is silent for `runtime.frozen_timeout_s`."""
-        runtime = self.config.runtime
-        self._welcome_back()
-        worker = self._placed[agent]
-        member = self._members[worker]
-        frozen = member.frozen is not None
-        patience_s = min(runtime.frozen_timeout_s, runtime.start_timeout_s)
-        if self._here(worker) and not frozen and self._answers(worker, patience_s):
-            return worker
-        member.lost = True
-        model = member.spec.model
-        for other, others in self._members.items():
-            if other == worker or others.spec.model != model or others.frozen is not None:
-                continue
-            if self._answers(other, _OTHER_ANSWERS_S):
-                self._placed[agent] = other
-                return other
-        # There is no other: it may go on, or its restart takes its time.
-        if self._answers(worker, runtime.frozen_timeout_s if frozen else runtime.start_timeout_s):
-            return worker
-        how = "frozen" if member.frozen is not None else "gone"
-        raise WorkerLost(f"worker {worker} is {how} and no other live worker hosts {model}.")
-
-    def _welcome_back(self) -> None:
-        """Place agents again on workers that were frozen and have answered since."""
-        for worker, member in self._members.items():
-            if member.frozen is not None and ray.wait([member.frozen], timeout=0)[0]:
-                log.info("worker %s goes on", worker)
-                member.lost, member.frozen = False, None
-
-    def _watch(self, worker: WorkerId) -> Watch:
-        handle = self._members[worker].handle
-        return Watch(worker, handle.info.remote, self.config.runtime.frozen_timeout_s)
-
-    def _note_frozen(self, worker: WorkerId, watch: Watch) -> None:
-        member = self._members[worker]
-        member.lost, member.frozen = True, watch.pending
-
-    def _get(self, worker: WorkerId, call: Any, timeout_s: float) -> Any:
-        """The result of a call to a worker. Raises RayError, WorkerFrozen, DeadlineExceeded."""
-        watch = self._watch(worker)
-        try:
-            return awaited(call, watch, timeout_s)
-        except WorkerFrozen:
-            self._note_frozen(worker, watch)
-            raise
-
-    def _answers(self, worker: WorkerId, timeout_s: float) -> bool:
-        """Whether the worker's process lives; a call to a restarting actor waits until it is back. One that
-        is still silent after `timeout_s` counts as frozen."""
-        deadline = time.monotonic() + timeout_s
-        member = self._members[worker]
-        while time.monotonic() < deadline:
-            if self._here(worker) is None:
-                time.sleep(_LOOK_S)  # its successor loads the model
-                continue
-            call = member.handle.info.remote()
-            if not ray.wait([call], timeout=max(0.1, deadline - time.monotonic()))[0]:
-                member.frozen = call
-                return False
-            try:
-                member.info = ray.get(call)
-            except ActorUnavailableError:
-                time.sleep(0.2)  # a restart under way
-            except RayError:
-                if member.follower is None:
-                    return False
-                member.follower.leave()
-            else:
-                member.lost, member.frozen = False, None
-                return True
-        return False
-
-    def _here(self, worker: WorkerId) -> _Member | None:
-        """The member, if it takes requests as far as is known; its successor's handle is taken over."""
-        member = self._members[worker]
-        if member.follower is not None:
-            if not member.follower.back():
-                return None
-            if member.handle is not member.follower.handle:
-                member.handle, member.info = member.follower.handle, member.follower.info
-                member.lost, member.frozen = False, None
-        return member
-
-    def _settled(self, worker: WorkerId, stop: threading.Event) -> WorkerId:
-        """The worker itself; while it is being replaced, another one of its model, or else its successor.
-
-        Raises:
-            WorkerLost: nobody takes its place. Cancelled: `stop` was set.
-        """
-        member = self._members[worker]
-        deadline = time.monotonic() + self.config.runtime.start_timeout_s
-        while True:
-            if self._here(worker) is not None:
-                return worker
-            for other, others in self._members.items():
-                if others.spec.model == member.spec.model and not others.lost and self._here(other):
-                    return other
-            if stop.wait(_LOOK_S):
-                raise Cancelled("the run has ended.")
-            gone = member.follower is not None and member.follower.gone
-            if gone or time.monotonic() > deadline:
-                raise WorkerLost(
-                    f"worker {worker} is gone, and no other live worker hosts {member.spec.model}. "
-                    "`relay up` with the cluster's file replaces it."
-                )
-
-    def _left(self, worker: WorkerId, error: WorkerLost) -> bool:
-        """Whether a request that was not begun shall go to who takes the worker's place."""
-        follower = self._members[worker].follower
-        if follower is None or not isinstance(error, (WorkerDraining, _Died)):
-            return False  # it may only be out of reach, and at work
-        follower.leave()
-        return True
-
-    def generate(
-        self,
-        worker: WorkerId,
-        request: Request,
-        on_token: OnToken,
-        stop: threading.Event | None = None,
-    ) -> tuple[Reply, float]:
-        """See executor.Workers."""
-        begin = time.perf_counter()
-        first = 0.0
-        for count, item in enumerate(self.stream(worker, request, stop), start=1):
-            if isinstance(item, Reply):
-                return item, first
-            first = first or time.perf_counter() - begin
-            on_token(count, item)
-        raise AssertionError("unreachable: a stream ends with a reply or raises")
-
-    def stream(
-        self, worker: WorkerId, request: Request, stop: threading.Event | None = None
-    ) -> Iterator[Token | Reply]:
-        """Answer a request: its tokens as they are drawn, and at last the reply.
-
-        Raises:
-            WorkerLost: the process died. Cancelled: soon after `stop` was set (the worker is not told:
-            `cancel` does that). Else what the worker raised.
-        """
-        stop = stop or threading.Event()
-        while True:
-            at = self._settled(worker, stop)
-            begun = False
-            if at != worker:
-                self._elsewhere[request.id] = at
-            try:
-                for item in self._stream(at, request, stop):
-                    begun = True
-                    yield item
-            except WorkerLost as error:
-                if begun or not self._left(at, error):
-                    raise
-                log.info("request %s goes elsewhere: %s", request.id, error)
-            else:
-                return
-            finally:
-                self._elsewhere.pop(request.id, None)
-
-    def _stream(self, worker: WorkerId, request: Request, stop: threading.Event) -> Iterator[Token | Reply]:
-        member = self._members[worker]
-        info = member.info
-        try:
-            stream = member.handle.generate.options(num_returns="streaming").remote(request)
-            for kind, item in self._items(stream, worker, stop):
-                yield item
-                if kind == "reply":
-                    return
-        except WorkerFrozen:
-            member.handle.cancel.remote(request.id)  # should it go on one day
-            raise
-        except RayError as error:
-            fault = unwrapped(error, f'agent "{request.agent}" on {worker}')
-            if isinstance(error, ActorDiedError):
-                if info is not None:
-                    self._bury(worker, info)
-                raise _Died(str(fault)) from None
-            raise fault from None
-        raise WorkerLost(f"worker {worker} ended its stream without a reply.")
-
-    def _items(self, stream: Any, worker: WorkerId, stop: threading.Event) -> Iterator[tuple[str, Any]]:
-        """The stream's items. The worker ends every request at its own deadline; a frozen one, which does
-        not, is noticed by `Watch`."""
-        deadline = time.monotonic() + self.config.worker.request_timeout_s + _BEYOND_DEADLINE_S
-        watch = self._watch(worker)
-        while True:
-            ready, _ = ray.wait([stream], timeout=POLL_S, fetch_local=False)
-            if stop.is_set():
-                raise Cancelled("the run has ended.")
-            if not ready:
-                try:
-                    watch.check()
-                except WorkerFrozen:
-                    self._note_frozen(worker, watch)
-                    raise
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded(
-                        f"worker {worker} has been silent beyond the deadline of its request "
-                        f"({self.config.worker.request_timeout_s:.0f} s, worker.request_timeout_s)."
-                    )
-                continue
-            watch.heard()
-            try:
-                ref = next(stream)
-            except StopIteration:
-                return
-            yield ray.get(ref, timeout=30.0)
-
-    def _bury(self, worker: WorkerId, info: WorkerInfo) -> None:
-        """Tell the directory of a process that died, so that nobody waits for its missing heartbeat."""
-        if self._directory is None:
-            return
-        try:
-            self._directory.drop_owner(worker, info.incarnation)
-        except RelayError as error:
-            log.warning("the directory was not told that %s died: %s", worker, error)
-
-    def is_up(self, worker: WorkerId, *, timeout_s: float) -> bool:
-        """Whether the worker's process answers; one that is being restarted is waited for."""
-        up = self._answers(worker, timeout_s)
-        follower = self._members[worker].follower
-        # While a successor is awaited, requests are to wait for it, or go elsewhere: see `_settled`.
-        coming = follower is not None and follower.away and not follower.gone
-        self._members[worker].lost = not up and not coming
-        return up
-
-    def views(self) -> tuple[WorkerView, ...]:
-        """The workers as placement sees them, in the order in which they were started."""
-        return tuple(WorkerView(w, m.spec.model, alive=not m.lost) for w, m in self._members.items())
-
-    def compare(
-        self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int
-    ) -> Comparison:
-        """See executor.Workers."""
-        call = self._members[worker].handle.compare.remote(request, reply, base_method, repeats)
-        try:
-            return self._get(worker, call, (repeats + 2) * self.config.worker.request_timeout_s)
-        except RayError as error:
-            raise unwrapped(error, f'comparison of agent "{request.agent}" on {worker}') from None
-
-    def prepare(self, worker: WorkerId, system: str | None, prompt: str) -> int:
-        """Prefill a template's fixed prefix into a worker's exact prefix cache; returns its tokens."""
-        call = self._members[worker].handle.prepare.remote(system, prompt)
-        try:
-            return self._get(worker, call, self.config.worker.request_timeout_s)
-        except RayError as error:
-            raise unwrapped(error, f"preparing a prompt on {worker}") from None
-
-    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
-        """See AgentWorker.prepare_ahead."""
-        try:
-            call = self._members[worker].handle.prepare_ahead.remote(draft)
-            return self._get(worker, call, self.config.worker.request_timeout_s)
-        except (RayError, RelayError) as error:
-            raise unwrapped(error, f"preparing {draft.request.agent} on {worker}") from None
-
-    def replay(self, worker: WorkerId, request: Request, answer: Sequence[int]) -> Reply:
-        """Publish on a worker what an answer known already would have left; see `AgentWorker.replay`."""
-        call = self._members[worker].handle.replay.remote(request, tuple(answer))
-        try:
-            return self._get(worker, call, self.config.worker.request_timeout_s + 60)
-        except RayError as error:
-            raise unwrapped(error, f'replay of agent "{request.agent}" on {worker}') from None
-
-    def distances(
-        self, worker: WorkerId, request: Request, methods: Sequence[str], *, tokens: int = 32
-    ) -> tuple[Distance, ...]:
-        """How far methods are from full prefill on one prompt; see `workers.fidelity.distances`."""
-        call = self._members[worker].handle.distances.remote(request, tuple(methods), tokens)
-        try:
-            return self._get(worker, call, (len(methods) + 2) * self.config.worker.request_timeout_s)
-        except RayError as error:
-            raise unwrapped(error, f'fidelity of agent "{request.agent}" on {worker}') from None
-
-    def shadow(
-        self,
-        worker: WorkerId,
-        request: Request,
-        answer: tuple[int, ...],
-        probe: str | None,
-        timeout_s: float,
-    ) -> ShadowCheck:
-        """See executor.Workers."""
-        call = self._members[worker].handle.shadow.remote(request, answer, timeout_s, probe)
-        try:
-            return self._get(worker, call, timeout_s + 30)
-        except RayError as error:
-            raise unwrapped(error, f'shadow check of agent "{request.agent}" on {worker}') from None
-
-    def cancel(self, worker: WorkerId, request_id: str) -> None:
-        """See executor.Workers."""
-        try:
-            at = self._elsewhere.get(request_id, worker)
-            ray.get(self._members[at].handle.cancel.remote(request_id), timeout=5.0)
-        except RayError as error:
-            raise unwrapped(error, f"cancelling on {worker}") from None
-
-    def directory_stats(self) -> dict[str, float]:
-        """Totals over the directory's shards: segments, leases, owners, bytes, shards_up."""
-        return {} if self._directory is None else self._directory.stats()
-
-    def directory_operator(self) -> DirectoryOperator:
-        """Lists, evicts and pins what the directory holds.
-
-        Raises:
-            RelayError: the cluster is not running, or no shard answers.
-        """
-        if self._directory is None:
-            raise RelayError("the cluster is not running: use it as a context manager, or call start().")
-        return DirectoryOperator.of(self._directory.fleet.shards)
-
-    def resize_directory(self, shards: int) -> View:
-        """Change the number of directory shards while requests run; see DirectoryOperator.resize."""
-        return resize(self.directory_operator(), self._directory_prefix, shards)
-
-    def stats(self) -> dict[WorkerId, dict[str, Any]]:
-        """Counters of every worker."""
-        calls = {w: m.handle.stats.remote() for w, m in self._members.items()}
-        return {w: ray.get(call, timeout=10.0) for w, call in calls.items()}
-
-    def poll(self) -> Poll:
-        """Asks workers and shards for their statistics with a deadline: for metrics. Call it when started."""
-        return Poll(
-            lambda: {w: (m.handle, m.info) for w, m in self._members.items() if m.info is not None},
-            tuple(self._shards),
-            self.config.directory,
-        )
-
-    @property
-    def workers(self) -> dict[WorkerId, WorkerInfo]:
-        """The workers that are up."""
-        return {w: m.info for w, m in self._members.items() if m.info is not None}
-
-    def handles(self) -> dict[WorkerId, Any]:
-        """The workers' actors, for those who ask them without waiting."""
-        return {w: m.handle for w, m in self._members.items()}
 
     def gate_states(self) -> list[tuple[Edge, str, EdgeState]]:
         """(edge, method asked for, state) of every gate of this cluster."""

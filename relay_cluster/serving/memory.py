@@ -25,6 +25,9 @@ Kind = Literal["response", "input"]
 
 _BETWEEN = "\U0010ffff"
 """Stands between messages while they are searched as one text; no remembered text contains it."""
+_BREAK = "\n\n"
+_EDGE_PARAGRAPHS = 2
+"""Most short paragraphs at either end of an input that are left out of it."""
 _SHARED_ROLES = frozenset({"user", "tool"})
 """Whose texts are worth publishing. (A system text opens the prompt: the exact prefix cache has it.)"""
 
@@ -194,10 +197,26 @@ class _Draft:
     def _input(self, text: str) -> str:
         if len(text) < self.min_input_chars:
             return as_template(text)
-        self.inputs.append(text)
-        return "{" + self._slot(SlotValue(text=text)) + "}"
+        start, stop = _core(text, self.min_input_chars)
+        self.inputs.append(text[start:stop])
+        slot = "{" + self._slot(SlotValue(text=text[start:stop])) + "}"
+        return as_template(text[:start]) + slot + as_template(text[stop:])
 
     def _slot(self, value: SlotValue) -> str:
         name = f"s{len(self.values)}"
         self.values[name] = value
         return name
+
+
+def _core(text: str, min_chars: int) -> tuple[int, int]:
+    """Where an input's own text stands: without short paragraphs around it, which tell an agent what to do
+    with it and are not in another agent's prompt. At least three quarters of the text."""
+    start, stop, room = 0, len(text), len(text) // 4
+    for _ in range(_EDGE_PARAGRAPHS):
+        cut = text.find(_BREAK, start, stop)
+        if cut >= 0 and cut - start < min_chars and cut + len(_BREAK) <= room:
+            start = cut + len(_BREAK)
+        cut = text.rfind(_BREAK, start, stop)
+        if cut >= 0 and stop - cut < min_chars and len(text) - cut + start <= room:
+            stop = cut
+    return start, stop

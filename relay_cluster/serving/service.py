@@ -16,7 +16,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from relay_cluster.gate import Edge
@@ -156,7 +156,7 @@ class Service:
             )
         async with self.places.place():
             entered = time.perf_counter()
-            prompt = self._rewrite(ask)
+            prompt = self._rewrite(ask, method)
             matched = time.perf_counter()
             request = self._request(ask, prompt, method)
             first = 0.0
@@ -247,7 +247,7 @@ class Service:
             raise ApiError(400, f"reuse method kvcomm: {what}", code="invalid_value", param="relay.reuse")
         return method
 
-    def _rewrite(self, ask: Ask) -> Rewritten:
+    def _rewrite(self, ask: Ask, method: str) -> Rewritten:
         if not (self._relaying and ask.relay):
             return plain(ask.texts)
         begin = time.perf_counter()
@@ -257,6 +257,10 @@ class Service:
         self.metrics.histogram("relay_matching_seconds").observe(time.perf_counter() - begin)
         for found in prompt.found:
             self.metrics.counter("relay_found_texts_total", found.kind).inc()
+        if method == "full_prefill":
+            # Nothing will be reused, so nothing need be spliced: at the seams of slots, and where an answer's
+            # own ids are not those of its text, the tokens would be others than with relay off.
+            return replace(plain(ask.texts), found=prompt.found, asked=prompt.asked)
         return prompt
 
     def _remember(self, ask: Ask, prompt: Rewritten, reply: Reply) -> str | None:

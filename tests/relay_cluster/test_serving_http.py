@@ -165,3 +165,18 @@ def test_a_second_signal_ends_at_once() -> None:
         live.signal()
         live.thread.join(DEADLINE_S)
         assert not live.thread.is_alive()
+
+
+def test_full_prefill_computes_the_tokens_of_relay_off() -> None:
+    text = "A report of what happened on that day, and why it did. " * 6
+    with running(max_waiting=4) as live:
+        live.worker.goes_on.set()
+        asks = [{}, {"relay": {"reuse": "full_prefill"}}, {"relay": {"enabled": False}}]
+        for more in asks:
+            body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
+            answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=DEADLINE_S).json()
+            assert bool(answer["relay"]["found"]) == (more == asks[1]), "what is known is told all the same"
+    relayed, full, off = live.worker.asked
+    assert relayed.values
+    assert (full.messages, full.values) == (off.messages, off.values)
+    assert not full.values

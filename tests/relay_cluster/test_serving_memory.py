@@ -126,3 +126,26 @@ def test_a_rewritten_chat_spells_the_same_texts(
     assert spelt(prompt, {segment_id(t): t for t in kept}) == [m.text for m in messages]
     assert spelt(plain(messages), {}) == [m.text for m in messages]
     assert [m.role for m in prompt.messages] == [m.role for m in messages]
+
+
+def test_a_document_is_found_by_the_second_agent_although_both_say_more() -> None:
+    from relay_cluster.serving.memory import ChatText, Memory
+
+    memory = Memory(max_texts=100, max_bytes=1 << 20, min_input_chars=128, common_chars=1 << 20)
+    document = "\n\n".join(f"Part {n}: " + "what happened on that day, and why. " * 8 for n in range(3))
+    first = memory.rewrite([ChatText("user", f"A report:\n\n{document}\n\nMake a plan in a few steps.")])
+    assert first.inputs == (document,)
+    assert [v.text for v in first.values.values()] == [document]
+    memory.keep_inputs(first)
+    second = memory.rewrite([ChatText("user", f"{document}\n\nPlan:\n\nRead it.\n\nFollow the plan.")])
+    assert [(f.kind, f.chars) for f in second.found] == [("input", len(document))]
+
+
+def test_paragraphs_that_are_much_of_a_text_stay_in_it() -> None:
+    from relay_cluster.serving.memory import ChatText, Memory
+
+    memory = Memory(max_texts=100, max_bytes=1 << 20, min_input_chars=128, common_chars=1 << 20)
+    short = "\n\n".join(f"Line {n} of a talk between two people." for n in range(5))
+    (kept,) = memory.rewrite([ChatText("user", short)]).inputs
+    assert len(kept) >= 0.75 * len(short)
+    assert kept in short
