@@ -24,7 +24,14 @@ from tests.e2e.test_serving_ray_serve import free_port, wait_until_up
 from workers.embedded import cache_root
 from workers.settings import DEFAULT_MODEL
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+# Long: a head and two workers take half a minute on two cores. Without Ray, what they rest on is tested in
+# tests/relay_cluster/test_heads.py, test_standing.py, test_following.py and tests/workers/test_draining.py.
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 
 FILE = """\
 name: standing
@@ -98,7 +105,6 @@ def test_up_is_healthy_and_a_second_one_does_nothing(standing: Standing, up: dic
     assert heads.load("another") is None
 
 
-@pytest.mark.long
 def test_runs_attach_and_leave_it_up(standing: Standing, up: dict[str, Any]) -> None:
     texts: list[str] = []
     for _ in range(2):
@@ -113,7 +119,6 @@ def test_runs_attach_and_leave_it_up(standing: Standing, up: dict[str, Any]) -> 
     assert sum(w["segments"] for w in standing.workers().values()) > 0
 
 
-@pytest.mark.long
 def test_lost_workers_and_shards_are_replaced(standing: Standing, up: dict[str, Any]) -> None:
     before = standing.workers()
     with Cluster(config_of(standing), attach=True):
@@ -131,7 +136,6 @@ def test_lost_workers_and_shards_are_replaced(standing: Standing, up: dict[str, 
     assert (told["health"], len(told["shards"])) == ("healthy", 2)
 
 
-@pytest.mark.long
 def test_in_rays_of_others_a_cluster_comes_and_goes_and_ray_stays(
     standing: Standing, up: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -157,7 +161,6 @@ def test_in_rays_of_others_a_cluster_comes_and_goes_and_ray_stays(
     assert [w["pid"] for w in after["workers"]] == [w["pid"] for w in before["workers"]]
 
 
-@pytest.mark.long
 def test_a_rolling_restart_loses_no_request_and_takes_the_files_settings(
     standing: Standing, up: dict[str, Any]
 ) -> None:
@@ -200,7 +203,6 @@ def test_a_rolling_restart_loses_no_request_and_takes_the_files_settings(
     assert standing.relay("status")["differences"] == []
 
 
-@pytest.mark.long
 def test_a_service_over_it_answers_during_a_rolling_restart(standing: Standing, up: dict[str, Any]) -> None:
     before = standing.workers()
     port = free_port()
@@ -244,7 +246,6 @@ def test_a_service_over_it_answers_during_a_rolling_restart(standing: Standing, 
     assert standing.relay("status")["health"] == "healthy", "the service's end leaves it up"
 
 
-@pytest.mark.long
 def test_down_ends_exactly_what_up_has_started(standing: Standing, up: dict[str, Any]) -> None:
     head = standing.relay("status")["head"]
     family = [psutil.Process(head["pid"]), *psutil.Process(head["pid"]).children(recursive=True)]
