@@ -27,7 +27,6 @@ from relay_cluster.config import ClusterConfig
 from relay_cluster.doctor import this_machine
 from relay_cluster.executor import Executor, Observer, RunOptions, Stream
 from relay_cluster.faulting import unwrapped
-from relay_cluster.fleet import Fleet, Member
 from relay_cluster.gate import Edge, EdgeState, Gate, QualitySettings
 from relay_cluster.heads import settled
 from relay_cluster.joining import join
@@ -37,6 +36,7 @@ from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import place, worker_models
 from relay_cluster.turns import agent_report
+from relay_cluster.worker_calls import Member, WorkerCalls
 from transport.directory.client import DirectoryClient
 from transport.directory.shard import create_shards, kill_shards
 from transport.errors import (
@@ -69,7 +69,7 @@ class Result:
         return self.report.rows[-1][agent]
 
 
-class Cluster(Fleet):
+class Cluster(WorkerCalls):
     """Workers on Ray. A context manager; leaving it ends every process that it started.
 
     Args:

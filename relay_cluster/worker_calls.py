@@ -71,7 +71,7 @@ class Member:
     follower: Follower | None = None
 
 
-class Fleet:
+class WorkerCalls:
     """Live workers and their directory.
 
     Args:
