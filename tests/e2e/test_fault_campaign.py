@@ -253,7 +253,7 @@ class Relay:
         self.cluster.directory.publish(self.owner, segments)
 
 
-def _nothing(_: int) -> None:
+def _nothing(*_: object) -> None:
     """Tokens are not watched here."""
 
 

@@ -48,7 +48,7 @@ def _request(name: str, method: str, tokens: int = 12, **values: SlotValue) -> R
     )
 
 
-def _nothing(_: int) -> None:
+def _nothing(*_: object) -> None:
     """Tokens are not watched here."""
 
 
