@@ -28,8 +28,8 @@ def test_rows_of_a_file_end_in_one_report(tmp_path: Path) -> None:
     lines = [{"question": f"{QUESTION} ({i})", "answer": "#### 43"} for i in range(3)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = tmp_path / "out.png"
-    options = ["--input-file", str(rows), "--limit", "2", "--max-new-tokens", "18", "--repeats", "1"]
-    options += ["--compare", "full_prefill", "--json", str(out), "--plot", str(picture)]
+    options = ["--input-file", str(rows), "--limit", "2", "--max-new-tokens", "18"]
+    options += ["--json", str(out), "--plot", str(picture)]  # --compare: test_relay.py
     metrics = tmp_path / "relay.prom"
     options += ["--metrics-file", str(metrics), "--metrics-port", "0"]
     done = subprocess.run(
@@ -42,9 +42,7 @@ def test_rows_of_a_file_end_in_one_report(tmp_path: Path) -> None:
         assert len({a.worker for a in row.agents}) == 3
         for agent in row.agents:
             assert agent.fresh_tokens + agent.relayed_tokens == agent.prompt_tokens
-            assert agent.compare is not None
-            assert agent.compare.kl_mean is not None
-            assert agent.compare.text
+            assert agent.compare is None
         assert row["judge"].relayed_tokens > row["critic"].relayed_tokens > 0
     assert picture.stat().st_size > 10_000
     assert "no fallbacks" in done.stdout

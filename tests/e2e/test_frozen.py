@@ -14,7 +14,8 @@ from relay_cluster import Cluster
 from tests.e2e.conftest import PIPELINE, QUESTION, small_cluster
 from transport.errors import WorkerLost
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# Over a minute on two cores; the campaign of test_fault_campaign.py stops owners in every run.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 FROZEN_S = 6.0
 TOKENS = 16

@@ -200,6 +200,7 @@ with Cluster(ClusterConfig(ray=settings)) as cluster:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_cluster_of_our_own_keeps_others_out(home: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Started as `relay run` does, with a user's home that has no token yet: whoever has the token that it
     made runs code there, who has none or another does not."""

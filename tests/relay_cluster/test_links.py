@@ -40,6 +40,7 @@ def node() -> Iterator[str]:
 
 
 @pytest.mark.ray
+@pytest.mark.long
 def test_a_probe_over_loopback(node: str) -> None:
     """Real sockets between real actors; both on the one node that there is."""
     found = links.measure_links([node, node], timeout_s=20.0)

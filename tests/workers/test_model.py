@@ -373,6 +373,7 @@ def test_weights_written_anew_change_the_space(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_space_is_the_same_in_a_process_with_another_hash_seed(llama: Path) -> None:
     code = "import sys; from workers.model import load_model; sys.stdout.write(load_model(sys.argv[1]).space)"
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"

@@ -14,7 +14,8 @@ from tests.e2e.conftest import QUESTION
 from tests.e2e.serving.live import Live
 from workers.settings import DEFAULT_MODEL
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# long: needs Chromium, and a service on whose workers nobody else has placed agents before.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 TOKENS = 14
 DEADLINE_S = 60.0
