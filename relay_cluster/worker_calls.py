@@ -346,9 +346,12 @@ class WorkerCalls:
             raise unwrapped(error, f"preparing a prompt on {worker}") from None
 
     def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
-        """See AgentWorker.prepare_ahead."""
+        """See AgentWorker.prepare_ahead. Its caller may outlive the cluster by a moment."""
+        member = self._members.get(worker)
+        if member is None:
+            raise WorkerLost(f"worker {worker} is gone: the cluster was stopped.")
         try:
-            call = self._members[worker].handle.prepare_ahead.remote(draft)
+            call = member.handle.prepare_ahead.remote(draft)
             return self._get(worker, call, self.config.worker.request_timeout_s)
         except (RayError, RelayError) as error:
             raise unwrapped(error, f"preparing {draft.request.agent} on {worker}") from None

@@ -97,7 +97,7 @@ class Outside:
         while not self.healthy(name):
             assert self.running[name].poll() is None, self.log(name)
             assert time.monotonic() < deadline, self.log(name)
-            time.sleep(0.5)
+            time.sleep(0.5)  # between two health checks
 
     def log(self, name: str) -> str:
         return (self._folder / f"{name}.log").read_text("utf-8", errors="replace")[-3000:]

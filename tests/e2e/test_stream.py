@@ -44,7 +44,7 @@ def assert_nothing_left(cluster: Cluster) -> None:
         if all(s["preparations"] == 0 and s["free_cache_blocks"] == s["cache_blocks"] for s in stats):
             return
         assert time.monotonic() < deadline, [s["preparations"] for s in stats]
-        time.sleep(0.05)
+        time.sleep(0.05)  # between two looks
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ class Place:
     def await_status(self, job: str, *wanted: str) -> None:
         deadline = time.monotonic() + 120
         while (found := self.status(job)) not in wanted and time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(0.2)  # between two looks at the job
         assert found in wanted
 
 
@@ -198,7 +198,7 @@ def test_what_kuberay_deploys(place: Place) -> None:
             status = answer.status_code
         except httpx.TransportError:
             status = 0  # not listening yet
-        time.sleep(0.0 if status == 200 else 0.5)
+        time.sleep(0.0 if status == 200 else 0.5)  # until it is up
     _, state, _ = place.run("status", *address, module="ray.serve.scripts")
     assert status == 200, state
     assert httpx.post(url, json=ask, timeout=60).status_code == 401

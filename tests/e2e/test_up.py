@@ -190,7 +190,7 @@ def test_a_rolling_restart_loses_no_request_and_takes_the_files_settings(
         stop_after = len(answers) + 3  # the new ones answer as well
         deadline = time.monotonic() + 120
         while len(answers) < stop_after and not faults and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(0.1)  # requests go on meanwhile
         stop.set()
         for thread in threads:
             thread.join(120)
@@ -226,7 +226,7 @@ def test_a_service_over_it_answers_during_a_rolling_restart(standing: Standing, 
             served = len(statuses)
             deadline = time.monotonic() + 120
             while len(statuses) < served + 6 and time.monotonic() < deadline:
-                time.sleep(0.1)
+                time.sleep(0.1)  # requests go on meanwhile
             stop.set()
             for thread in threads:
                 thread.join(200)

@@ -21,10 +21,10 @@ from relay_cluster.serving.places import Places
 from relay_cluster.serving.service import Service
 from relay_cluster.serving.settings import ServeSettings
 from relay_cluster.serving.tenants import Tenants
+from tests.replies import make_reply
 from transport.errors import Cancelled
-from transport.types import NodeId, WorkerId
-from workers.messages import Reply, Request, StageTimes, Token
-from workers.segment import SlotValue
+from transport.types import WorkerId
+from workers.messages import Reply, Request, Token
 
 MODEL = "m"
 WORKER = WorkerId("w0")
@@ -53,38 +53,10 @@ class Worker:
         while not self.goes_on.wait(0.01):
             if stop.is_set():
                 raise Cancelled("stopped")
-        yield _reply(request, "x" * self.large)
+        yield make_reply(WORKER, request, model=MODEL, text="x" * self.large)
 
     def cancel(self, worker: WorkerId, request_id: str) -> None:
         self.cancelled.set()
-
-
-def _reply(request: Request, text: str) -> Reply:
-    return Reply(
-        request_id=request.id,
-        agent=request.agent,
-        worker=WORKER,
-        node=NodeId("n"),
-        model=MODEL,
-        method=request.method,
-        prompt_tokens=3,
-        fresh_tokens=3,
-        relayed_tokens=0,
-        prefix_tokens=0,
-        fresh_entries=9,
-        recomputed_entries=0,
-        relayed_entries=0,
-        ttft_s=0.4,
-        decode_s=0.1,
-        stages=StageTimes(),
-        transfers=(),
-        fallbacks=(),
-        published=(),
-        text=text,
-        token_ids=(1,),
-        output=SlotValue(text=text),
-        finish_reason="stop",
-    )
 
 
 @dataclass

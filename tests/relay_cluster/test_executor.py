@@ -13,9 +13,10 @@ import pytest
 from relay_cluster.executor import Executor, OnToken, RunOptions
 from relay_cluster.pipeline import Agent, Pipeline
 from relay_cluster.turns import agent_report
+from tests.replies import make_reply
 from transport.errors import Cancelled, PromptTooLong, WorkerLost
-from transport.types import NodeId, WorkerId
-from workers.messages import Comparison, Reply, Request, StageTimes
+from transport.types import WorkerId
+from workers.messages import Comparison, Reply, Request
 from workers.segment import SlotValue
 
 DIAMOND = Pipeline(
@@ -57,7 +58,13 @@ class Recorder:
         if request.agent == "right" and self._fault is not None:
             assert stop.wait(10), "the other agent's failure must end this one"
             raise Cancelled("stopped")
-        return _reply(worker, request, self.model_for(request.agent)), 0.5
+        facts = {
+            "token_ids": (1, 2),
+            "output": SlotValue(token_ids=(1, 2), kv_tokens=2),
+            "notes": ("a note",),
+        }
+        model, text = self.model_for(request.agent), f"text of {request.agent}"
+        return make_reply(worker, request, model=model, text=text, **facts), 0.5
 
     def compare(
         self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int
@@ -66,35 +73,6 @@ class Recorder:
 
     def cancel(self, worker: WorkerId, request_id: str) -> None:
         self.cancelled.append(request_id)
-
-
-def _reply(worker: WorkerId, request: Request, model: str) -> Reply:
-    return Reply(
-        request_id=request.id,
-        agent=request.agent,
-        worker=worker,
-        node=NodeId("n"),
-        model=model,
-        method=request.method,
-        prompt_tokens=3,
-        fresh_tokens=3,
-        relayed_tokens=0,
-        prefix_tokens=0,
-        fresh_entries=9,
-        recomputed_entries=0,
-        relayed_entries=0,
-        ttft_s=0.4,
-        decode_s=0.1,
-        stages=StageTimes(),
-        transfers=(),
-        fallbacks=(),
-        published=(),
-        token_ids=(1, 2),
-        text=f"text of {request.agent}",
-        finish_reason="stop",
-        output=SlotValue(token_ids=(1, 2), kv_tokens=2),
-        notes=("a note",),
-    )
 
 
 def _executor(workers: Recorder, **options: Any) -> Executor:

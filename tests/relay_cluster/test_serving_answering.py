@@ -14,9 +14,10 @@ import pytest
 
 from relay_cluster.router import WorkerView
 from relay_cluster.serving.answering import Answering
+from tests.replies import make_reply
 from transport.errors import Cancelled, WorkerLost
-from transport.types import NodeId, WorkerId
-from workers.messages import Reply, Request, StageTimes, Token
+from transport.types import WorkerId
+from workers.messages import Reply, Request, Token
 from workers.segment import SlotValue
 
 pytestmark = pytest.mark.asyncio
@@ -54,38 +55,11 @@ class Recorder:
             if self._waits:
                 assert stop.wait(10), "whoever leaves must end this"
                 raise Cancelled("stopped")
-        yield _reply(worker, request)
+        output = SlotValue(token_ids=(0, 1, 2), kv_tokens=3)
+        yield make_reply(worker, request, model=MODEL, text="xxx", token_ids=(0, 1, 2), output=output)
 
     def cancel(self, worker: WorkerId, request_id: str) -> None:
         self.cancelled.append((worker, request_id))
-
-
-def _reply(worker: WorkerId, request: Request) -> Reply:
-    return Reply(
-        request_id=request.id,
-        agent=request.agent,
-        worker=worker,
-        node=NodeId("n"),
-        model=MODEL,
-        method=request.method,
-        prompt_tokens=3,
-        fresh_tokens=3,
-        relayed_tokens=0,
-        prefix_tokens=0,
-        fresh_entries=9,
-        recomputed_entries=0,
-        relayed_entries=0,
-        ttft_s=0.4,
-        decode_s=0.1,
-        stages=StageTimes(),
-        transfers=(),
-        fallbacks=(),
-        published=(),
-        token_ids=(0, 1, 2),
-        text="xxx",
-        finish_reason="stop",
-        output=SlotValue(token_ids=(0, 1, 2), kv_tokens=3),
-    )
 
 
 def answering(workers: Recorder, *, max_agents: int = 100) -> Answering:
