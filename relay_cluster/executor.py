@@ -204,7 +204,10 @@ class Executor:
             limit = self._pipeline[upstream].max_new_tokens or self._options.max_new_tokens
             room += limit if not same else max(0, limit - len(found.token_ids))
         return Draft(
-            request=self._request(agent, values, None), open_slots=frozenset(growing), room_tokens=room
+            request=self._request(agent, values, None),
+            open_slots=frozenset(growing),
+            room_tokens=room,
+            group=self._run_id,
         )
 
     def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:

@@ -131,6 +131,7 @@ def test_json_has_every_field_of_the_schema() -> None:
         *(
             "prefix_tokens",
             "prepared_tokens",
+            "ahead",
             "reuse",
             "recomputed_entries",
             "total_entries",
