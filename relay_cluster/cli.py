@@ -31,6 +31,7 @@ from relay_cluster import (
     cli_pull,
     cli_serve,
     cli_stream,
+    cli_stream_faults,
     cli_submit,
     cli_transfer,
     cli_up,
@@ -79,6 +80,7 @@ bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
+bench_app.command("stream-faults", epilog=cli_stream_faults.EPILOG)(cli_stream_faults.stream_faults)
 bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)

@@ -30,6 +30,7 @@ from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PullRow
 from relay_cluster.bench.serve_rows import ServeRow
+from relay_cluster.bench.stream_fault_rows import StreamFaultRow
 from relay_cluster.bench.stream_rows import StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
@@ -226,6 +227,7 @@ ROWS: Mapping[str, type] = {
     "decode": DecodeRow,
     "pull": PullRow,
     "stream": StreamRow,
+    "stream_faults": StreamFaultRow,
     "serve": ServeRow,
 }
 
@@ -241,6 +243,7 @@ Row = (
     | DecodeRow
     | PullRow
     | StreamRow
+    | StreamFaultRow
     | ServeRow
 )
 

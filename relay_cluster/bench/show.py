@@ -18,6 +18,7 @@ from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
 from relay_cluster.bench.serve_rows import SERVE_COLUMNS, ServeRow
+from relay_cluster.bench.stream_fault_rows import STREAM_FAULT_COLUMNS, StreamFaultRow
 from relay_cluster.bench.stream_rows import STREAM_COLUMNS, StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 
@@ -55,7 +56,7 @@ def _method(row: Row) -> tuple[str, str]:
         return row.mode, row.method
     if isinstance(row, ServeRow):
         return f"{row.part} {row.what}", ""
-    return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
+    return (row.kind, "") if isinstance(row, FaultRow | StreamFaultRow) else (row.method, row.params)
 
 
 _FIDELITY: tuple[Column, ...] = (
@@ -122,6 +123,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     DecodeRow: DECODE_COLUMNS,
     PullRow: PULL_COLUMNS,
     StreamRow: STREAM_COLUMNS,
+    StreamFaultRow: STREAM_FAULT_COLUMNS,
     ChainStreamRow: CHAIN_STREAM_COLUMNS,
     ServeRow: SERVE_COLUMNS,
 }
