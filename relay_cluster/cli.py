@@ -147,11 +147,12 @@ _MetricsFile = Annotated[
 ]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
 _Stream = Annotated[
-    Literal["off", "auto", "exact"],
+    Literal["off", "auto", "exact"] | None,
     typer.Option(
         "--stream",
-        help="Prepare prompts while the agents that they contain still write. auto: compute what idle "
-        "workers have time for, relay the rest; exact: relay nothing, the answers are full prefill's.",
+        help="Prepare prompts while the agents that they contain still write [the file's, or off]. "
+        "auto: compute what idle workers have time for, relay the rest; exact: relay nothing, the answers "
+        "are full prefill's.",
     ),
 ]
 
@@ -178,7 +179,7 @@ def run(
     repeats: _Repeats = 3,
     max_new_tokens: _MaxNewTokens = None,
     seed: _Seed = None,
-    stream: _Stream = "off",
+    stream: _Stream = None,
     json_file: JsonOption = None,
     plot: _Plot = None,
     metrics_port: _MetricsPort = None,

@@ -28,8 +28,8 @@ from relay_cluster.bench.stream_fault_rows import StreamFaultRow
 from relay_cluster.bench.texts import Tasks
 from relay_cluster.cluster import Cluster
 from relay_cluster.config import ClusterConfig
-from relay_cluster.executor import Executor, RunOptions, Stream
-from relay_cluster.pipeline import Agent, Pipeline
+from relay_cluster.executor import Executor, RunOptions
+from relay_cluster.pipeline import Agent, Pipeline, Stream
 from relay_cluster.turns import Turn
 from transport.errors import ConfigError, RelayError
 from transport.types import WorkerId
