@@ -25,9 +25,9 @@ from transport.errors import CacheFull, Cancelled, DeadlineExceeded
 from workers.admission import Admission, Arrival
 from workers.ahead_choice import Coming, Outlook, Pace, choose_mode
 from workers.budget import Urgency
+from workers.choosing import BACKGROUND_ROWS
 from workers.methods.base import Span
 from workers.prefix_cache import PrefixCache
-from workers.scheduler import BACKGROUND_ROWS
 from workers.segment import Prompt
 from workers.turn import Clock, Turn
 
