@@ -46,7 +46,7 @@ class ServeRow:
 
 
 def _number(value: float | None, form: str, factor: float = 1.0) -> str:
-    return "-" if value is None else format(value * factor, form)
+    return "-" if value is None else format(value * factor if factor != 1.0 else value, form)
 
 
 SERVE_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (

@@ -17,6 +17,7 @@ from relay_cluster.bench.serve import AGENTS, Documents, ServeBenchSettings, run
 from relay_cluster.bench.serve_client import ServiceClient, served_model
 from relay_cluster.bench.serve_matching import measure_matching
 from relay_cluster.bench.serve_rows import ServeRow
+from relay_cluster.bench.show import show_document
 from relay_cluster.bench.texts import load_tasks
 from tests.relay_cluster.scripted_service import DEADLINE_S, Running, running
 from transport.errors import RelayError
@@ -42,7 +43,9 @@ def bench(live: Running, *, model: str | None = None, settings: ServeBenchSettin
     return [row for row in found.rows if isinstance(row, ServeRow)]
 
 
-def test_every_pipeline_is_counted_with_relay_and_without(tmp_path: Path) -> None:
+def test_every_pipeline_is_counted_with_relay_and_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with running(max_waiting=64) as live:
         live.worker.goes_on.set()
         rows = bench(live)
@@ -64,7 +67,11 @@ def test_every_pipeline_is_counted_with_relay_and_without(tmp_path: Path) -> Non
         ("matching", "find", 4),
         ("matching", "rewrite", 4),
     ]
-    document = Document("serve", {**dataclasses.asdict(SMALL), "model": "m", "data": []}, rows).to_json()
+    found = Document("serve", {**dataclasses.asdict(SMALL), "model": "m", "data": []}, rows)
+    show_document(found)
+    shown = capsys.readouterr().out
+    assert all(what in shown for what in ("overhead", "matching", "planner", "judge"))
+    document = found.to_json()
     plot_document(json.loads(json.dumps(document)), tmp_path / "serve.png")
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
