@@ -75,6 +75,7 @@ def serve(
         document_chars=document_chars or (900 if quick else 2400),
         answer_tokens=answer_tokens or (12 if quick else 64),
         overhead_requests=40 if quick else 200,
+        next_pairs=2 if quick else 8,
         matching_rounds=50 if quick else 200,
         seed=seed,
     )

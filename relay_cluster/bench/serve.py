@@ -38,6 +38,7 @@ class ServeBenchSettings:
         document_chars: of the text that all three agents of a pipeline get.
         answer_tokens: most tokens of an answer.
         overhead_requests: warm requests of one token, one after another.
+        next_pairs: planner and solver, one after the other, with a hint of the second and without.
         remembered: texts of the matching; matching_chars: of its prompts; matching_rounds: prompts.
         timeout_s: of a request.
     """
@@ -48,6 +49,7 @@ class ServeBenchSettings:
     document_chars: int = 2400
     answer_tokens: int = 64
     overhead_requests: int = 200
+    next_pairs: int = 8
     remembered: int = 10_000
     matching_chars: int = 32 << 10
     matching_rounds: int = 200
@@ -96,7 +98,7 @@ def run_serve(settings: ServeBenchSettings, tasks: Tasks, client: ServiceClient,
         facts: about the service, for the document's settings.
     """
     documents = Documents(tasks, settings.seed)
-    total = 2 * settings.pipelines * len(settings.concurrency) + 3
+    total = 2 * settings.pipelines * len(settings.concurrency) + 4
     rows: list[ServeRow] = []
     with progress("serve", total) as advance:
         rows += asyncio.run(_requests(settings, documents, client, advance))
@@ -122,6 +124,8 @@ async def _requests(
         advance("warm")
         rows += await _overhead(settings, client)
         advance("overhead")
+        rows += await _next(settings, documents, client)
+        advance("next")
         for concurrency in settings.concurrency:
             rows += await _load(settings, documents, client, concurrency, advance)
     return rows
@@ -202,6 +206,55 @@ def _row(concurrency: int, relay: bool, agent: str, tallies: dict[bool, _Tally])
 
 def _quantile(values: Sequence[float], q: float) -> float | None:
     return quantile(values, q) if values else None
+
+
+async def _next(settings: ServeBenchSettings, documents: Documents, client: ServiceClient) -> list[ServeRow]:
+    """The second of two agents, whose prompt is prepared while the first one writes, or not."""
+    tallies = {True: _Tally(), False: _Tally()}
+    for number in range(settings.next_pairs):
+        for hinted in (True, False) if number % 2 == 0 else (False, True):
+            await _pair(
+                client, documents.take(settings.document_chars), settings.answer_tokens, hinted, tallies
+            )
+    other = [answer.ttft_s for answer in tallies[False].answers["solver"]]
+    return [_next_row(hinted, tally, other) for hinted, tally in tallies.items()]
+
+
+async def _pair(
+    client: ServiceClient, text: str, tokens: int, hinted: bool, tallies: dict[bool, _Tally]
+) -> None:
+    mark = "\0"  # in no document
+    system, user = _prompt("solver", text, [mark])
+    before, behind = user.split(mark)
+    content = [before, {"relay_slot": "this"}, behind]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    then = {"messages": messages, "max_tokens": tokens} if hinted else None
+    plan = await client.ask(*_prompt("planner", text, []), tokens, relay=True, then=then)
+    answer = plan and await client.ask(*_prompt("solver", text, [plan.text]), tokens, relay=True)
+    if answer is None:
+        tallies[hinted].errors["solver"] += 1
+    else:
+        tallies[hinted].answers["solver"].append(answer)
+
+
+def _next_row(hinted: bool, tally: _Tally, other: Sequence[float]) -> ServeRow:
+    answers = tally.answers["solver"]
+    ttfts = [answer.ttft_s for answer in answers]
+    return ServeRow(
+        part="next",
+        what="hint" if hinted else "no hint",
+        concurrency=1,
+        relay=True,
+        requests=len(answers),
+        errors=tally.errors["solver"],
+        ttft_s_p50=_quantile(ttfts, 0.5),
+        ttft_s_p95=_quantile(ttfts, 0.95),
+        ttft_s_p99=_quantile(ttfts, 0.99),
+        speedup=quantile(other, 0.5) / quantile(ttfts, 0.5) if ttfts and other else None,
+        prompt_tokens=mean([a.prompt_tokens for a in answers]) if answers else None,
+        cached_tokens=mean([a.cached_tokens for a in answers]) if answers else None,
+        prepared_tokens=mean([a.prepared_tokens for a in answers]) if answers else None,
+    )
 
 
 async def _overhead(settings: ServeBenchSettings, client: ServiceClient) -> list[ServeRow]:

@@ -29,6 +29,7 @@ SMALL = ServeBenchSettings(
     document_chars=300,
     answer_tokens=2,
     overhead_requests=3,
+    next_pairs=2,
     remembered=50,
     matching_rounds=4,
     timeout_s=DEADLINE_S,
@@ -44,13 +45,15 @@ def bench(live: Running, *, model: str | None = None, settings: ServeBenchSettin
 
 
 def test_every_pipeline_is_counted_with_relay_and_without(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # for the table
     with running(max_waiting=64) as live:
         live.worker.goes_on.set()
         rows = bench(live)
-        # Two pipelines to warm up, the overhead, and three of three agents for each load, relay on and off.
-        assert len(live.worker.asked) == 2 * 3 + 3 + 2 * 2 * 3 * 3
+        # Two pipelines to warm up, the overhead, two pairs with a hint and without, and three of three agents
+        # for each load, relay on and off.
+        assert len(live.worker.asked) == 2 * 3 + 3 + 2 * 2 * 2 + 2 * 2 * 3 * 3
     load = [row for row in rows if row.part == "pipelines"]
     assert [(r.concurrency, r.relay, r.what) for r in load] == [
         (at, relay, what) for at in (1, 2) for relay in (True, False) for what in ("all", *AGENTS)
@@ -64,6 +67,8 @@ def test_every_pipeline_is_counted_with_relay_and_without(
     assert [(r.part, r.what, r.requests) for r in rows if r.part != "pipelines"] == [
         ("overhead", "http", 3),
         ("overhead", "service", 3),
+        ("next", "hint", 2),
+        ("next", "no hint", 2),
         ("matching", "find", 4),
         ("matching", "rewrite", 4),
     ]
@@ -79,7 +84,7 @@ def test_every_pipeline_is_counted_with_relay_and_without(
 def test_the_same_documents_are_asked_on_and_off_and_never_again() -> None:
     with running(max_waiting=64) as live:
         live.worker.goes_on.set()
-        bench(live, settings=dataclasses.replace(SMALL, concurrency=(2,), overhead_requests=1))
+        bench(live, settings=dataclasses.replace(SMALL, concurrency=(2,), overhead_requests=1, next_pairs=0))
     asked = [(request.publish, said(request)) for request in live.worker.asked]
     plans = [(relay, text) for relay, text in asked if text.endswith("Make a plan in a few steps.")]
     on, off = ([text for relayed, text in plans if relayed is relay] for relay in (True, False))
