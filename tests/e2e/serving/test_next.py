@@ -120,18 +120,14 @@ def test_a_wrong_hint_costs_work_and_never_an_answer(live: Live, wrong: str) -> 
     if wrong == "full_prefill":
         assert solved.choices[0].message.content == off.choices[0].message.content
     assert solved.choices[0].message.content
-    live_service(live).forget()
+    live.service.forget()
     assert eventually(lambda: nothing_prepared(live))
-
-
-def live_service(live: Live) -> Any:
-    return live.recorder._app.state.service
 
 
 @contextmanager
 def expecting_for(live: Live, timeout_s: float) -> Iterator[None]:
     """Let what is expected from now on be dropped sooner."""
-    expecting = live_service(live)._expecting
+    expecting = live.service._expecting
     before, expecting._timeout_s = expecting._timeout_s, timeout_s
     try:
         yield
