@@ -109,7 +109,8 @@ def test_a_wrong_hint_costs_work_and_never_an_answer(live: Live, wrong: str) -> 
     question = f"{QUESTION} He owns a {wrong}."
     about = f"{QUESTION} No, wait." if wrong == "another question" else question
     tokens = 2 * TOKENS + 400 if wrong == "a longer answer" else TOKENS
-    plan = ask(live, planner(question), next=hint(about)).choices[0].message.content
+    with expecting_for(live, 0.5):
+        plan = ask(live, planner(question), next=hint(about)).choices[0].message.content
     messages = solver(question, plan)
     if wrong == "another agent":
         messages[0]["content"] = "You solve problems slowly."
@@ -120,7 +121,6 @@ def test_a_wrong_hint_costs_work_and_never_an_answer(live: Live, wrong: str) -> 
     if wrong == "full_prefill":
         assert solved.choices[0].message.content == off.choices[0].message.content
     assert solved.choices[0].message.content
-    live.service.forget()
     assert eventually(lambda: nothing_prepared(live))
 
 
