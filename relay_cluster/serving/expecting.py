@@ -170,7 +170,7 @@ class Expecting:
         memory_of: (tenant, model) -> what is remembered.
         timeout_s: a request that has not come so long after the answer is dropped.
         most: expected at a time; the oldest ones go first.
-        on_end: hears how each of them ended.
+        on_end: hears of (tenant, model) and hint how each of them ended.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Expecting:
         *,
         timeout_s: float,
         most: int,
-        on_end: Callable[[Hint, Outcome], None],
+        on_end: Callable[[tuple[str, str], Hint, Outcome], None],
     ) -> None:
         self._workers = workers
         self._memory_of = memory_of
@@ -211,7 +211,7 @@ class Expecting:
             worker = self._workers.preparer_for(hint.agent, model, writer)
         except RelayError as error:
             log.info("%s is not prepared: %s", hint.agent, error)
-            self._on_end(hint, "failed")
+            self._on_end(key, hint, "failed")
             return None
         request = Request(
             id=f"req-{uuid.uuid4().hex}",
@@ -291,7 +291,7 @@ class Expecting:
             one.timer.cancel()
         if one.task is not None and one.task is not asyncio.current_task():
             one.task.cancel()  # a draft that is under way is ended by its worker, who has the request now
-        self._on_end(one.hint, outcome)
+        self._on_end(one.key, one.hint, outcome)
 
     def _whole(self, one: _Expected, rest: tuple[ChatText, ...], text: str, value: SlotValue) -> Rewritten:
         tail = self._memory_of(*one.key).rewrite(rest, first_slot=len(one.head.values))

@@ -24,6 +24,7 @@ from relay_cluster.recording import Recorder
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.errors import ApiError
 from relay_cluster.serving.expecting import OUTCOMES, SOURCES, Expecting, Hint, Outcome, Readers, Taken
+from relay_cluster.serving.learning import Learner
 from relay_cluster.serving.memory import ChatText, Memory, Rewritten, plain
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.settings import ServeSettings
@@ -139,6 +140,7 @@ class Service:
         self._answering.on_retry = self.metrics.counter("relay_request_retries_total").inc
         self._drained_by = 0.0
         self._memories: OrderedDict[tuple[str, str], Memory] = OrderedDict()
+        self._learners: OrderedDict[tuple[str, str], Learner] = OrderedDict()
         self._expecting = Expecting(
             answering,
             self._memory_of,
@@ -177,7 +179,7 @@ class Service:
                 request = replace(request, id=taken.request_id)
             first = 0.0
             stream = self._answering.stream(request, ask.model, taken.worker if taken else None)
-            with self._readers(ask, request, taken) as readers:
+            with self._readers(ask, request, prompt, taken) as readers:
                 async with aclosing(stream):
                     async for item in stream:
                         first = first or time.perf_counter()
@@ -193,6 +195,9 @@ class Service:
     def _finished(self, ask: Ask, request: Request, prompt: Rewritten, reply: Reply, at: _Times) -> Finished:
         """Remember, count and tell an answer."""
         segment = self._remember(ask, prompt, reply)
+        if segment is not None and self._learns(ask):
+            learner = self._learner((ask.tenant, ask.model))
+            learner.answered(request.agent, ask.texts, prompt, segment, reply.output_text)
         self._record(ask, reply, at)
         log.info(
             "answered after %.3f s, first token after %.3f s, %d of %d prompt tokens relayed",
@@ -218,17 +223,32 @@ class Service:
             return None
         return self._expecting.take((ask.tenant, ask.model), ask.texts)
 
-    def _readers(self, ask: Ask, request: Request, taken: Taken | None) -> Readers:
+    def _readers(self, ask: Ask, request: Request, prompt: Rewritten, taken: Taken | None) -> Readers:
         """Begin to prepare those who will read the answer."""
-        key = (ask.tenant, ask.model)
-        hints = ask.next if self._relaying and ask.relay and self.settings.max_expected else ()
+        key, limit = (ask.tenant, ask.model), ask.sampling.max_new_tokens
+        hints = ask.next
+        if not self._relaying or not ask.relay or not self.settings.max_expected:
+            return Readers(self._expecting, ())
+        if self._learns(ask):
+            learnt = self._learner(key).asked(request.agent, ask.texts, prompt, limit)
+            hints = hints or learnt  # who says what follows knows better
         if not hints:
             return Readers(self._expecting, ())
         writer = taken.worker if taken else self._answering.worker_for(request.agent, ask.model)
-        return self._expecting.begin(key, hints, writer, ask.sampling.max_new_tokens)
+        return self._expecting.begin(key, hints, writer, limit)
 
-    def _expected(self, hint: Hint, outcome: Outcome) -> None:
+    def _learns(self, ask: Ask) -> bool:
+        return self.settings.learn_next == "on" and not ask.raw
+
+    def _learner(self, key: tuple[str, str]) -> Learner:
+        while len(self._learners) >= _MOST_MEMORIES and key not in self._learners:
+            self._learners.popitem(last=False)
+        return self._learners.setdefault(key, Learner())
+
+    def _expected(self, key: tuple[str, str], hint: Hint, outcome: Outcome) -> None:
         self.metrics.counter("relay_expected_requests_total", hint.source, outcome).inc()
+        if hint.source == "learnt":
+            self._learner(key).ended(hint, came=outcome in ("came", "displaced"))
 
     def _record(self, ask: Ask, reply: Reply, at: _Times) -> None:
         """An answered request, in metrics and in its trace."""
@@ -255,6 +275,7 @@ class Service:
         """Remember and expect nothing any more."""
         self._expecting.close()
         self._memories.clear()
+        self._learners.clear()
 
     def observe(self) -> None:
         """Bring the gauges up to date."""

@@ -79,7 +79,7 @@ class Rig:
             lambda tenant, model: memory,
             timeout_s=timeout_s,
             most=most,
-            on_end=lambda hint, how: self.ends.append(how),
+            on_end=lambda key, hint, how: self.ends.append(how),
         )
 
     def written(self, hint: Hint = HINT, last: Reply | None = None) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,4 +174,22 @@ def test_another_tenant_never_gets_what_was_prepared(live: Live) -> None:
     assert (relay(blue)["prepared_tokens"], relay(blue)["found"]) == (0, [])
     red = ask(live, solver(question, plan))
     assert relay(red)["prepared_tokens"] > 0
+    assert eventually(lambda: nothing_prepared(live))
+
+
+@pytest.mark.long
+def test_what_follows_what_is_learnt_where_it_is_asked_for(live: Live) -> None:
+    settings = live.service.settings
+    before, told = ends(live, "came", "learnt"), []
+    live.service.settings = replace(settings, learn_next="on")
+    try:
+        for animal in ("ducks", "geese", "swans"):
+            question = f"{QUESTION} He also has {animal} and feeds them every morning at seven o'clock."
+            plan = ask(live, planner(question)).choices[0].message.content
+            told.append(relay(ask(live, solver(question, plan)))["prepared_tokens"])
+    finally:
+        live.service.settings = settings
+    assert told[:2] == [0, 0]
+    assert told[2] > 0
+    assert ends(live, "came", "learnt") == before + 1
     assert eventually(lambda: nothing_prepared(live))
