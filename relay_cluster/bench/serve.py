@@ -24,6 +24,7 @@ from relay_cluster.bench.serve_matching import measure_matching
 from relay_cluster.bench.serve_rows import ServeRow
 from relay_cluster.bench.texts import Tasks
 
+PARTS = ("overhead", "next", "pipelines", "matching")
 AGENTS = ("planner", "solver", "judge")
 _NUMBER = re.compile(r"\d+")
 
@@ -33,6 +34,7 @@ class ServeBenchSettings:
     """What is measured.
 
     Attributes:
+        parts: of PARTS.
         concurrency: numbers of pipelines at a time; pipelines: for each of them, with relay and without.
         seconds: of one concurrency; no round begins after them, so there may be fewer pipelines.
         document_chars: of the text that all three agents of a pipeline get.
@@ -43,6 +45,7 @@ class ServeBenchSettings:
         timeout_s: of a request.
     """
 
+    parts: tuple[str, ...] = PARTS
     concurrency: tuple[int, ...] = (1, 4, 8)
     pipelines: int = 20
     seconds: float = 1800.0
@@ -98,17 +101,19 @@ def run_serve(settings: ServeBenchSettings, tasks: Tasks, client: ServiceClient,
         facts: about the service, for the document's settings.
     """
     documents = Documents(tasks, settings.seed)
-    total = 2 * settings.pipelines * len(settings.concurrency) + 4
+    load = 2 * settings.pipelines * len(settings.concurrency) if "pipelines" in settings.parts else 0
+    total = load + len(set(settings.parts) - {"pipelines"}) + 1
     rows: list[ServeRow] = []
     with progress("serve", total) as advance:
         rows += asyncio.run(_requests(settings, documents, client, advance))
-        rows += measure_matching(
-            remembered=settings.remembered,
-            chars=settings.matching_chars,
-            rounds=settings.matching_rounds,
-            seed=settings.seed,
-        )
-        advance("matching")
+        if "matching" in settings.parts:
+            rows += measure_matching(
+                remembered=settings.remembered,
+                chars=settings.matching_chars,
+                rounds=settings.matching_rounds,
+                seed=settings.seed,
+            )
+            advance("matching")
     values = {**asdict(settings), **facts, "data": list(tasks.sources), "data_digest": tasks.digest}
     return Document("serve", values, rows)
 
@@ -122,11 +127,13 @@ async def _requests(
         for relay in (True, False):
             await _pipeline(client, documents.take(settings.document_chars), relay, 8, _Tally())
         advance("warm")
-        rows += await _overhead(settings, client)
-        advance("overhead")
-        rows += await _next(settings, documents, client)
-        advance("next")
-        for concurrency in settings.concurrency:
+        if "overhead" in settings.parts:
+            rows += await _overhead(settings, client)
+            advance("overhead")
+        if "next" in settings.parts:
+            rows += await _next(settings, documents, client)
+            advance("next")
+        for concurrency in settings.concurrency if "pipelines" in settings.parts else ():
             rows += await _load(settings, documents, client, concurrency, advance)
     return rows
 

@@ -5,8 +5,8 @@
         had as well is a reference into that
     the same pattern twice -> the planner's next request is filled in: a hint of the solver's
 
-One learner belongs to one tenant and one model. It keeps the texts of a few hundred requests at most, and tells
-them to nobody. Pure and not thread-safe.
+One learner belongs to one tenant and one model. It keeps the texts of a few hundred requests at most, and
+tells them to nobody. Pure and not thread-safe.
 """
 
 from __future__ import annotations

@@ -98,6 +98,16 @@ def said(request: Request) -> str:
     return request.messages[-1].content.format(**{name: v.text for name, v in request.values.items()})
 
 
+def test_parts_can_be_chosen_by_their_names() -> None:
+    with running(max_waiting=64) as live:
+        live.worker.goes_on.set()
+        rows = bench(live, settings=dataclasses.replace(SMALL, parts=("next", "matching")))
+    assert [row.part for row in rows] == ["next", "next", "matching", "matching"]
+    refused = CliRunner().invoke(cli.app, ["bench", "serve", "--parts", "next,load"])
+    assert refused.exit_code != 0
+    assert "there is no load" in refused.output
+
+
 def test_answers_that_do_not_come_are_errors() -> None:
     with running(max_waiting=64) as live:
         live.worker.goes_on.set()
