@@ -106,12 +106,16 @@ class Answering:
         Raises:
             WorkerLost: no live worker hosts the model.
         """
+        key = (agent, model)
+        known = key in self._placed
         worker = self.worker_for(agent, model)
-        if worker != writer:
-            return worker
-        views = self._workers.views()
-        idle = (v.worker for v in views if v.alive and v.model == model and not self._running[v.worker])
-        return next((w for w in idle if w != writer), worker)
+        if worker == writer:
+            views = self._workers.views()
+            idle = (v.worker for v in views if v.alive and v.model == model and not self._running[v.worker])
+            worker = next((w for w in idle if w != writer), worker)
+            if not known:  # one that is known has its prefix where it was
+                self._placed[key] = worker
+        return worker
 
     async def prepare(self, worker: WorkerId, draft: Draft) -> int:
         """Compute what is known of a draft; how many tokens stand ready.
