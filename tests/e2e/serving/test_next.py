@@ -107,7 +107,7 @@ def prepared_whole(live: Live) -> bool:
 def test_a_wrong_hint_costs_work_and_never_an_answer(live: Live, wrong: str) -> None:
     question = f"{QUESTION} He owns a {wrong}."
     about = f"{QUESTION} No, wait." if wrong == "another question" else question
-    tokens = 2 * TOKENS + 400 if wrong == "a longer answer" else TOKENS
+    tokens = TOKENS + 150 if wrong == "a longer answer" else TOKENS
     with expecting_for(live, 0.5):
         plan = ask(live, planner(question), next=hint(about)).choices[0].message.content
     messages = solver(question, plan)
