@@ -221,7 +221,10 @@ class Service:
         where the client says what may be found."""
         if ask.raw or method == "full_prefill" or ask.only is not None:
             return None
-        return self._expecting.take((ask.tenant, ask.model), ask.texts)
+        taken = self._expecting.take((ask.tenant, ask.model), ask.texts)
+        if taken is not None:
+            self._count_found(taken.prompt)
+        return taken
 
     def _readers(self, ask: Ask, request: Request, prompt: Rewritten, taken: Taken | None) -> Readers:
         """Begin to prepare those who will read the answer."""
@@ -329,13 +332,16 @@ class Service:
             return plain(ask.texts)
         prompt = self._memory(ask).rewrite(ask.texts, ask.only)
         self.metrics.histogram("relay_matching_seconds").observe(time.perf_counter() - begin)
-        for found in prompt.found:
-            self.metrics.counter("relay_found_texts_total", found.kind).inc()
+        self._count_found(prompt)
         if method == "full_prefill":
             # Nothing will be reused, so nothing need be spliced: at the seams of slots, and where an answer's
             # own ids are not those of its text, the tokens would be others than with relay off.
             return replace(plain(ask.texts), found=prompt.found, asked=prompt.asked)
         return prompt
+
+    def _count_found(self, prompt: Rewritten) -> None:
+        for found in prompt.found:
+            self.metrics.counter("relay_found_texts_total", found.kind).inc()
 
     def _remember(self, ask: Ask, prompt: Rewritten, reply: Reply) -> str | None:
         if not (self._relaying and ask.relay):
