@@ -202,7 +202,7 @@ TABLE: Final = (
            "Requests that are expected now, whose prompts are prepared."),
     Metric("relay_expected_requests_total", C, _SERVICE, "requests",
            "Requests that were expected (asked: by a hint of the client; learnt: from earlier ones), by what "
-           "became of them: came, expired, cancelled (its writer's client went away), displaced or failed.",
+           "became of them: came, expired, cancelled (the answer was not finished), displaced or failed.",
            ("source", "outcome")),
     Metric("relay_matching_seconds", H, _SERVICE, "seconds",
            "Finding remembered texts in a prompt.", (), MATCH_S),
