@@ -36,11 +36,12 @@ class ServeBenchSettings:
     Attributes:
         parts: of PARTS.
         concurrency: numbers of pipelines at a time; pipelines: for each of them, with relay and without.
-        seconds: of one concurrency; no round begins after them, so there may be fewer pipelines.
+        seconds: of one concurrency, and of the pairs; no round begins after them, so there may be fewer.
         document_chars: of the text that all three agents of a pipeline get.
         answer_tokens: most tokens of an answer.
         overhead_requests: warm requests of one token, one after another.
-        next_pairs: planner and solver, one after the other, with a hint of the second and without.
+        next_pairs: planner and solver, one after the other, with a hint of the second and without; the
+            solver's answer is one token.
         remembered: texts of the matching; matching_chars: of its prompts; matching_rounds: prompts.
         timeout_s: of a request.
     """
@@ -104,9 +105,15 @@ def run_serve(settings: ServeBenchSettings, tasks: Tasks, client: ServiceClient,
     load = 2 * settings.pipelines * len(settings.concurrency) if "pipelines" in settings.parts else 0
     total = load + len(set(settings.parts) - {"pipelines"}) + 1
     rows: list[ServeRow] = []
+    interrupted = False
     with progress("serve", total) as advance:
-        rows += asyncio.run(_requests(settings, documents, client, advance))
-        if "matching" in settings.parts:
+        try:
+            asyncio.run(_requests(settings, documents, client, rows, advance))
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            interrupted = True  # minutes of measuring are not to be lost
+        if "matching" in settings.parts and not interrupted:
             rows += measure_matching(
                 remembered=settings.remembered,
                 chars=settings.matching_chars,
@@ -114,14 +121,24 @@ def run_serve(settings: ServeBenchSettings, tasks: Tasks, client: ServiceClient,
                 seed=settings.seed,
             )
             advance("matching")
-    values = {**asdict(settings), **facts, "data": list(tasks.sources), "data_digest": tasks.digest}
+    values = {
+        **asdict(settings),
+        **facts,
+        "interrupted": interrupted,
+        "data": list(tasks.sources),
+        "data_digest": tasks.digest,
+    }
     return Document("serve", values, rows)
 
 
 async def _requests(
-    settings: ServeBenchSettings, documents: Documents, client: ServiceClient, advance: Advance
-) -> list[ServeRow]:
-    rows: list[ServeRow] = []
+    settings: ServeBenchSettings,
+    documents: Documents,
+    client: ServiceClient,
+    rows: list[ServeRow],
+    advance: Advance,
+) -> None:
+    """rows: gets those of every part that has ended."""
     async with client:
         # Nobody's first request: what is loaded or compiled at first use is not the service's speed.
         for relay in (True, False):
@@ -135,7 +152,6 @@ async def _requests(
             advance("next")
         for concurrency in settings.concurrency if "pipelines" in settings.parts else ():
             rows += await _load(settings, documents, client, concurrency, advance)
-    return rows
 
 
 async def _load(
@@ -218,7 +234,10 @@ def _quantile(values: Sequence[float], q: float) -> float | None:
 async def _next(settings: ServeBenchSettings, documents: Documents, client: ServiceClient) -> list[ServeRow]:
     """The second of two agents, whose prompt is prepared while the first one writes, or not."""
     tallies = {True: _Tally(), False: _Tally()}
+    end = time.monotonic() + settings.seconds
     for number in range(settings.next_pairs):
+        if number and time.monotonic() > end:
+            break
         for hinted in (True, False) if number % 2 == 0 else (False, True):
             await _pair(
                 client, documents.take(settings.document_chars), settings.answer_tokens, hinted, tallies
@@ -235,9 +254,9 @@ async def _pair(
     before, behind = user.split(mark)
     content = [before, {"relay_slot": "this"}, behind]
     messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-    then = {"messages": messages, "max_tokens": tokens} if hinted else None
+    then = {"messages": messages, "max_tokens": 1} if hinted else None
     plan = await client.ask(*_prompt("planner", text, []), tokens, relay=True, then=then)
-    answer = plan and await client.ask(*_prompt("solver", text, [plan.text]), tokens, relay=True)
+    answer = plan and await client.ask(*_prompt("solver", text, [plan.text]), 1, relay=True)
     if answer is None:
         tallies[hinted].errors["solver"] += 1
     else:

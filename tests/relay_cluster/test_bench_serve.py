@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from relay_cluster import cli
+from relay_cluster.bench import serve
 from relay_cluster.bench.common import Document, check_document
 from relay_cluster.bench.plots import plot_document
 from relay_cluster.bench.serve import AGENTS, Documents, ServeBenchSettings, run_serve
@@ -106,6 +107,17 @@ def test_parts_can_be_chosen_by_their_names() -> None:
     refused = CliRunner().invoke(cli.app, ["bench", "serve", "--parts", "next,load"])
     assert refused.exit_code != 0
     assert "there is no load" in refused.output
+
+
+def test_what_was_measured_before_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(*_: object) -> list[ServeRow]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "_load", interrupted)
+    with running(max_waiting=64) as live:
+        live.worker.goes_on.set()
+        rows = bench(live)
+    assert [row.part for row in rows] == ["overhead", "overhead", "next", "next"]
 
 
 def test_answers_that_do_not_come_are_errors() -> None:
