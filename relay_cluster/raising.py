@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import ray
 import ray.util
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -226,6 +226,10 @@ class Raising:
             one = pending.pop(done[0])
             try:
                 info: WorkerInfo = ray.get(done[0])
+            except ActorUnavailableError:  # it has died, and Ray starts it again
+                time.sleep(_POLL_S)
+                pending[one.handle.info.remote()] = one
+                continue
             except RayError as error:
                 raise unwrapped(error, f"worker {one.worker} could not start") from None
             infos[one.worker] = info

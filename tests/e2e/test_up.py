@@ -126,6 +126,17 @@ def test_runs_attach_and_leave_it_up(standing: Standing, up: dict[str, Any]) -> 
     assert sum(w["segments"] for w in standing.workers().values()) > 0
 
 
+def test_up_waits_for_a_worker_that_ray_starts_again(standing: Standing, up: dict[str, Any]) -> None:
+    before = standing.workers()
+    os.kill(before["w1"]["pid"], signal.SIGKILL)
+    done = standing.relay("up")
+    assert done["started"] == []
+    after = {w["worker"]: w["incarnation"] for w in done["workers"]}
+    assert after["w0"] == before["w0"]["incarnation"]
+    assert after["w1"] > before["w1"]["incarnation"]
+    assert unchanged(config_of(standing)) is not None, "as it is now"
+
+
 def test_lost_workers_and_shards_are_replaced(standing: Standing, up: dict[str, Any]) -> None:
     before = standing.workers()
     with Cluster(config_of(standing), attach=True):
