@@ -72,7 +72,8 @@ def check(url: str) -> None:
     board = httpx.get(f"{url}/relay/v1/board").json()
     outcomes = Counter(row["outcome"] for row in board["requests"])
     # Of the bad ones those that are asked for an answer; and one that is good, at the end of them.
-    begun = [b for b in BAD.values() if b.code in ("context_length_exceeded", "model_not_found") and b.content]
+    late = ("context_length_exceeded", "model_not_found")
+    begun = [bad for bad in BAD.values() if bad.code in late and bad.content]
     assert outcomes == {"ok": 4, "error": len(begun), "cancelled": 2}, "the live page tells the same"
     assert {w["state"] for w in board["cluster"]["workers"]} == {"up"}
     assert httpx.get(f"{url}/dashboard", follow_redirects=True).text.startswith("<!doctype html>")
