@@ -34,7 +34,7 @@ from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities, shares
 from relay_cluster.pipeline import Pipeline
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
-from relay_cluster.router import Choice, route_pipeline, worker_models
+from relay_cluster.router import Choice, Task, route_pipeline, worker_models
 from relay_cluster.turns import Turn, agent_report
 from relay_cluster.worker_calls import Member, WorkerCalls
 from transport.directory.client import DirectoryClient
@@ -101,6 +101,7 @@ class Cluster(WorkerCalls):
         self._wire_note = ""
         self._prepared: set[tuple[object, ...]] = set()
         self._runs = 0
+        self._tasks: dict[str, Task] = {}
         self._gates: dict[tuple[str, QualitySettings], Gate] = {}
         self._id = uuid.uuid4().hex[:6]
         self._directory_prefix = f"relay-directory-{self._id}"
@@ -218,6 +219,7 @@ class Cluster(WorkerCalls):
         ]
         chosen = route_pipeline(tasks, self.views(), self.rates.links())
         with self._lock:
+            self._tasks.update({task.agent: task for task in tasks})
             self._choices.update(chosen)
             self._placed.update({name: choice.worker for name, choice in chosen.items()})
         for name, choice in chosen.items():
@@ -402,7 +404,14 @@ class Cluster(WorkerCalls):
         gate = self._gate(pipeline, options)
         executor = Executor(pipeline, self, options, run_id, on_event, gate=gate, observer=self.observer)
         chosen = dict(self._choices)
-        turns, wall_s = executor.run(inputs)
+        planned = {executor.request_id(name): name for name in pipeline.order}
+        for request_id, name in planned.items():
+            self.rates.planned(request_id, self._placed[name], self._tasks[name])
+        try:
+            turns, wall_s = executor.run(inputs)
+        finally:
+            for request_id in planned:
+                self.rates.ended(request_id)
         gated = executor.check(turns)
         # Afterwards and one at a time: a comparison beside a running agent would slow both down.
         compared = executor.compare({name: turns[name] for name in pipeline.order})

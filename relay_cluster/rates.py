@@ -68,11 +68,11 @@ class _Lengths:
 
 @dataclass(slots=True)
 class _Running:
-    """A request on a worker: when it began, and what it was expected to take (prefill, decode), in
-    seconds."""
+    """A request on a worker: when it began (None: it is only placed there yet), and what it was expected to
+    take (prefill, decode), in seconds."""
 
     worker: WorkerId
-    began: float
+    began: float | None
     prefill_s: float
     decode_s: float
     first_at: float | None = None
@@ -80,7 +80,8 @@ class _Running:
     def left_s(self, now: float) -> float:
         """Seconds for which it still holds up others."""
         if self.first_at is None:
-            return max(0.0, self.prefill_s - (now - self.began)) + DECODE_SHARE * self.decode_s
+            done_s = 0.0 if self.began is None else now - self.began
+            return max(0.0, self.prefill_s - done_s) + DECODE_SHARE * self.decode_s
         # Beyond what was expected it is still there: never quite nothing.
         return DECODE_SHARE * max(0.05 * self.decode_s, self.decode_s - (now - self.first_at)) + 1e-6
 
@@ -107,8 +108,13 @@ class Rates:
 
     # -- what happens --------------------------------------------------------------------------------------
 
-    def began(self, request_id: str, worker: WorkerId, task: Task, now: float) -> None:
-        """A request goes to a worker."""
+    def planned(self, request_id: str, worker: WorkerId, task: Task) -> None:
+        """A request will go to a worker, once those it waits for have answered: others are placed with that
+        in mind. `ended` takes it back."""
+        self.began(request_id, worker, task, None)
+
+    def began(self, request_id: str, worker: WorkerId, task: Task, now: float | None) -> None:
+        """A request goes to a worker. now: None where it is only planned."""
         tokens = task.prefix_tokens + task.fresh_tokens + 1
         with self._lock:
             prefill_s, decode_s = self._speeds(worker)

@@ -114,3 +114,16 @@ def test_links_are_as_fast_as_pulls_were() -> None:
     speed = rates.links().between["n1", "n0"]
     assert speed.byte_s == pytest.approx(1e-8, rel=0.01)
     assert speed.fixed_s == pytest.approx(0.01, rel=0.05)
+
+
+def test_work_that_is_only_placed_counts_until_it_is_over() -> None:
+    rates = Rates()
+    task = Task(agent="a", model="m", fresh_tokens=999, answer_tokens=100)
+    rates.planned("r", W0, task)
+    waiting_s = rates.views(VIEWS, 5.0)[0].busy_s
+    assert waiting_s == pytest.approx(1.0 + DECODE_SHARE * 2.0)
+    assert rates.views(VIEWS, 500.0)[0].busy_s == waiting_s, "nothing of it is done yet"
+    rates.began("r", W1, task, 500.0)
+    assert [v.busy_s for v in rates.views(VIEWS, 500.0)] == [0.0, waiting_s], "it went elsewhere"
+    rates.ended("r")
+    assert not any(v.busy_s for v in rates.views(VIEWS, 500.0))
