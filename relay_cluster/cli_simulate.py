@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -11,6 +11,9 @@ from rich.text import Text
 from relay_cluster import console
 from relay_cluster.cli_common import DebugOption, JsonOption, check_writable, command, examples, write_json
 from transport.errors import ConfigError
+
+if TYPE_CHECKING:
+    from relay_cluster.simulation.settings import SimulatedCluster, Workload
 
 EPILOG = examples(
     "relay simulate configs/simulations/this_machine.yaml configs/simulations/debate.yaml",
@@ -114,6 +117,28 @@ def _check_simpy() -> None:
 
 
 def _validate(
-    cluster: object, workload: object, report: Path, calibrate: Path | None, json_file: Path | None
+    cluster: SimulatedCluster,
+    workload: Workload,
+    report: Path,
+    calibrate: Path | None,
+    json_file: Path | None,
 ) -> None:
-    raise ConfigError("--validate is not there yet")
+    """Print what was measured beside what is simulated, and how far they are apart."""
+    from dataclasses import asdict
+
+    from relay_cluster.simulation import validate
+
+    measured = validate.read_report(report)
+    if calibrate is not None:
+        cluster = validate.calibrated(cluster, validate.read_report(calibrate))
+    mode, found = validate.mode_of(measured), validate.compare(cluster, workload, measured)
+    if json_file:
+        write_json(validate.document(mode, found, asdict(cluster.device)), json_file)
+    if json_file and str(json_file) == "-":
+        return
+    out = console.output()
+    out.print(validate.table(mode, found))
+    worst = max(found, key=lambda c: abs(c.error))
+    of = worst.agent or "the whole run"
+    line = f"largest error: {worst.error:+.0%} ({worst.what} of {of}); rates: {cluster.device.source}"
+    out.print(Text(line, style="dim"), soft_wrap=True)

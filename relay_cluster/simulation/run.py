@@ -120,6 +120,7 @@ class _Run:
     answered: dict[str, simpy.Event] = field(default_factory=dict[str, simpy.Event])
     prepared: dict[str, _Prepared] = field(default_factory=dict)
     asked: set[str] = field(default_factory=set[str])
+    spans: dict[str, tuple[Span, ...]] = field(default_factory=dict[str, tuple[Span, ...]])
 
 
 @dataclass(eq=False, slots=True)
@@ -237,6 +238,9 @@ class Simulation:
         chosen = route_pipeline(tasks, views, self._rates.links())
         for task in tasks:
             self._rates.placed(task.agent, model, chosen[task.agent].worker)
+            # `Cluster._prepare` does so before the run begins, and its time is not the run's.
+            worker = self.workers[chosen[task.agent].worker]
+            worker.prefixes[task.agent] = self.workload.agents[task.agent].prefix_tokens
             self._rates.planned(f"{number}-{task.agent}", chosen[task.agent].worker, task)
         run = _Run(number, lengths, chosen, self.env.now)
         run.answered = {name: self.env.event() for name in order}
@@ -272,6 +276,11 @@ class Simulation:
 
     def _spans(self, run: _Run, name: str) -> tuple[Span, ...]:
         """The prompt: prefix, what it reads in order, fresh text. An answer's last token has no KV."""
+        if name not in run.spans:
+            run.spans[name] = self._make_spans(run, name)
+        return run.spans[name]
+
+    def _make_spans(self, run: _Run, name: str) -> tuple[Span, ...]:
         agent = self.workload.agents[name]
         spans: list[Span] = []
         at = 0
@@ -340,8 +349,10 @@ class Simulation:
             found = _Prepared(run, name, rows, worker, worker.slots.request(), tokens)
             run.prepared[name] = self._open.setdefault(worker.owner.worker, {})[run.number, name] = found
             worker.submit(rows)
-        found.rows.known = max(found.rows.known, self._known(run, name))
-        found.worker.wake()
+        known = self._known(run, name)
+        if known > found.rows.known:
+            found.rows.known = known
+            found.worker.wake()
 
     def _make_room(self, worker: SimulatedWorker, tokens: int) -> None:
         """Drop what is only prepared, the oldest first, until a request has room; as the worker does."""
@@ -358,8 +369,12 @@ class Simulation:
     def _told(self, run: _Run, name: str, rows: Rows) -> None:
         """An agent has written more: drafts of all that read it go out."""
         run.written[name] = rows.written
-        for reader in self._consumers[name]:
-            self._later(self.cluster.device.dispatch_s, lambda r=reader: self._prepare(run, r))
+
+        def drafts() -> None:
+            for reader in self._consumers[name]:
+                self._prepare(run, reader)
+
+        self._later(self.cluster.device.dispatch_s, drafts)
 
     # -- one request ---------------------------------------------------------------------------------------
 
@@ -398,7 +413,6 @@ class Simulation:
         fact.prefill_s = env.now - begun
         fact.ttft_s = env.now - fact.asked
         self._rates.first_token(request_id, env.now)
-        worker.prefixes[name] = self.workload.agents[name].prefix_tokens
         self._learn(worker, rows, fact)
         env.process(self._publish_inputs(run, worker, fact))
         first_at = env.now
