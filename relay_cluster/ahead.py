@@ -26,6 +26,9 @@ CHUNK_TOKENS = 8
 """A reader is sent a draft for so many new tokens. A pass over the weights for one token costs about as much
 as for eight; what has not been sent when the last token comes is computed with the rest of the prompt."""
 _WAKE_S = 1.0
+_GRACE_S = 0.02
+"""A draft is held back so long: after a writer's last token its reader's request comes in this time, and
+would otherwise find its worker busy with those few tokens alone."""
 
 
 class Workers(Protocol):
@@ -100,7 +103,8 @@ class Writing:
             # Woken by every token; the limit is for `stop`, which nobody notifies of.
             while not (self._closed or stop.is_set() or enough()):
                 self._changed.wait(_WAKE_S)
-            return not (self._closed or stop.is_set())
+        stop.wait(_GRACE_S)
+        return not (self._closed or stop.is_set())
 
 
 @dataclass(eq=False, slots=True)

@@ -26,6 +26,7 @@ from workers.admission import Admission, Arrival
 from workers.anchoring import Anchoring, template_contexts
 from workers.answers import Answers, OnToken
 from workers.break_even import Speeds
+from workers.budget import Urgency
 from workers.compare import compare_methods
 from workers.engine import Engine
 from workers.heal import Heal, chunk_rows
@@ -82,7 +83,10 @@ class AgentWorker:
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.store = store
         self._loop = StepLoop(
-            self.engine, max_rows=settings.max_rows_per_step, checkpoint_layer=profile.checkpoint_layer
+            self.engine,
+            max_rows=settings.max_rows_per_step,
+            checkpoint_layer=profile.checkpoint_layer,
+            ahead_share=settings.ahead_share,
         )
         self._builder = PromptBuilder(
             loaded.tokenizer,
@@ -219,9 +223,10 @@ class AgentWorker:
             shadow_tokens=0,
         )
         turn = self._begin(again, count - 1, background_s=timeout_s)
+        turn.urgency = Urgency.IDLE
         try:
             self._loading.load(turn)
-            sequence = self._submit(turn, None, 0, forced=answer[: count - 1], background=True)
+            sequence = self._submit(turn, None, 0, forced=answer[: count - 1])
             self._answers.wait(turn, sequence)
             if probe is not None:
                 return self.on_engine(lambda: judge(sequence.scored, kept.logits, (), (), probe))
@@ -351,6 +356,8 @@ class AgentWorker:
             "fallbacks": self._loading.fallbacks,
             "healed_entries": self._loop.healed_entries,
             "healing_steps": self._loop.healing_steps,
+            "rode_rows": self._loop.rode_rows,
+            "steps_given_up": self._loop.steps_given_up,
             "evidence_bytes": self._evidence.nbytes,
             "unpublished": self._publishing.unpublished,
             "memory": self.store.stats(),
@@ -458,8 +465,6 @@ class AgentWorker:
         sampler: Sampler | None,
         max_new_tokens: int,
         forced: tuple[int, ...] = (),
-        *,
-        background: bool = False,
     ) -> Sequence:
         assert turn.prefill is not None  # loaded before
         sequence = Sequence(
@@ -472,7 +477,8 @@ class AgentWorker:
             capture_mass=turn.request.publish,
             heal=self._heal(turn),
             evidence=self._new_evidence(turn),
-            background=background,
+            urgency=turn.urgency,
+            group=turn.group,
             cancelled=turn.cancelled,
         )
         turn.clock.submitted = time.perf_counter()
@@ -491,4 +497,4 @@ class AgentWorker:
     def _prefill(self, turn: Turn) -> None:
         """Compute the turn's prompt while nobody else wants the engine."""
         self._loading.load(turn)
-        self._answers.wait(turn, self._submit(turn, None, 0, background=True))
+        self._answers.wait(turn, self._submit(turn, None, 0))

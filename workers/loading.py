@@ -23,6 +23,7 @@ from transport.types import Located, Outcome, SegmentKey, WorkerId
 from workers.anchoring import Anchoring
 from workers.anchors import Match
 from workers.break_even import Speeds, estimate_relays
+from workers.budget import Urgency
 from workers.costs import model_costs
 from workers.heal import first_stale
 from workers.messages import Request
@@ -147,7 +148,11 @@ class Loading:
         self._count_fallbacks(turn)
         plan = self._plan(turn, hits, pulled)
         try:
-            prefill = self._loop.call(lambda: self._scatter(turn, plan, pulled), timeout_s=turn.remaining_s)
+            prefill = self._loop.call(
+                lambda: self._scatter(turn, plan, pulled),
+                timeout_s=turn.remaining_s,
+                polite=turn.urgency is not Urgency.NOW,
+            )
         except SegmentLost:
             self.load_again(turn)  # a segment less each time
             return

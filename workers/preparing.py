@@ -23,6 +23,7 @@ from itertools import takewhile
 
 from transport.errors import CacheFull, Cancelled, DeadlineExceeded
 from workers.admission import Admission, Arrival
+from workers.budget import Urgency
 from workers.methods.base import Span
 from workers.prefix_cache import PrefixCache
 from workers.scheduler import BACKGROUND_ROWS
@@ -208,14 +209,23 @@ class Preparing:
             deadline=time.monotonic() + self._timeout_s,
             cancelled=found.stop,
             clock=Clock(),
+            urgency=Urgency.AHEAD,
         )
         try:
             self._compute(turn)
+        except Cancelled:
+            if turn.prefill is not None:  # its rows may have come a few in a step
+                self._done(found, known[: stop - turn.prefill.rows_left], turn.prefill.prefix_tokens)
+            raise
         finally:
             found.turn.sequence = turn.sequence  # who ends the turn waits for it
         assert turn.prefill is not None  # it was computed
-        found.computed += stop - turn.prefill.prefix_tokens
-        found.ids = known[:stop]
+        self._done(found, known[:stop], turn.prefill.prefix_tokens)
+
+    def _done(self, found: _Preparation, ids: tuple[int, ...], before: int) -> None:
+        """`ids` stand ready, all but the first `before` of them computed just now."""
+        found.computed += len(ids) - before
+        found.ids = ids
 
     def _close(self, request_id: str) -> _Preparation | None:
         """Nobody may add to it any more, and nobody does when this returns.

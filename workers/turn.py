@@ -12,6 +12,7 @@ import torch
 from transport.types import NodeId, SegmentKey, WorkerId
 from workers.anchors import Match
 from workers.break_even import Estimate, Speeds
+from workers.budget import Urgency
 from workers.costs import span_flops
 from workers.fetching import Acquired
 from workers.heal import Heal
@@ -50,6 +51,7 @@ class Turn:
         estimates: what relaying was predicted to take, for segments of which enough is known.
         counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
+        urgency: of its rows; group: whose work it is, among those that can wait.
         prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
     """
 
@@ -70,6 +72,8 @@ class Turn:
     notes: list[str] = field(default_factory=list[str])
     estimates: dict[SegmentKey, Estimate] = field(default_factory=dict[SegmentKey, Estimate])
     prepared: int = 0
+    urgency: Urgency = Urgency.NOW
+    group: str = ""
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:

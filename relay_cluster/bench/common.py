@@ -24,6 +24,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relay_cluster import __version__, console
+from relay_cluster.bench.chain_stream_rows import ChainStreamRow
 from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
@@ -216,6 +217,7 @@ class LinkRow:
 ROWS: Mapping[str, type] = {
     "ttft": TimingRow,
     "chain": TimingRow,
+    "chain_stream": ChainStreamRow,
     "fidelity": FidelityRow,
     "decay": DecayRow,
     "directory": DirectoryRow,
@@ -231,6 +233,7 @@ ROWS: Mapping[str, type] = {
 
 Row = (
     TimingRow
+    | ChainStreamRow
     | FidelityRow
     | DecayRow
     | DirectoryRow

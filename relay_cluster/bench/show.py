@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay_cluster import console
+from relay_cluster.bench.chain_stream_rows import CHAIN_STREAM_COLUMNS, ChainStreamRow
 from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, LinkRow, Row, TimingRow
 from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
@@ -53,7 +54,7 @@ def _method(row: Row) -> tuple[str, str]:
         return row.kernel, ""
     if isinstance(row, PullRow):
         return row.backend, ""
-    if isinstance(row, StreamRow):
+    if isinstance(row, StreamRow | ChainStreamRow):
         return row.mode, row.method
     if isinstance(row, ServeRow):
         return f"{row.part} {row.what}", ""
@@ -125,6 +126,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     KernelRow: KERNEL_COLUMNS,
     PullRow: PULL_COLUMNS,
     StreamRow: STREAM_COLUMNS,
+    ChainStreamRow: CHAIN_STREAM_COLUMNS,
     ServeRow: SERVE_COLUMNS,
 }
 

@@ -15,6 +15,7 @@ from tests.workers import tiny
 from tests.workers.rigs import QUESTION, Desk, request
 from transport.errors import RelayError
 from workers.attention import MassSpan
+from workers.budget import Urgency
 from workers.compare import kl_divergence
 from workers.engine import Part
 from workers.heal import Heal, chunk_rows, first_stale
@@ -363,7 +364,7 @@ def test_background_sequences_only_run_when_nobody_else_does() -> None:
     rig = tiny.Rig(tiny.build("llama"))
     rig.model.set_attn_implementation("relay_cluster")
     shadow, other = _plain(rig, tiny.tokens(60)), _plain(rig, tiny.tokens(10))
-    shadow.background = True
+    shadow.urgency = Urgency.IDLE
     assert choose([shadow, other], 100) == [(other, 10, 0)]
     assert choose([shadow], 100) == [(shadow, 60, 0)]
 
