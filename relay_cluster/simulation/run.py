@@ -5,7 +5,7 @@
     -> rows in shared steps -> first token -> decode -> publish -> its readers go on
 
 and with streaming, from the run's beginning: what is certain of a prompt is prefilled on its worker, in steps
-in which nobody else wants rows. Decisions are the product's own functions (see the package); this module only
+that have room for it. Decisions are the product's own functions (see the package); this module only
 puts them in order.
 """
 
@@ -44,6 +44,7 @@ from transport.types import (
     WorkerId,
 )
 from workers.break_even import estimate_relays
+from workers.budget import Urgency
 from workers.costs import plan_flops, selected_share, span_flops
 from workers.loading import nearly_prepared
 from workers.messages import Published, Reply, SlotTransfer, StageTimes
@@ -343,7 +344,8 @@ class Simulation:
             tokens = self._tokens(run, name)
             if not worker.has_room(tokens):
                 return  # refused; a later draft may find room
-            rows = Rows(run.lengths[name], self.env.event(), self.env.event(), background=True)
+            rows = Rows(run.lengths[name], self.env.event(), self.env.event())
+            rows.urgency, rows.group = Urgency.AHEAD, str(run.number)
             rows.computed = min(worker.prefixes.get(name, 0), self.workload.agents[name].prefix_tokens)
             worker.memory.get(tokens)
             found = _Prepared(run, name, rows, worker, worker.slots.request(), tokens)
@@ -405,7 +407,7 @@ class Simulation:
             rows.known = rows.computed  # nothing more of it in the background
             yield from worker.settled(rows)
             worker.leave(rows)
-            rows.background = False
+            rows.urgency = Urgency.NOW
         fact.queue_s = env.now - queued
         yield from self._load(run, name, worker, rows, fact)
         begun = env.now

@@ -17,7 +17,8 @@ import simpy
 from relay_cluster.simulation.device import Device
 from transport.types import Owner
 from workers.break_even import Speeds
-from workers.scheduler import Sequence, Share, choose
+from workers.budget import RideAlong, Turns, Urgency
+from workers.scheduler import BACKGROUND_ROWS, Sequence, Share, choose
 from workers.settings import WorkerSettings
 
 _MOST_STEPS = 32
@@ -31,7 +32,8 @@ class Rows:
     """A request in the step loop, with the attributes by which `choose` decides.
 
     Attributes:
-        background: gets rows only in steps in which nobody else wants any.
+        urgency, group: as the engine's sequences have them: prefill ahead can wait, and is shared out by
+            group.
         known: prompt rows that can be computed, of which `computed` are; whole: there will be no more.
         held_back: rows that wait for bytes that are still on their way.
         row_flops: of a row, where it does not depend on its place in the prompt (a plan's average).
@@ -43,7 +45,8 @@ class Rows:
     answer: int
     first: simpy.Event
     done: simpy.Event
-    background: bool = False
+    urgency: Urgency = Urgency.NOW
+    group: str = ""
     known: int = 0
     computed: int = 0
     whole: bool = False
@@ -98,6 +101,8 @@ class SimulatedWorker:
         self.prefixes: dict[str, int] = {}
         self.busy_s = 0.0
         self.steps = 0
+        self._ride = RideAlong(settings.ahead_share, BACKGROUND_ROWS)
+        self._turns = Turns()
         self._device = device
         self._sequences: list[Rows] = []
         self._current: list[Rows] = []
@@ -138,10 +143,11 @@ class SimulatedWorker:
                 self._wake = env.event()
                 yield self._wake
                 continue
-            # The engine's own choice; it looks at no more than what `Rows` has.
-            shares = choose(cast("list[Sequence]", ready), self.settings.max_rows_per_step)
+            shares = self._shares(ready)
             seconds = self._seconds(shares)
-            steps = self._steps_at_once(shares)
+            # Where somebody waits to ride along, the next step may be another one.
+            alike = all(rows.urgency is Urgency.NOW for rows in ready)
+            steps = self._steps_at_once(shares) if alike else 1
             self._current = [cast("Rows", share.sequence) for share in shares]
             if steps == 1:
                 yield env.timeout(seconds)
@@ -152,6 +158,7 @@ class SimulatedWorker:
                 rest_s = begin + steps * seconds - env.now
                 if rest_s > 0:
                     yield env.timeout(rest_s)
+            self._learn(shares, seconds)
             self.busy_s += steps * seconds
             self.steps += steps
             self._current = []
@@ -159,6 +166,28 @@ class SimulatedWorker:
                 self._advance(cast("Rows", share.sequence), share.rows, steps, seconds)
             ended, self._ended = self._ended, env.event()
             ended.succeed()
+
+    def _shares(self, ready: list[Rows]) -> list[Share]:
+        """Rows of the next step: the engine's own choice, which looks at no more than what `Rows` has. As
+        `StepLoop` has it, rows of prefill ahead ride along by what steps took lately."""
+        most = self.settings.max_rows_per_step
+        later = [rows for rows in ready if rows.urgency is not Urgency.NOW]
+        if not later:
+            return choose(cast("list[Sequence]", ready), most)
+        urgent = [rows for rows in ready if rows.urgency is Urgency.NOW]
+        ride = self._ride.rows(len(urgent)) if all(rows.decoding for rows in urgent) else 0
+        in_turn = [later[i] for i in self._turns.order(rows.group for rows in later)]
+        return choose(cast("list[Sequence]", [*urgent, *in_turn]), most, ride)
+
+    def _learn(self, shares: list[Share], seconds: float) -> None:
+        """Take in what a step took, and who had rows in it; as `StepLoop` does."""
+        later = [share for share in shares if share.sequence.urgency is not Urgency.NOW]
+        for share in later:
+            self._turns.took(share.sequence.group, share.rows)
+        urgent = [share for share in shares if share.sequence.urgency is Urgency.NOW]
+        if urgent and all(share.sequence.decoding for share in urgent):
+            extra = sum(share.rows for share in later)
+            self._ride.observe(sum(share.rows for share in urgent), extra, seconds)
 
     def _seconds(self, shares: list[Share]) -> float:
         """What a step takes."""
