@@ -36,27 +36,33 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A transfer: over what, and when its first part and all of it have come."""
+    """A transfer: over what, and when its first part and all of it have come; never, where it is given up at
+    its deadline."""
 
     kind: LinkKind
     begin: float
     first: float
     end: float
 
+    @property
+    def lost(self) -> bool:
+        return self.end == math.inf
+
 
 class Fabric:
     """The links of a cluster.
 
     Args:
-        links: of both kinds. parts: in which a segment travels.
+        links: of both kinds. parts: in which a segment travels. timeout_s: after which a pull is given up.
     """
 
-    def __init__(self, links: LinksSettings, parts: int) -> None:
+    def __init__(self, links: LinksSettings, parts: int, timeout_s: float) -> None:
         self._links = links
         self._parts = parts
+        self._timeout_s = timeout_s
+        self.timed_out = 0
         self._ports: dict[tuple[str, str, str], Port] = {}
         self.nbytes: Counter[str] = Counter()
-        self.transfers: Counter[str] = Counter()
 
     def kind(self, source: Owner, to: Owner) -> LinkKind:
         """Over what two workers reach each other."""
@@ -67,17 +73,23 @@ class Fabric:
     def pull(self, source: Owner, to: Owner, nbytes: int, now: float) -> Passage:
         """A transfer that is asked for now, and takes its turn at both ports."""
         kind = self.kind(source, to)
-        self.nbytes[kind] += nbytes
-        self.transfers[kind] += 1
         if kind == "local":
+            self.nbytes[kind] += nbytes
             return Passage(kind, now, now, now)
         link: LinkSettings = getattr(self._links, kind)
         out, in_ = self._port(kind, link, source, "out"), self._port(kind, link, to, "in")
         begin = max(now, out.free_at, in_.free_at)
-        seconds = nbytes / link.bytes_per_s
+        whole_s = nbytes / link.bytes_per_s
+        # Bytes that come too late are sent all the same, up to the deadline.
+        seconds = min(whole_s, max(0.0, now + self._timeout_s - begin - link.latency_s))
+        self.nbytes[kind] += round(seconds * link.bytes_per_s)
         for port in (out, in_):
-            port.free_at = begin + seconds
-            port.busy_s += seconds
+            if seconds > 0:
+                port.free_at = begin + seconds
+                port.busy_s += seconds
+        if seconds < whole_s:
+            self.timed_out += 1
+            return Passage(kind, begin, math.inf, math.inf)
         arrives = begin + link.latency_s
         return Passage(kind, begin, arrives + seconds / self._parts, arrives + seconds)
 

@@ -38,6 +38,7 @@ class SimulatedRow:
             pipeline's last agent. wall_s_*: of whole runs.
         queue_s_*: waiting for a slot and cache memory. directory_s_p95: for leases. pull_s_p95: for bytes.
         wire_bytes: pulled by kind of link ("local": held by the reader itself, nothing moved).
+        timed_out: pulls that were given up at transport.pull_timeout_s, and their text computed.
         link_use: kind -> (mean, highest) share of time for which a port was busy.
         directory_calls_per_s: without heartbeats_per_s. directory_use: (mean, highest) of the shards,
             heartbeats included. directory_wait_s: in a shard's queue, per call.
@@ -65,6 +66,7 @@ class SimulatedRow:
     directory_s_p95: float
     pull_s_p95: float
     wire_bytes: Mapping[str, int]
+    timed_out: int
     link_use: Mapping[str, tuple[float, float]]
     directory_calls_per_s: float
     heartbeats_per_s: float
@@ -116,6 +118,7 @@ def row_of(simulation: Simulation) -> SimulatedRow:
         directory_s_p95=quantile([a.directory_s for a in answers], 0.95),
         pull_s_p95=quantile([a.pull_s for a in answers], 0.95),
         wire_bytes={kind: fabric.nbytes[kind] for kind in ("local", "same_node", "remote")},
+        timed_out=fabric.timed_out,
         link_use={kind: fabric.utilisation(kind, seconds) for kind in ("same_node", "remote")},
         directory_calls_per_s=sum(directory.counts.calls.values()) / seconds,
         heartbeats_per_s=directory.heartbeats_per_s,

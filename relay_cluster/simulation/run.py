@@ -183,7 +183,7 @@ class Simulation:
         )
         self._costs = costs_of(cluster.model)
         self._rates = Rates(max_agents=4096)
-        self.fabric = Fabric(cluster.links, transport.layer_groups)
+        self.fabric = Fabric(cluster.links, transport.layer_groups, transport.pull_timeout_s)
         self.directory = Directory(cluster.directory, cluster.directory_costs, workers)
         self.arenas = Arenas(self.directory, transport.arena_bytes)
         device = Device.of(cluster.device, cluster.model)
@@ -453,6 +453,12 @@ class Simulation:
             (found, self.fabric.pull(found.owner, worker.owner, found.segment.nbytes, env.now))
             for found in hits.values()
         ]
+        if any(passage.lost for _, passage in passages):
+            yield env.timeout(self.cluster.transport.pull_timeout_s)
+            fact.pull_s = self.cluster.transport.pull_timeout_s
+            lost = {found.segment.key for found, passage in passages if passage.lost}
+            hits = {key: found for key, found in hits.items() if key not in lost}
+            passages = [(found, passage) for found, passage in passages if not passage.lost]
         fact.pulled_bytes = sum(f.segment.nbytes for f, p in passages if p.kind != "local")
         fact.transfers = tuple(_transfer(found, worker, passage) for found, passage in passages)
         plan = self._reuse.method.plan(spans, hits, self._profile)
@@ -517,7 +523,7 @@ class Simulation:
         end = max(p.end for _, p in passages)
         if first > env.now:
             yield env.timeout(first - env.now)
-        fact.pull_s = env.now - begin
+        fact.pull_s += env.now - begin
         rows.held_back = 1 if end > env.now else 0
         worker.submit(rows)
         if rows.held_back:

@@ -112,6 +112,16 @@ def test_bytes_go_over_the_link_that_lies_between() -> None:
     assert quantile([a.pull_s for a in far.answers], 0.9) >= slow.latency_s
 
 
+def test_pulls_that_take_too_long_are_given_up_and_computed() -> None:
+    apart = changed(HERE, links={"remote": {**HERE.model_dump()["links"]["remote"], "bytes_per_s": 1e5}})
+    apart = apart.model_copy(update={"workers_per_node": 1})
+    row = row_of(ran(apart, SMALL, "auto", 2))
+    assert row.timed_out > 0
+    assert row.wire_bytes["remote"] < 1e5 * row.seconds * 4
+    limit_s = apart.transport.pull_timeout_s
+    assert row.pull_s_p95 == pytest.approx(limit_s)
+
+
 def test_a_small_arena_evicts_and_a_tiny_one_refuses() -> None:
     roomy = row_of(ran(changed(HERE, transport={"arena_bytes": 8 << 30}), SMALL, "auto", 2))
     small = row_of(ran(changed(HERE, transport={"arena_bytes": 32 << 20}), SMALL, "auto", 2))
