@@ -32,6 +32,7 @@ from relay_cluster import (
     cli_pull,
     cli_random,
     cli_serve,
+    cli_simulate,
     cli_stream,
     cli_stream_faults,
     cli_submit,
@@ -90,6 +91,7 @@ app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
 app.command("top", epilog=cli_board.TOP_EPILOG)(cli_board.top)
+app.command("simulate", epilog=cli_simulate.EPILOG)(cli_simulate.simulate)
 app.command("submit", epilog=cli_submit.EPILOG)(cli_submit.submit)
 cli_directory.add_to(app)
 cli_up.add_to(app)

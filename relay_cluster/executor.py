@@ -181,7 +181,7 @@ class Executor:
             return
         for name, upstreams in self._pipeline.upstreams.items():
             if upstreams:
-                self._ahead.start(name, self._id(name), upstreams)
+                self._ahead.start(name, self.request_id(name), upstreams)
 
     def _draft(self, name: str, written: Mapping[str, Written]) -> Draft:
         """What is known of an agent's request. Tokens of another model, which are passed on as text, are
@@ -350,14 +350,14 @@ class Executor:
             self._ahead.writing.add(agent, number, token.id)
         self._on_event("token", agent, number)
 
-    def _id(self, agent: str) -> str:
+    def request_id(self, agent: str) -> str:
         """Of the first request for an agent."""
         return f"{self._run_id}-{agent}"
 
     def _request(self, agent: Agent, values: Mapping[str, SlotValue], decision: Decision | None) -> Request:
         checked = self._gate.settings.tokens if self._gate and decision and decision.checked else 0
         return Request(
-            id=self._id(agent.name),
+            id=self.request_id(agent.name),
             agent=agent.name,
             system=agent.system,
             prompt=agent.prompt,

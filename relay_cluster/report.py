@@ -168,6 +168,27 @@ class GateReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateReport:
+    """A worker that an agent might have gone to, and what it was expected to wait for there: see
+    `relay_cluster.router.Candidate`."""
+
+    worker: str
+    expected_s: float
+    wait_s: float
+    pull_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementReport:
+    """Why an agent was answered where it was. candidates: the chosen worker first, then the best others."""
+
+    worker: str
+    reason: str
+    candidates: tuple[CandidateReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentReport:
     """One agent's request.
 
@@ -195,6 +216,7 @@ class AgentReport:
         gate: what the quality gate did; None without one.
         pull_hidden_s: for how long bytes travelled while the worker computed with those that had come; the
             time for which it waited is stages.pull_s.
+        placement: why that worker; None where nobody chose.
     """
 
     agent: str
@@ -232,6 +254,7 @@ class AgentReport:
     healed_at_token: int | None = None
     gate: GateReport | None = None
     pull_hidden_s: float = 0.0
+    placement: PlacementReport | None = None
 
     @property
     def pulled_bytes(self) -> int:

@@ -104,7 +104,7 @@ class Loading:
             known = self._prefixes.match(prompt.token_ids, request.tenant) if request.prefix_first else 0
             known = max(known, turn.prepared)
             for span in prompt.spans:
-                if span.stop <= known or _nearly_prepared(turn, span):
+                if span.stop <= known or nearly_prepared(turn.prepared, span):
                     continue  # it is here already, exact
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
@@ -263,11 +263,11 @@ class Loading:
             )
 
 
-def _nearly_prepared(turn: Turn, span: Span) -> bool:
-    """Whether so much of a span has been computed ahead that relaying the whole of it would not be less
-    work: a pull and its rectification cost about a seventh of computing it."""
-    rest = span.stop - turn.prepared
-    return span.start < turn.prepared and rest <= max(LITTLE_ROWS, len(span) // WORTH_A_PULL)
+def nearly_prepared(prepared: int, span: Span) -> bool:
+    """Whether so much of a span has been computed ahead, of `prepared` leading tokens, that relaying the
+    whole of it would not be less work: a pull and its rectification cost about a seventh of computing it."""
+    rest = span.stop - prepared
+    return span.start < prepared and rest <= max(LITTLE_ROWS, len(span) // WORTH_A_PULL)
 
 
 def prefill_model(loaded: LoadedModel, profile: ModelProfile) -> PrefillModel:
