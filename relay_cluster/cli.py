@@ -145,11 +145,12 @@ _MetricsFile = Annotated[
 ]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
 _Stream = Annotated[
-    Literal["off", "auto", "exact"],
+    Literal["off", "auto", "exact", "relay"],
     typer.Option(
         "--stream",
         help="Prepare prompts while the agents that they contain still write. auto: compute what idle "
-        "workers have time for, relay the rest; exact: relay nothing, the answers are full prefill's.",
+        "workers have time for, relay the rest; exact: relay nothing, the answers are full prefill's; relay: "
+        "pull what is to be relayed as it is made, the answers are the method's.",
     ),
 ]
 

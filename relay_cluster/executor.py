@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from relay_cluster.ahead import Ahead, Written
+from relay_cluster.ahead import CHUNK_TOKENS, NO_CHUNKS, Ahead, Written
 from relay_cluster.gate import Check, Decision, Edge, EdgeState, Gate
 from relay_cluster.pipeline import Agent, Pipeline
 from relay_cluster.report import CompareReport, GateReport
@@ -29,9 +29,10 @@ log = logging.getLogger(__name__)
 
 OnEvent = Callable[..., None]
 OnToken = Callable[[int, Token], None]
-Stream = Literal["off", "auto", "exact"]
+Stream = Literal["off", "auto", "exact", "relay"]
 """Whether prompts are prepared while their upstream agents still write: "auto" computes what the idle workers
-have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's."""
+have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's; "relay"
+computes none of it, but pulls the upstream agents' KV as it is made: the answers are the method's."""
 
 
 class Workers(Protocol):
@@ -131,11 +132,13 @@ class Executor:
         self._gate = gate
         self._observer = observer
         self._running: dict[str, WorkerId] = {}
+        self._asked_as: dict[str, str] = {}  # agent -> id of its last request
         self._stop = threading.Event()
         self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
         self._inputs: dict[str, SlotValue] = {}
-        self._ahead = Ahead(workers, self._draft) if options.stream != "off" else None
+        chunk = NO_CHUNKS if options.stream == "relay" else CHUNK_TOKENS
+        self._ahead = Ahead(workers, self._draft, chunk) if options.stream != "off" else None
 
     def run(self, inputs: Mapping[str, str]) -> tuple[dict[str, Turn], float]:
         """Answer every agent.
@@ -203,9 +206,22 @@ class Executor:
             growing.add(upstream)
             limit = self._pipeline[upstream].max_new_tokens or self._options.max_new_tokens
             room += limit if not same else max(0, limit - len(found.token_ids))
+        follow = {
+            upstream: self._asked_as.get(upstream, self._id(upstream))
+            for upstream in written
+            if self._follows(agent, upstream)
+        }
         return Draft(
-            request=self._request(agent, values, None), open_slots=frozenset(growing), room_tokens=room
+            request=self._request(agent, values, None),
+            open_slots=frozenset(growing),
+            room_tokens=room,
+            follow=follow,
         )
+
+    def _follows(self, agent: Agent, upstream: str) -> bool:
+        """Whether the agent relays the upstream's KV, and pulls it as it is made."""
+        same = self._workers.model_for(upstream) == self._workers.model_for(agent.name)
+        return self._options.stream == "relay" and agent.reuse and same and upstream in agent.slots
 
     def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:
         """Every prompt again under the other method, on the same worker, one at a time."""
@@ -322,6 +338,9 @@ class Executor:
                 self._ahead.asked(agent.name, worker)
             with self._lock:
                 self._running[request.id] = worker
+                self._asked_as[agent.name] = request.id
+            if self._ahead is not None and attempt:
+                self._ahead.writing.again(agent.name)
             try:
                 reply, ttft_s = self._workers.generate(
                     worker, request, lambda n, token: self._token(agent.name, n, token), self._stop
@@ -365,6 +384,10 @@ class Executor:
             method=decision.method if decision else self._asked(agent),
             shadow_tokens=checked,
             consumers=self._consumers(agent),
+            open_answer=any(
+                self._follows(self._pipeline[name], agent.name)
+                for name in self._pipeline.consumers[agent.name]
+            ),
             publish_inputs=decision is None or decision.probe is None,
             sampling=SamplingSettings(
                 max_new_tokens=agent.max_new_tokens or self._options.max_new_tokens,

@@ -176,6 +176,7 @@ class AgentReport:
             parameter included.
         prompt_tokens: fresh_tokens + relayed_tokens.
         prefix_tokens: the part of fresh_tokens that came from the exact local prefix cache.
+        pulled_ahead_blocks, pulled_ahead_bytes: of what is relayed, came while upstream agents still wrote.
         prepared_tokens: the part of prefix_tokens that was computed while upstream agents still wrote.
         reuse: share of the (token, layer) entries of relayed spans that were not recomputed; None without
             such spans.
@@ -206,6 +207,8 @@ class AgentReport:
     relayed_tokens: int
     prefix_tokens: int = 0
     prepared_tokens: int = 0
+    pulled_ahead_blocks: int = 0
+    pulled_ahead_bytes: int = 0
     reuse: float | None = None
     recomputed_entries: int = 0
     total_entries: int = 0

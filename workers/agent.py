@@ -42,7 +42,15 @@ from workers.publishing import Publishing, input_masses
 from workers.pulled import SegmentLost
 from workers.sampling import Sampler
 from workers.scheduler import Sequence, StepLoop, decoded_mass
-from workers.segment import Prompt, PromptBuilder, PromptTemplate, special_token_ids, stop_token_ids
+from workers.segment import (
+    Prompt,
+    PromptBuilder,
+    PromptTemplate,
+    SlotValue,
+    open_key,
+    special_token_ids,
+    stop_token_ids,
+)
 from workers.settings import WorkerSettings
 from workers.shadow import Evidence, EvidenceBox, judge, relayed_positions
 from workers.store import SegmentStore
@@ -327,12 +335,22 @@ class AgentWorker:
         template = self._template(request)
         most = request.sampling.max_new_tokens + draft.room_tokens
         whole = self._builder.build(template, request.values, most, request.tenant)
-        known = self._builder.known(template, request.values, draft.open_slots)
+        # What is going to be relayed is pulled as it is published, and not computed.
+        self.store.following.follow(
+            request.id,
+            [open_key(self.loaded.space, request.tenant, writer) for writer in draft.follow.values()],
+            self.settings.request_timeout_s,
+        )
+        certain = {**request.values, **dict.fromkeys(draft.follow, SlotValue(token_ids=()))}
+        known = self._builder.known(template, certain, draft.open_slots | draft.follow.keys())
+        if not known:
+            return 0
         return self._preparing.advance(Arrival(request, parse_reuse("exact_prefix"), whole, most), known)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at its next step, or as soon as it arrives, and what was prepared for it. Returns
         whether it was running."""
+        self.store.following.leave(request_id)
         prepared = self._preparing.discard(request_id)
         return self._admission.cancel(request_id) or prepared
 
@@ -417,8 +435,10 @@ class AgentWorker:
     def _end(self, turn: Turn) -> None:
         """Give everything back, whatever happened."""
         try:
+            self._publishing.end(turn)
             self._loading.measure(turn)
             self.store.release(turn.acquired)
+            self.store.following.leave(turn.request.id)
         finally:
             self._admission.end(turn)
 

@@ -18,6 +18,7 @@ from workers.heal import Heal
 from workers.kv_cache import SequenceCache
 from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, SpanCost, StageTimes
 from workers.methods.base import Reuse, Span
+from workers.opening import OpenAnswer
 from workers.prefill import Prefill
 from workers.scheduler import Sequence
 from workers.segment import Prompt, SlotValue
@@ -51,6 +52,7 @@ class Turn:
         counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
         prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
+        opened: the answer, where others may follow it while it is written.
     """
 
     request: Request
@@ -70,6 +72,7 @@ class Turn:
     notes: list[str] = field(default_factory=list[str])
     estimates: dict[SegmentKey, Estimate] = field(default_factory=dict[SegmentKey, Estimate])
     prepared: int = 0
+    opened: OpenAnswer | None = None
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:
@@ -127,6 +130,8 @@ def build_reply(
         relayed_tokens=relayed,
         prefix_tokens=turn.prefill.prefix_tokens,
         prepared_tokens=min(turn.prepared, turn.prefill.prefix_tokens),
+        ahead_blocks=turn.acquired.ahead_blocks,
+        ahead_bytes=turn.acquired.ahead_bytes,
         fresh_entries=counts.fresh,
         recomputed_entries=counts.rectified,
         relayed_entries=counts.relayed,

@@ -1,0 +1,253 @@
+"""Answers that can be followed while they are written: their blocks are published as they fill.
+
+    begin()   the answer is known to the directory, without blocks
+    grew()    a token more: only says so; a thread of this answer copies, seals and tells full blocks
+    stop()    no more blocks; those that the answer begins with are handed to whoever publishes it whole
+    closed()  it has been published under this key         abort()  it will not be: readers are told
+
+Nothing here can fail or slow a request: what goes wrong ends the open segment, and the answer is published as
+any other when it is whole. A block is copied once, on the engine's thread between two steps. It knows nothing
+of readers.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from transport.arena import Arena
+from transport.base import KVDirectory
+from transport.directory.opening import Opened
+from transport.errors import ArenaFull, RelayError
+from transport.types import BlockId, BlockRef, Owner, Segment, SegmentKey
+from workers.layout import BlockViews, KVLayout
+
+log = logging.getLogger(__name__)
+
+_STOP_S: Final = 10.0
+"""So long the copy of one block is waited for."""
+_WAKE_S: Final = 60.0
+
+
+class Room(Protocol):
+    """Where blocks come from; see Holding."""
+
+    def allocate(self, blocks: int) -> list[BlockId]: ...
+    def free(self, blocks: Sequence[BlockId]) -> int: ...
+    def count_open(self, blocks: int) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class OpenAnswer:
+    """One answer that is written.
+
+    Attributes:
+        key: of the open segment; start: position of the answer's first token; producer: for reports.
+        tokens: the answer's, which grow while this reads them.
+        copy: writes KV, checkpoint and mass of answer tokens [first, first + count) into a block's views.
+        full: blocks of the answer whose KV is there.
+        blocks, token_ids: what has been sealed.
+        failed: why nobody can follow it any more.
+    """
+
+    key: SegmentKey
+    start: int
+    producer: str
+    tokens: Sequence[int]
+    copy: Callable[[int, int, Sequence[BlockViews]], None]
+    full: int = 0
+    blocks: list[BlockRef] = field(default_factory=list[BlockRef])
+    token_ids: list[int] = field(default_factory=list[int])
+    failed: str = ""
+    stopped: bool = False
+    idle: bool = True
+    told: bool = False
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+
+class Opening:
+    """The open answers of one worker. Thread-safe."""
+
+    def __init__(
+        self, owner: Owner, layout: KVLayout, arena: Arena, directory: KVDirectory, room: Room
+    ) -> None:
+        self._owner = owner
+        self._layout = layout
+        self._arena = arena
+        self._directory = directory
+        self._room = room
+        self._counts: Counter[str] = Counter()
+        self._live: set[OpenAnswer] = set()
+        self._lock = threading.Lock()
+
+    def stats(self) -> dict[str, int]:
+        """Answers that are open now; how many were opened, and closed, and aborted by reason; blocks that
+        were published ahead of their answer."""
+        with self._lock:
+            return {"open_answers": len(self._live), **self._counts}
+
+    def begin(self, answer: OpenAnswer) -> OpenAnswer:
+        """Let readers follow `answer`."""
+        with self._lock:
+            self._live.add(answer)
+            self._counts["opened"] += 1
+        threading.Thread(target=self._run, args=[answer], name="open-answer", daemon=True).start()
+        return answer
+
+    def grew(self, answer: OpenAnswer, tokens: int) -> None:
+        """The answer has so many tokens; the last one has no KV yet. Cheap."""
+        full = (tokens - 1) // self._layout.block_tokens
+        if full > answer.full:
+            with answer.changed:
+                answer.full = full
+                answer.changed.notify_all()
+
+    def stop(self, answer: OpenAnswer, token_ids: Sequence[int]) -> tuple[BlockRef, ...]:
+        """No more blocks. Those that hold the first of `token_ids` are the caller's to publish, who says then
+        how that ended (`closed`, `abort`); the others are freed."""
+        with answer.changed:
+            answer.stopped = True
+            answer.changed.notify_all()
+            if not answer.changed.wait_for(lambda: answer.idle, _STOP_S):
+                answer.failed = "the engine did not copy a block in time"
+        size, count = self._layout.block_tokens, 0
+        whole = min(len(answer.blocks), len(token_ids) // size)
+        while count < whole and not answer.failed:
+            at = slice(count * size, (count + 1) * size)
+            if answer.token_ids[at] != list(token_ids[at]):
+                break
+            count += 1
+        kept = tuple(answer.blocks[:count])
+        self._free(answer.blocks[count:])
+        self._room.count_open(-len(kept))
+        answer.blocks = []
+        return kept
+
+    def closed(self, answer: OpenAnswer, segment: Segment) -> None:
+        """The answer is published as `segment`."""
+        if answer.failed:
+            self.abort(answer, answer.failed)
+            return
+        self._end(answer, "closed")
+        self._tell(answer, self._head(answer, "closed", segment.key, segment.num_tokens))
+
+    def abort(self, answer: OpenAnswer, reason: str) -> None:
+        """It will not be published, or nobody can follow it. Idempotent, and nothing after `closed`."""
+        with self._lock:
+            if answer not in self._live:
+                return
+        self.stop(answer, ())
+        self._end(answer, f"aborted_{answer.failed or reason}")
+        self._tell(answer, self._head(answer, "aborted", reason=answer.failed or reason))
+
+    def _end(self, answer: OpenAnswer, how: str) -> None:
+        with self._lock:
+            self._live.discard(answer)
+            self._counts[how] += 1
+
+    def _run(self, answer: OpenAnswer) -> None:
+        """Copy, seal and tell blocks until it is stopped."""
+        self._tell(answer, self._head(answer, "open"))
+        while True:
+            with answer.changed:
+                answer.idle = True
+                answer.changed.notify_all()
+                while not answer.stopped and answer.full <= len(answer.blocks):
+                    answer.changed.wait(_WAKE_S)  # woken by the next full block, or the end
+                if answer.stopped or answer.failed:
+                    return
+                answer.idle = False
+            try:
+                self._block(answer)
+            except ArenaFull:
+                self._give_up(answer, "arena_full")
+            except RelayError as error:
+                log.warning("an answer cannot be followed any more: %s", error)
+                self._give_up(answer, type(error).__name__)
+            except Exception:
+                log.exception("an answer cannot be followed any more")
+                self._give_up(answer, "fault")
+
+    def _block(self, answer: OpenAnswer) -> None:
+        first = len(answer.blocks) * self._layout.block_tokens
+        stop = first + self._layout.block_tokens
+        (block,) = self._room.allocate(1)
+        try:
+            payload = self._arena.payload(block)
+            self._layout.clear_gaps(payload)
+            answer.copy(first, stop - first, [self._layout.views(payload)])
+            ref = self._arena.seal(block)
+        except BaseException:
+            self._room.free([block])
+            raise
+        ids = tuple(answer.tokens[first:stop])
+        with answer.changed:
+            if answer.stopped:  # its cache may be another request's by now
+                self._room.free([block])
+                return
+            answer.blocks.append(ref)
+            answer.token_ids.extend(ids)
+        self._room.count_open(1)
+        with self._lock:
+            self._counts["blocks_opened"] += 1
+        at = len(answer.blocks) - 1
+        self._tell(answer, self._head(answer, "open", first=at, blocks=(ref,), token_ids=ids))
+
+    def _head(
+        self,
+        answer: OpenAnswer,
+        state: str,
+        final: SegmentKey | None = None,
+        num_tokens: int = 0,
+        *,
+        reason: str = "",
+        first: int | None = None,
+        blocks: tuple[BlockRef, ...] = (),
+        token_ids: tuple[int, ...] = (),
+    ) -> Opened:
+        size = self._layout.block_tokens
+        return Opened(
+            key=answer.key,
+            start=answer.start,
+            layout=self._layout.fingerprint,
+            producer=answer.producer,
+            block_tokens=size,
+            first=len(answer.token_ids) // size if first is None else first,
+            blocks=blocks,
+            token_ids=token_ids,
+            state=state,  # type: ignore[arg-type]
+            final=final,
+            num_tokens=num_tokens,
+            reason=reason,
+        )
+
+    def _tell(self, answer: OpenAnswer, update: Opened) -> None:
+        try:
+            refused = self._directory.advance(self._owner, update)
+        except RelayError as error:
+            refused = type(error).__name__
+            log.warning("readers do not hear of an answer: %s", error)
+        # A shard that does not answer now is told everything with a later heartbeat.
+        if refused and refused != "unreachable" and update.state == "open":
+            self._give_up(answer, refused)
+
+    def _give_up(self, answer: OpenAnswer, why: str) -> None:
+        """Free what was published: it would only take room until the answer ends."""
+        with answer.changed:
+            if answer.failed or answer.stopped:
+                return
+            answer.failed = why
+            answer.stopped = True
+            answer.idle = True
+            blocks, answer.blocks = answer.blocks, []
+            answer.changed.notify_all()
+        self._free(blocks)
+        self._tell(answer, self._head(answer, "aborted", reason=why))
+
+    def _free(self, blocks: Sequence[BlockRef]) -> None:
+        self._room.free([b.block for b in blocks])
+        self._room.count_open(-len(blocks))
