@@ -26,6 +26,7 @@ from relay_cluster import (
     cli_decode,
     cli_directory,
     cli_faults,
+    cli_kernels,
     cli_link,
     cli_profile,
     cli_pull,
@@ -74,6 +75,7 @@ app.add_typer(model_app, name="model", context_settings=HELP)
 app.add_typer(bench_app, name="bench", context_settings=HELP)
 bench_app.command("transfer", epilog=cli_transfer.EPILOG)(cli_transfer.transfer)
 bench_app.command("decode", epilog=cli_decode.EPILOG)(cli_decode.decode)
+bench_app.command("kernels", epilog=cli_kernels.EPILOG)(cli_kernels.kernels)
 bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_directory.directory)
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)

@@ -27,6 +27,7 @@ from relay_cluster import __version__, console
 from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.kernel_rows import KernelRow
 from relay_cluster.bench.pull_rows import PullRow
 from relay_cluster.bench.serve_rows import ServeRow
 from relay_cluster.bench.stream_rows import StreamRow
@@ -222,6 +223,7 @@ ROWS: Mapping[str, type] = {
     "faults": FaultRow,
     "link": LinkRow,
     "decode": DecodeRow,
+    "kernels": KernelRow,
     "pull": PullRow,
     "stream": StreamRow,
     "serve": ServeRow,
@@ -236,6 +238,7 @@ Row = (
     | FaultRow
     | LinkRow
     | DecodeRow
+    | KernelRow
     | PullRow
     | StreamRow
     | ServeRow

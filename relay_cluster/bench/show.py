@@ -15,6 +15,7 @@ from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, Li
 from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.kernel_rows import KERNEL_COLUMNS, KernelRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
 from relay_cluster.bench.serve_rows import SERVE_COLUMNS, ServeRow
 from relay_cluster.bench.stream_rows import STREAM_COLUMNS, StreamRow
@@ -48,6 +49,8 @@ def _method(row: Row) -> tuple[str, str]:
         return row.backend, row.path
     if isinstance(row, DecodeRow):
         return f"batch {row.batch}", ""
+    if isinstance(row, KernelRow):
+        return row.kernel, ""
     if isinstance(row, PullRow):
         return row.backend, ""
     if isinstance(row, StreamRow):
@@ -119,6 +122,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     DirectoryRow: DIRECTORY_COLUMNS,
     LinkRow: _LINK,
     DecodeRow: DECODE_COLUMNS,
+    KernelRow: KERNEL_COLUMNS,
     PullRow: PULL_COLUMNS,
     StreamRow: STREAM_COLUMNS,
     ServeRow: SERVE_COLUMNS,

@@ -3,7 +3,7 @@
 It reads requests from standard input and answers on standard output, one JSON object a line, until standard
 input ends:
 
-    {"backend": ..., "block_nbytes": ..., "parts": [...], "blocks": ...}
+    {"backend": ..., "device": ..., "block_nbytes": ..., "parts": [...], "blocks": ...}
         -> {"addresses": {name: base64}, "incarnation": ..., "refs": [[block, generation, nbytes, [sum]]],
             "token": base64}
     {"socket": bytes} -> {"port": ...}    a server that sends as many bytes as it is asked for, at most these
@@ -22,6 +22,7 @@ import time
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 
 from transport.arena import Arena
 from transport.auto import make_backend
@@ -43,14 +44,14 @@ def publish(request: dict[str, Any]) -> tuple[Transport, dict[str, Any]]:
     """Blocks of random bytes behind the backend, and what a reader must know of them."""
     block_nbytes, blocks = int(request["block_nbytes"]), int(request["blocks"])
     parts = [int(n) for n in request["parts"]]
-    arena = Arena(blocks * (block_nbytes + 128), block_nbytes, parts=parts)
+    arena = Arena(blocks * (block_nbytes + 128), block_nbytes, str(request["device"]), parts=parts)
     backend = str(request["backend"])
     transport = make_backend(backend, TransportSettings(), worker=f"owner{block_nbytes}", host=HOST)
     transport.register(arena)
     noise = np.random.default_rng(0)
     refs: list[BlockRef] = []
     for block in arena.allocate(blocks):
-        arena.payload(block).numpy()[:] = np.frombuffer(noise.bytes(block_nbytes), dtype=np.uint8)
+        arena.payload(block).copy_(torch.frombuffer(bytearray(noise.bytes(block_nbytes)), dtype=torch.uint8))
         refs.append(arena.seal(block))
     addresses = {backend: base64.b64encode(transport.address()).decode()}
     segment = Segment(KEY, 1, 0, tuple(refs))
