@@ -151,8 +151,8 @@ class KVDirectory(Protocol):
         self, key: SegmentKey, *, life: int, after: int, holder: WorkerId, ttl_s: float, wait_s: float
     ) -> News | None:
         """Wait for what comes behind the first `after` blocks of an open segment, as that life of its
-        producer counts them (0: of any), for `wait_s` at most: None when nothing has come. ttl_s: of the lease
-        of what is told. Raises DirectoryUnavailable."""
+        producer counts them (0: of any), for `wait_s` at most: None when nothing has come. ttl_s: of the
+        lease of what is told. Raises DirectoryUnavailable."""
         ...
 
     def unwatch(self, key: SegmentKey, *, holder: WorkerId) -> None:

@@ -5,8 +5,8 @@
     leave()    the request is over, or will not come: what nobody wants any more is freed
 
 What is borrowed are blocks of the very segment that was leased, by owner, life, block, generation and
-checksum, and of the very tokens of the prompt; whatever else was pulled is thrown away, and pulled or computed
-as if it had not been. It knows nothing of prompts.
+checksum, and of the very tokens of the prompt; whatever else was pulled is thrown away, and pulled or
+computed as if it had not been. It knows nothing of prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from transport.arena import Arena
 from transport.auto import AutoTransport
@@ -103,14 +103,18 @@ class Following:
         self._by_key: dict[SegmentKey, Followed] = {}
         self._over: OrderedDict[str, None] = OrderedDict()
         self._counts: Counter[str] = Counter()
+        self._ended: Counter[str] = Counter()
         self._held = 0
         self._lock = threading.Lock()
 
-    def stats(self) -> dict[str, int]:
-        """Answers that are followed now, and blocks pulled ahead that are here; blocks that requests have
-        used and that were pulled in vain, bytes pulled, and why following ended early, by reason."""
+    def stats(self) -> dict[str, Any]:
+        """live: answers that are followed now; blocks: pulled ahead that are here; pulled_blocks,
+        pulled_bytes: so far; used_blocks, wasted_blocks: what became of them; ended: how often following
+        ended before the answer did, by reason."""
+        names = ("pulled_blocks", "pulled_bytes", "used_blocks", "wasted_blocks")
         with self._lock:
-            return {"following": len(self._by_key), "ahead_blocks": self._held, **self._counts}
+            facts = {name: self._counts[name] for name in names}
+            return {"live": len(self._by_key), "blocks": self._held, **facts, "ended": dict(self._ended)}
 
     # -- a request's side ----------------------------------------------------------------------------------
 
@@ -123,7 +127,7 @@ class Following:
                 found = self._by_key.get(key)
                 if found is None:
                     if len(self._by_key) >= _MOST:
-                        self._counts["ended_too_many"] += 1
+                        self._ended["too_many"] += 1
                         return
                     found = self._by_key[key] = Followed(key, 0.0)
                     threading.Thread(target=self._run, args=[found], name="follow", daemon=True).start()
@@ -181,7 +185,7 @@ class Following:
                     found.used = True
                     blocks = tuple(found.blocks[:count])
                 with self._lock:
-                    self._counts["blocks_used"] += count
+                    self._counts["used_blocks"] += count
                 return Borrowed(found, each, blocks)
         return None
 
@@ -247,9 +251,9 @@ class Following:
         except Exception:
             why = "fault"
             log.exception("an answer is not followed any more")
-        if why and why != "closed":
+        if why and why not in ("closed", "wanted"):
             with self._lock:
-                self._counts[f"ended_{why}"] += 1
+                self._ended[why] += 1
         if why == "overdue":
             for user in tuple(found.users):
                 self.leave(user)
@@ -324,8 +328,8 @@ class Following:
                 self._count_held(len(blocks))
                 blocks = []
                 with self._lock:
-                    self._counts["bytes_pulled"] += transfer.nbytes
-                    self._counts["blocks_pulled"] += len(refs)
+                    self._counts["pulled_bytes"] += transfer.nbytes
+                    self._counts["pulled_blocks"] += len(refs)
                 return ""
             if transfer.outcome is Outcome.TIMED_OUT:
                 blocks = []  # the backend has quarantined them: late writes are real
@@ -377,7 +381,7 @@ class Following:
         self._count_held(-len(blocks))
         if wasted:
             with self._lock:
-                self._counts["blocks_wasted"] += len(blocks)
+                self._counts["wasted_blocks"] += len(blocks)
 
 
 def _same_life(a: Owner, b: Owner) -> bool:

@@ -17,7 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from transport.arena import Arena
 from transport.base import KVDirectory
@@ -80,21 +80,21 @@ class Opening:
         self._arena = arena
         self._directory = directory
         self._room = room
-        self._counts: Counter[str] = Counter()
+        self._blocks = 0
+        self._ended: Counter[str] = Counter()
         self._live: set[OpenAnswer] = set()
         self._lock = threading.Lock()
 
-    def stats(self) -> dict[str, int]:
-        """Answers that are open now; how many were opened, and closed, and aborted by reason; blocks that
-        were published ahead of their answer."""
+    def stats(self) -> dict[str, Any]:
+        """live: answers that are open now; blocks: that were published ahead of their answer; ended: answers,
+        by how ("closed", or why they were aborted)."""
         with self._lock:
-            return {"open_answers": len(self._live), **self._counts}
+            return {"live": len(self._live), "blocks": self._blocks, "ended": dict(self._ended)}
 
     def begin(self, answer: OpenAnswer) -> OpenAnswer:
         """Let readers follow `answer`."""
         with self._lock:
             self._live.add(answer)
-            self._counts["opened"] += 1
         threading.Thread(target=self._run, args=[answer], name="open-answer", daemon=True).start()
         return answer
 
@@ -141,13 +141,13 @@ class Opening:
             if answer not in self._live:
                 return
         self.stop(answer, ())
-        self._end(answer, f"aborted_{answer.failed or reason}")
+        self._end(answer, answer.failed or reason)
         self._tell(answer, self._head(answer, "aborted", reason=answer.failed or reason))
 
     def _end(self, answer: OpenAnswer, how: str) -> None:
         with self._lock:
             self._live.discard(answer)
-            self._counts[how] += 1
+            self._ended[how] += 1
 
     def _run(self, answer: OpenAnswer) -> None:
         """Copy, seal and tell blocks until it is stopped."""
@@ -193,7 +193,7 @@ class Opening:
             answer.token_ids.extend(ids)
         self._room.count_open(1)
         with self._lock:
-            self._counts["blocks_opened"] += 1
+            self._blocks += 1
         at = len(answer.blocks) - 1
         self._tell(answer, self._head(answer, "open", first=at, blocks=(ref,), token_ids=ids))
 

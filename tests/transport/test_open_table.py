@@ -193,37 +193,45 @@ def test_ends_are_forgotten() -> None:
     assert not table._live
 
 
+def _tell(table: OpenTable, first: int, told: int, now: float) -> None:
+    """Blocks [first, told), and what was missing before them."""
+    verdict, expects = advance(table, update(first, told - first), now)
+    if verdict == "gap":
+        assert advance(table, update(expects, told - expects), now) == ("taken", told)
+
+
+def _hear(table: OpenTable, seen: list[int], now: float) -> bool:
+    """Add what a reader that has seen that much hears."""
+    news = watch(table, len(seen), now)
+    seen += [] if news is None else blocks_of(news)
+    return news is not None
+
+
+STEPS = st.tuples(st.sampled_from(["grow", "lose", "again", "restart", "watch"]), st.integers(0, 5))
+
+
 @settings(max_examples=80, deadline=None)
-@given(data=st.data())
-def test_whatever_is_lost_doubled_or_late_readers_hear_every_block_once(data: st.DataObject) -> None:
-    """A producer that asks what is expected, over a table that forgets everything now and then."""
+@given(steps=st.lists(STEPS, min_size=5, max_size=40))
+def test_whatever_is_lost_doubled_or_late_readers_hear_every_block_once(steps: list[tuple[str, int]]) -> None:
+    """A producer that tells what is expected, to a table that forgets everything now and then."""
     table, told, now = make(), 0, 0.0
     seen: list[int] = []
-    for _ in range(data.draw(st.integers(5, 30))):
+    for step, count in steps:
         now += 0.1
-        step = data.draw(st.sampled_from(["grow", "lose", "again", "restart", "watch"]))
         if step == "grow":
-            count = data.draw(st.integers(1, 3))
-            verdict, expects = advance(table, update(told, count), now)
             told += count
-            if verdict == "gap":
-                assert advance(table, update(expects, told - expects), now) == ("taken", told)
+            _tell(table, told - count, told, now)
         elif step == "lose":
-            told += 1  # the message never came
-        elif step == "again" and told:
-            back = data.draw(st.integers(0, told))
-            verdict, expects = advance(table, update(back, told - back), now)
-            if verdict == "gap":
-                advance(table, update(expects, told - expects), now)
+            told += count  # the message never came
+        elif step == "again":
+            _tell(table, max(0, told - count), told, now)
         elif step == "restart":
             table = make()
-        elif (news := watch(table, len(seen), now)) is not None:
-            seen += blocks_of(news)
-    verdict, expects = advance(table, update(told, 0), now)
-    if verdict == "gap":
-        advance(table, update(expects, told - expects), now)
-    while (news := watch(table, len(seen), now)) is not None:
-        seen += blocks_of(news)
+        else:
+            _hear(table, seen, now)
+    _tell(table, told, told, now)
+    while _hear(table, seen, now):
+        pass
     assert seen == [100 + i for i in range(told)]
 
 
