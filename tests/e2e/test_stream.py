@@ -7,12 +7,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import ray
 
 from relay_cluster import Agent, Cluster, Pipeline
 from tests.e2e.conftest import QUESTION, small_cluster
+from transport.directory.catalogue import Filter
+from transport.directory.operate import DirectoryOperator
+from transport.directory.shard import find_names
 from transport.errors import RelayError
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -124,6 +129,7 @@ def test_relay_pulls_what_is_published_while_it_is_written(cluster: Cluster) -> 
     assert critic.fallbacks == ()
     assert critic.compare is not None
     assert critic.compare.top1 == 1.0
+    assert critic.compare.kl_first is not None
     assert critic.compare.kl_first < 1e-6
     assert_nothing_left(cluster)
 
@@ -153,4 +159,100 @@ def test_a_run_that_ends_early_leaves_nothing_prepared(cluster: Cluster) -> None
 
     with pytest.raises(Enough):
         cluster.run(THREE, question=QUESTION, stream="auto", max_new_tokens=TOKENS, on_event=stop)
+    assert_nothing_left(cluster)
+
+
+# -- relay, in minutes ---------------------------------------------------------------------------------------
+
+FAN = Pipeline(
+    [
+        Agent("solver", prompt="Write a long story about a lighthouse keeper.", max_new_tokens=OPEN_TOKENS),
+        Agent("critic", prompt="Write a long poem about a farmer.", max_new_tokens=OPEN_TOKENS + 70),
+        Agent("judge", prompt="A poem:\n{critic}\nA story:\n{solver}\nWhich is better?", max_new_tokens=4),
+    ],
+    name="fan",
+)
+"""The judge reads what ends last before what ends first."""
+
+
+def forget(cluster: Cluster) -> None:
+    """What an earlier run has left: the same answer again would be found at once."""
+    (names,) = find_names().values()
+    DirectoryOperator.of(names).evict(Filter(), timeout_s=60.0)
+    assert cluster.directory_stats()["segments"] == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["epic", "cacheblend", "context_mass", "relay_caching"])
+def test_relay_answers_are_those_of_the_method_without_streaming(cluster: Cluster, method: str) -> None:
+    """Slots behind an open one are pulled ahead as well, to their end."""
+    tokens = {}
+    for stream in ("off", "relay"):
+        forget(cluster)
+        result = cluster.run(FAN, method=method, stream=stream)  # type: ignore[arg-type]
+        tokens[stream] = {a: result[a].tokens for a in FAN.order}
+        assert result["judge"].fallbacks == ()
+    assert tokens["relay"] == tokens["off"]
+    judge = result["judge"]
+    remote = [t for t in judge.transfers if t.backend != "local"]
+    if any(t.slot == "solver" for t in remote):
+        assert sum(t.blocks for t in remote if t.slot == "solver") == 0, "it had been over for long"
+    assert judge.pulled_ahead_blocks >= 1
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.long
+def test_a_writer_that_dies_half_way_is_followed_again(cluster: Cluster) -> None:
+    forget(cluster)
+    once = threading.Lock()
+
+    def kill(kind: str, agent: str, *more: Any) -> None:
+        if (kind, agent) == ("token", "solver") and more[0] == 67 and once.acquire(blocking=False):
+            os.kill(cluster.workers[cluster._placed["solver"]].pid, signal.SIGKILL)
+
+    result = cluster.run(
+        TWO, method="cacheblend:r=1", stream="relay", compare="full_prefill", repeats=1, on_event=kill
+    )
+    critic = result["critic"]
+    assert result["solver"].retries == 1
+    assert critic.compare is not None
+    assert critic.compare.top1 == 1.0
+    assert critic.compare.kl_first is not None
+    assert critic.compare.kl_first < 1e-6
+    assert_nothing_left(cluster)
+
+
+@pytest.mark.long
+def test_a_run_that_ends_early_leaves_no_open_answer(cluster: Cluster) -> None:
+    forget(cluster)
+
+    class Enough(RelayError):
+        pass
+
+    def stop(kind: str, agent: str, *more: Any) -> None:
+        if (kind, agent) == ("token", "solver") and more[0] == 68:
+            raise Enough("the caller has had enough")
+
+    with pytest.raises(Enough):
+        cluster.run(TWO, method="epic", stream="relay", on_event=stop)
+    assert_nothing_left(cluster)
+    assert cluster.directory_stats()["aborted_total"] >= 1
+
+
+@pytest.mark.long
+def test_shards_that_die_half_way_are_told_again(cluster: Cluster) -> None:
+    forget(cluster)
+    once = threading.Lock()
+
+    def kill(kind: str, agent: str, *more: Any) -> None:
+        if (kind, agent) == ("token", "solver") and more[0] == 20 and once.acquire(blocking=False):
+            for name in next(iter(find_names().values())):
+                ray.kill(ray.get_actor(name), no_restart=False)
+
+    long = Pipeline([replace(a, max_new_tokens=3 * OPEN_TOKENS if a.slots == () else 4) for a in TWO.agents])
+    result = cluster.run(long, method="cacheblend:r=1", stream="relay", compare="full_prefill", on_event=kill)
+    critic = result["critic"]
+    assert critic.compare is not None
+    assert critic.compare.top1 == 1.0
+    assert critic.pulled_ahead_blocks >= 1, "blocks that fill after the restart are heard of"
     assert_nothing_left(cluster)

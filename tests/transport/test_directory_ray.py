@@ -93,13 +93,13 @@ def opened(first: int, count: int, **more: Any) -> Opened:
 
 
 def watching(
-    client: DirectoryClient, after: int, wait_s: float = 60.0
+    client: DirectoryClient, after: int, wait_s: float = 60.0, key: SegmentKey = OPEN
 ) -> tuple[threading.Thread, list[News]]:
     """A watch on a thread of its own, once a shard knows of it; what it hears."""
     heard: list[News] = []
 
     def watch() -> None:
-        news = client.watch(OPEN, life=1, after=after, holder=READER, ttl_s=5.0, wait_s=wait_s)
+        news = client.watch(key, life=1, after=after, holder=READER, ttl_s=5.0, wait_s=wait_s)
         heard.extend([] if news is None else [news])
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -133,9 +133,9 @@ def test_a_watch_is_answered_when_a_block_comes_and_not_before(shards: dict[str,
 def test_a_reader_that_is_gone_leaves_nothing_behind(shards: dict[str, Any]) -> None:
     """Nobody dismisses its watch: it ends by its deadline."""
     client = DirectoryClient(shards, SETTINGS)
-    thread, heard = watching(client, after=0, wait_s=0.5)
+    thread, heard = watching(client, after=0, wait_s=3.0, key=SegmentKey("s", b"nobody's"))
     thread.join(30)
-    assert heard == []
+    assert (thread.is_alive(), heard) == (False, [])
     assert client.stats()["watches"] == 0
     client.close()
 

@@ -1,9 +1,9 @@
-"""Answers that are followed while they are written, between two workers' stores: real arenas, tables, pulls."""
+"""Answers that are followed while they are written, between two workers: real arenas, tables, pulls."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -221,8 +221,12 @@ def test_a_failed_publish_frees_the_blocks_it_was_given(pair: tuple[Cluster, Des
     answer.write(2)
     wait_for(lambda: ahead(b) == 2, "it comes", 10)
     first = answer.opening.stop(answer.answer, answer.tokens)
+
+    def divide(_: Sequence[BlockViews]) -> None:
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        a.store.publish(key("x"), lambda _: 1 // 0, start=0, num_tokens=40, producer="t", first=first)
+        a.store.publish(key("x"), divide, start=0, num_tokens=40, producer="t", first=first)
     assert a.arena.stats().used == 0
     answer.opening.abort(answer.answer, "ended")
     wait_for(lambda: ahead(b) == 0, "and readers hear of it", 10)
