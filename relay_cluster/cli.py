@@ -30,6 +30,7 @@ from relay_cluster import (
     cli_link,
     cli_profile,
     cli_pull,
+    cli_random,
     cli_serve,
     cli_stream,
     cli_submit,
@@ -82,6 +83,7 @@ bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
 bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
+model_app.command("random", epilog=cli_random.EPILOG)(cli_random.model_random)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)

@@ -146,8 +146,9 @@ def check_headers(arena: Arena, lease: Lease, into: Sequence[BlockId]) -> None:
         ReadFailed: STALE, CORRUPT or LAYOUT_MISMATCH.
     """
     owner = lease.located.owner
-    for block, ref in zip(into, lease.located.segment.blocks, strict=True):
-        expect_pulled(arena.verify_header(block, ref, owner.incarnation), ref, lease)
+    refs = lease.located.segment.blocks
+    for ref, verdict in zip(refs, arena.verify_headers(into, refs, owner.incarnation), strict=True):
+        expect_pulled(verdict, ref, lease)
 
 
 def _check_before(arena: Arena, lease: Lease, now: float, ends: float) -> None:
@@ -213,11 +214,14 @@ def landed_parts(
 
 
 def _verify(arena: Arena, lease: Lease, into: Sequence[BlockId], landed: Landed) -> None:
-    refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
-    for at in range(landed.first, landed.stop):
-        if landed.part == 0:
-            expect_pulled(arena.verify_header(into[at], refs[at], incarnation), refs[at], lease)
-        expect_pulled(arena.verify_part(into[at], refs[at], landed.part), refs[at], lease)
+    here = slice(landed.first, landed.stop)
+    blocks, refs = into[here], lease.located.segment.blocks[here]
+    if landed.part == 0:
+        verdicts = arena.verify_headers(blocks, refs, lease.located.owner.incarnation)
+        for ref, verdict in zip(refs, verdicts, strict=True):
+            expect_pulled(verdict, ref, lease)
+    for ref, verdict in zip(refs, arena.verify_parts(blocks, refs, landed.part), strict=True):
+        expect_pulled(verdict, ref, lease)
 
 
 def expect_pulled(verdict: Outcome, ref: BlockRef, lease: Lease) -> None:

@@ -136,7 +136,7 @@ class Holding:
                     key=key,
                     num_tokens=num_tokens,
                     start=start,
-                    blocks=(*first, *(self._arena.seal(b) for b in rest)),
+                    blocks=(*first, *(self._arena.seal_all(rest) if rest else ())),
                     variant=variant,
                     layout=self._layout.fingerprint,
                     producer=producer,

@@ -162,8 +162,9 @@ def show_document(document: Document, out: Console | None = None) -> None:
     out = out or console.output()
     out.print(document_table(document))
     settings = document.settings
-    data = ", ".join(settings.get("data", ()))
-    out.print(
-        Text(f"{settings.get('model')}, data {data}, seed {settings.get('seed')}", style="dim"),
-        soft_wrap=True,
+    facts = (
+        settings.get("model") or settings.get("gpu"),
+        f"data {', '.join(settings['data'])}" if settings.get("data") else "",
+        f"seed {settings['seed']}" if "seed" in settings else "",
     )
+    out.print(Text(", ".join(filter(None, facts)), style="dim"), soft_wrap=True)

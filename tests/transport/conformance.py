@@ -302,14 +302,14 @@ class Conformance:
         refs = side.publish(1, seed=26)
         assert reader.outcome(side, refs) is Outcome.PULLED, "connected"
         ends = time.monotonic() + 0.5
-        verify = reader.arena.verify_part
+        verify = reader.arena.verify_parts
 
-        def late(*args: Any) -> Outcome:
+        def late(*args: Any) -> Iterator[Outcome]:
             while time.monotonic() <= ends:  # the reader sleeps, as the name says: by the lease's own clock
                 time.sleep(0.01)
             return verify(*args)
 
-        monkeypatch.setattr(reader.arena, "verify_part", late)
+        monkeypatch.setattr(reader.arena, "verify_parts", late)
         handed: list[int] = []
         outcome = reader.outcome(side, refs, lease_deadline=ends, on_part=lambda part, _: handed.append(part))
         assert (outcome, handed) == (Outcome.LEASE_EXPIRED, [])
