@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.transport.rigs import wait_for
 from tests.workers.rigs import Desk, request, two_desks
 from transport.errors import Cancelled
 from workers.messages import Draft, Reply, Request, Token
@@ -38,9 +39,9 @@ def desks(small: LoadedModel) -> Iterator[tuple[Desk, Desk]]:
     with two_desks(small) as both:
         yield both
         for desk in both:
-            memory = desk.agent.store.stats()
-            assert (memory["opening"]["live"], memory["following"]["live"]) == (0, 0)
-            assert memory["open_blocks"] == 0
+            stats = desk.agent.store.stats
+            wait_for(lambda s=stats: s()["opening"]["live"] == 0, "readers have been told", 10)
+            assert (stats()["following"]["live"], stats()["open_blocks"]) == (0, 0)
 
 
 def writer() -> Request:
@@ -104,6 +105,7 @@ def test_a_writer_that_is_cancelled_leaves_nothing(desks: tuple[Desk, Desk]) -> 
 
     with pytest.raises(Cancelled):
         one.agent.generate(writes, stop)
-    assert one.agent.store.stats()["opening"]["ended"] == {"ended": 1}
+    stats = one.agent.store.stats
+    wait_for(lambda: stats()["opening"]["ended"] == {"ended": 1}, "readers are told", 10)
     assert one.arena.stats().used == 0
     two.agent.cancel(asked.id)

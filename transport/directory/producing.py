@@ -71,12 +71,18 @@ class OpenLogs:
             heartbeat may mend).
 
         Raises:
-            WorkerLost: a newer incarnation has taken this name.
+            WorkerLost: a newer incarnation has taken this name. ValueError: a gap, of the caller's making.
         """
         with self._lock:
-            found = self._logs.setdefault(update.key, _Log(update))
-            found.head = replace(update, blocks=(), token_ids=())
+            found = self._logs.get(update.key)
+            if found is None:
+                if update.state == "aborted":
+                    return ""  # nobody has heard of it
+                found = self._logs[update.key] = _Log(update)
+            found.head = replace(update, first=0, blocks=(), token_ids=())
             known = len(found.blocks)
+            if update.first > known:
+                raise ValueError(f"block {update.first} of an open segment comes before block {known}")
             found.blocks.extend(update.blocks[known - update.first :])
             found.token_ids.extend(update.token_ids[(known - update.first) * update.block_tokens :])
             if update.state != "open":
