@@ -23,8 +23,9 @@ from transport.errors import RelayError
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TOKENS = 24
-OPEN_TOKENS = 70
-"""Of an answer that has a full block of 64 before it ends."""
+BLOCK = 16
+OPEN_TOKENS = 2 * BLOCK + 5
+"""Of an answer that has full blocks before it ends."""
 THREE = Pipeline(
     [
         Agent("solver", prompt="Solve this problem.\n{question}", system="You are a maths tutor."),
@@ -78,7 +79,9 @@ def cluster() -> Iterator[Cluster]:
     """A thread for each worker: readers compute while writers do, and two teams on two cores wait for each
     other at every operator."""
     worker = {"device": "cpu", "cache_tokens": 4096, "break_even": False, "threads": 1}
-    with Cluster(small_cluster(worker=worker), agents_hint=THREE) as running:
+    # Small blocks, so that short answers have full ones.
+    transport = {"arena_bytes": 128 << 20, "pull_timeout_s": 4.0, "block_tokens": BLOCK}
+    with Cluster(small_cluster(worker=worker, transport=transport), agents_hint=THREE) as running:
         yield running
 
 
@@ -167,7 +170,7 @@ def test_a_run_that_ends_early_leaves_nothing_prepared(cluster: Cluster) -> None
 FAN = Pipeline(
     [
         Agent("solver", prompt="Write a long story about a lighthouse keeper.", max_new_tokens=OPEN_TOKENS),
-        Agent("critic", prompt="Write a long poem about a farmer.", max_new_tokens=OPEN_TOKENS + 70),
+        Agent("critic", prompt="Write a long poem about a farmer.", max_new_tokens=2 * OPEN_TOKENS),
         Agent("judge", prompt="A poem:\n{critic}\nA story:\n{solver}\nWhich is better?", max_new_tokens=4),
     ],
     name="fan",
@@ -207,7 +210,7 @@ def test_a_writer_that_dies_half_way_is_followed_again(cluster: Cluster) -> None
     once = threading.Lock()
 
     def kill(kind: str, agent: str, *more: Any) -> None:
-        if (kind, agent) == ("token", "solver") and more[0] == 67 and once.acquire(blocking=False):
+        if (kind, agent) == ("token", "solver") and more[0] == 2 * BLOCK + 3 and once.acquire(blocking=False):
             os.kill(cluster.workers[cluster._placed["solver"]].pid, signal.SIGKILL)
 
     result = cluster.run(
@@ -230,7 +233,7 @@ def test_a_run_that_ends_early_leaves_no_open_answer(cluster: Cluster) -> None:
         pass
 
     def stop(kind: str, agent: str, *more: Any) -> None:
-        if (kind, agent) == ("token", "solver") and more[0] == 68:
+        if (kind, agent) == ("token", "solver") and more[0] == 2 * BLOCK + 3:
             raise Enough("the caller has had enough")
 
     with pytest.raises(Enough):
@@ -245,11 +248,11 @@ def test_shards_that_die_half_way_are_told_again(cluster: Cluster) -> None:
     once = threading.Lock()
 
     def kill(kind: str, agent: str, *more: Any) -> None:
-        if (kind, agent) == ("token", "solver") and more[0] == 20 and once.acquire(blocking=False):
+        if (kind, agent) == ("token", "solver") and more[0] == BLOCK + 3 and once.acquire(blocking=False):
             for name in next(iter(find_names().values())):
                 ray.kill(ray.get_actor(name), no_restart=False)
 
-    long = Pipeline([replace(a, max_new_tokens=3 * OPEN_TOKENS if a.slots == () else 4) for a in TWO.agents])
+    long = Pipeline([replace(a, max_new_tokens=4 * OPEN_TOKENS if a.slots == () else 4) for a in TWO.agents])
     result = cluster.run(long, method="cacheblend:r=1", stream="relay", compare="full_prefill", on_event=kill)
     critic = result["critic"]
     assert critic.compare is not None
