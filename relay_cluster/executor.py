@@ -220,8 +220,10 @@ class Executor:
 
     def _follows(self, agent: Agent, upstream: str) -> bool:
         """Whether the agent relays the upstream's KV, and pulls it as it is made."""
-        same = self._workers.model_for(upstream) == self._workers.model_for(agent.name)
-        return self._options.stream == "relay" and agent.reuse and same and upstream in agent.slots
+        if self._options.stream != "relay" or upstream not in agent.slots:
+            return False
+        relays = self._asked(agent) not in ("exact_prefix", "full_prefill")
+        return relays and self._workers.model_for(upstream) == self._workers.model_for(agent.name)
 
     def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:
         """Every prompt again under the other method, on the same worker, one at a time."""

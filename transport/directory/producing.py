@@ -93,7 +93,20 @@ class OpenLogs:
         """Make up for what shards have missed. Raises WorkerLost."""
         with self._lock:
             logs = list(self._logs.values())
+        parts: dict[str, list[_Log]] = {}
         for found in logs:
+            for name in self._fleet.replicas(found.head.key):
+                parts.setdefault(name, []).append(found)
+        with self._lock:
+            updates = {name: [x.since(len(x.blocks)) for x in held] for name, held in parts.items()}
+        answers, moved = self._send(owner, updates)
+        missed = [
+            found
+            for name, verdicts in answers.items()
+            for found, answer in zip(parts[name], verdicts, strict=True)
+            if answer.verdict == "gap"
+        ]
+        for found in logs if moved else missed:
             self._tell(owner, found, len(found.blocks))
 
     def _tell(self, owner: Owner, found: _Log, first: int) -> str:
@@ -102,9 +115,10 @@ class OpenLogs:
         verdict = "unreachable"
         for _ in range(_ROUNDS + len(found.blocks) // _BLOCKS_PER_CALL):
             with self._lock:
-                updates = {name: found.since(at) for name, at in expects.items()}
+                updates = {name: [found.since(at)] for name, at in expects.items()}
                 total = len(found.blocks)
-            answers, moved = self._send(owner, updates)
+            sent, moved = self._send(owner, updates)
+            answers = {name: verdicts[0] for name, verdicts in sent.items()}
             verdict = next((a.verdict for a in answers.values()), verdict)
             again = {n: a.expects for n, a in answers.items() if a.verdict == "gap" or 0 < a.expects < total}
             if moved:
@@ -114,17 +128,21 @@ class OpenLogs:
                 break
         return "" if verdict in ("taken", "gap") else verdict
 
-    def _send(self, owner: Owner, updates: Mapping[str, Opened]) -> tuple[dict[str, Advanced], bool]:
-        """(verdicts by shard, whether some shard knows a newer list of shards)."""
+    def _send(
+        self, owner: Owner, updates: Mapping[str, Sequence[Opened]]
+    ) -> tuple[dict[str, list[Advanced]], bool]:
+        """(verdicts by shard, in the order of its updates, whether some shard knows a newer list of
+        shards)."""
         about = wire.pack_announcing(owner, int(time.monotonic() * 1e3))
         messages: dict[str, Sequence[Any]] = {
-            name: (about, wire_open.pack_opened([update])) for name, update in updates.items()
+            name: (about, wire_open.pack_opened(part)) for name, part in updates.items()
         }
         asked = self._fleet.ask(messages, "advance")
-        out: dict[str, Advanced] = {}
+        out: dict[str, list[Advanced]] = {}
         for name, answer in asked.items():
-            (out[name],) = wire_open.unpack_advanced(answer.result, 1)
-            refuse_fenced(owner, Announced(out[name].fenced_by, known=True))
+            out[name] = wire_open.unpack_advanced(answer.result, len(updates[name]))
+            for verdict in out[name]:
+                refuse_fenced(owner, Announced(verdict.fenced_by, known=True))
         return out, bool(asked.moved)
 
 

@@ -231,7 +231,7 @@ class Shard:
 
     def _stats(self) -> dict[str, float]:
         grown = max(0, resident_bytes() - self._resident_at_start)
-        return {**self._table.stats(self._clock()), "memory_bytes": grown}
+        return {**self._table.stats(self._clock()), "memory_bytes": grown, "watches": 0}
 
     def _tell_settings(self) -> Any:
         return wire.SETTINGS.pack(self._settings)
