@@ -299,7 +299,8 @@ class Following:
         if segment.layout != self._layout.fingerprint:
             return "layout"
         if found.owner is None or not _same_life(found.owner, owner) or news.first != len(found.refs):
-            self._discard(found)
+            if not self._discard(found):
+                return "aborted"  # a request reads what the older life wrote, to its end
             found.owner = owner
             if news.first:
                 return ""  # the next watch asks for the beginning
@@ -365,14 +366,15 @@ class Following:
         finally:
             self._directory.release([lease])
 
-    def _discard(self, found: Followed) -> None:
-        """What has come is of a life that is over."""
+    def _discard(self, found: Followed) -> bool:
+        """What has come is of a life that is over; False while it is read."""
         with found.changed:
             if found.borrowers:
-                return
+                return False
             blocks, found.blocks = found.blocks, []
             found.refs, found.token_ids = [], []
         self._drop(blocks, wasted=True)
+        return True
 
     def _drop(self, blocks: Sequence[BlockId], *, wasted: bool) -> None:
         if not blocks:

@@ -68,6 +68,7 @@ def pair() -> Iterator[tuple[Cluster, Desk, Desk]]:
     for desk in (a, b):
         wait_for(lambda d=desk: d.stats()["open_blocks"] == 0, "what was open is given back", 10)
         wait_for(lambda d=desk: d.stats()["following"]["live"] == 0, "and nothing is followed", 10)
+        wait_for(lambda d=desk: d.stats()["opening"]["live"] == 0, "nor written", 10)
     cluster.check()
     cluster.close()
 

@@ -58,7 +58,7 @@ class LocalDirectory:
         self._clock = clock
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
-        self._unwatched: set[tuple[SegmentKey, WorkerId]] = set()
+        self._watching: dict[tuple[SegmentKey, WorkerId], int] = {}  # how many do
 
     def announce(self, owner: Owner) -> None:
         """See KVDirectory. Raises WorkerLost when `owner` is fenced."""
@@ -123,22 +123,27 @@ class LocalDirectory:
         self, key: SegmentKey, *, life: int, after: int, holder: WorkerId, ttl_s: float, wait_s: float
     ) -> News | None:
         """See KVDirectory."""
-        deadline = time.monotonic() + wait_s
+        deadline, me = time.monotonic() + wait_s, (key, holder)
         with self._lock:
-            self._unwatched.discard((key, holder))
+            self._watching[me] = self._watching.get(me, 0) + 1
             while True:
                 news = self._table.watch(
                     key, life=life, after=after, holder=holder, now=self._clock(), ttl_s=ttl_s
                 )
                 left_s = deadline - time.monotonic()
-                if news is not None or left_s <= 0 or (key, holder) in self._unwatched:
+                if me not in self._watching:
+                    return news  # dismissed
+                if news is not None or left_s <= 0:
+                    self._watching[me] -= 1
+                    if not self._watching[me]:
+                        del self._watching[me]
                     return news
                 self._news.wait(left_s)
 
     def unwatch(self, key: SegmentKey, *, holder: WorkerId) -> None:
         """See KVDirectory."""
         with self._lock:
-            self._unwatched.add((key, holder))
+            self._watching.pop((key, holder), None)
             self._news.notify_all()
 
     def stats(self) -> dict[str, float]:
