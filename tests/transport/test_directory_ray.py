@@ -147,6 +147,9 @@ def test_a_shard_that_restarts_hears_of_open_answers_again(shards: dict[str, Any
     assert owner.advance(me, opened(0, 3)) == ""
     ray.kill(shards[owner.fleet.replicas(OPEN)[0]], no_restart=False)
 
+    # By the one that comes back; the one that is being killed may still answer for a moment.
+    wait_for(lambda: reader.stats()["open_gaps_total"] == 1, "it says what it has missed", 60)
+
     def hears() -> bool:
         try:
             news = reader.watch(OPEN, life=2, after=2, holder=READER, ttl_s=5.0, wait_s=1.0)
@@ -177,7 +180,7 @@ def test_a_killed_shard_returns_and_owners_announce_again(shards: dict[str, Any]
 def shard_pids() -> list[int]:
     """Processes of shard actors that this driver's Ray has started."""
     mine = psutil.Process().children(recursive=True)
-    return [p.pid for p in mine if p.is_running() and "ray::Shard" in " ".join(p.cmdline())]
+    return [p.pid for p in mine if p.is_running() and "ray::WatchedShard" in " ".join(p.cmdline())]
 
 
 def test_sigkill_of_a_shard_while_lookups_run_costs_no_hits(shards: dict[str, Any]) -> None:
