@@ -19,7 +19,8 @@ from rich.table import Table
 
 from relay_cluster.report import AgentReport, RowReport, RunReport
 from relay_cluster.simulation.device import Device
-from relay_cluster.simulation.run import Mode, Simulation
+from relay_cluster.simulation.facts import Mode
+from relay_cluster.simulation.run import Simulation
 from relay_cluster.simulation.settings import ArrivalSettings, SimulatedCluster, Workload
 from transport.errors import ConfigError
 
@@ -57,10 +58,14 @@ def read_report(path: Path) -> RunReport:
 
 
 def figures(report: RunReport) -> RunReport:
-    """The report without what agents wrote: what may be shown to anybody, and all that is needed here."""
-    rows = tuple(
-        replace(row, agents=tuple(replace(a, text="", tokens=()) for a in row.agents)) for row in report.rows
-    )
+    """The report without what agents wrote and where it was: what may be shown to anybody, and all that is
+    needed here."""
+
+    def plain(agent: AgentReport) -> AgentReport:
+        transfers = tuple(replace(t, source_node="") for t in agent.transfers)
+        return replace(agent, text="", tokens=(), node="", transfers=transfers)
+
+    rows = tuple(replace(row, agents=tuple(map(plain, row.agents))) for row in report.rows)
     return replace(report, rows=rows)
 
 

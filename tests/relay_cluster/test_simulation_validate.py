@@ -19,7 +19,8 @@ from relay_cluster.report import (
     RunReport,
     Stages,
 )
-from relay_cluster.simulation.run import Answered, Mode, Simulation
+from relay_cluster.simulation.facts import Answered, Mode
+from relay_cluster.simulation.run import Simulation
 from relay_cluster.simulation.settings import SimulatedCluster, Workload
 from relay_cluster.simulation.validate import calibrated, compare, figures, mode_of
 from transport.errors import ConfigError
