@@ -59,7 +59,8 @@ def simulate(
         typer.Option(
             "--calibrate",
             metavar="REPORT.json",
-            help="With --validate: take the device's rates from this report of the same machine.",
+            help="With --validate: take the device's rates from this report of the same machine, of "
+            "full_prefill; a report made with --compare full_prefill has its own.",
         ),
     ] = None,
     json_file: JsonOption = None,
@@ -144,6 +145,8 @@ def _validate(
     measured = validate.read_report(report)
     if calibrate is not None:
         cluster = validate.calibrated(cluster, validate.read_report(calibrate))
+    elif validate.compared(measured):
+        cluster = validate.calibrated(cluster, measured)
     mode, found = validate.mode_of(measured), validate.compare(cluster, workload, measured)
     if json_file:
         write_json(validate.document(mode, found, asdict(cluster.device)), json_file)
