@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from relay_cluster.ahead import Ahead, Written
 from relay_cluster.gate import Check, Decision, Edge, EdgeState, Gate
-from relay_cluster.pipeline import Agent, Pipeline
+from relay_cluster.pipeline import Agent, Pipeline, Stream
 from relay_cluster.report import CompareReport, GateReport
 from relay_cluster.turns import Turn, compare_report, gate_report, verdict
 from transport.errors import Cancelled, RelayError, WorkerLost
@@ -29,9 +29,6 @@ log = logging.getLogger(__name__)
 
 OnEvent = Callable[..., None]
 OnToken = Callable[[int, Token], None]
-Stream = Literal["off", "auto", "exact"]
-"""Whether prompts are prepared while their upstream agents still write: "auto" computes what the idle workers
-have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's."""
 
 
 class Workers(Protocol):
@@ -204,7 +201,10 @@ class Executor:
             limit = self._pipeline[upstream].max_new_tokens or self._options.max_new_tokens
             room += limit if not same else max(0, limit - len(found.token_ids))
         return Draft(
-            request=self._request(agent, values, None), open_slots=frozenset(growing), room_tokens=room
+            request=self._request(agent, values, None),
+            open_slots=frozenset(growing),
+            room_tokens=room,
+            group=self._run_id,
         )
 
     def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:

@@ -198,6 +198,7 @@ class AgentReport:
         prompt_tokens: fresh_tokens + relayed_tokens.
         prefix_tokens: the part of fresh_tokens that came from the exact local prefix cache.
         prepared_tokens: the part of prefix_tokens that was computed while upstream agents still wrote.
+        ahead: exact or relay, as was chosen meanwhile, and why; "" where nothing was to be prepared.
         reuse: share of the (token, layer) entries of relayed spans that were not recomputed; None without
             such spans.
         recomputed_entries: (token, layer) entries of relayed spans that were recomputed, of total_entries.
@@ -228,6 +229,7 @@ class AgentReport:
     relayed_tokens: int
     prefix_tokens: int = 0
     prepared_tokens: int = 0
+    ahead: str = ""
     reuse: float | None = None
     recomputed_entries: int = 0
     total_entries: int = 0

@@ -63,6 +63,7 @@ def agent_report(
         relayed_tokens=reply.relayed_tokens,
         prefix_tokens=reply.prefix_tokens,
         prepared_tokens=reply.prepared_tokens,
+        ahead=reply.ahead,
         reuse=reply.reuse,
         recomputed_entries=reply.recomputed_entries,
         total_entries=reply.relayed_entries,

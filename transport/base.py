@@ -2,7 +2,7 @@
 
 A pull is: lease -> read -> verify -> commit. `Transport.pull` takes a `Lease`, so an unleased pull cannot
 be written. Verify means: the block's generation (in the block's own header, read together with the payload)
-is the leased one, and xxh3 of every part of the payload equals the published checksum. Only then do the
+is the leased one, and the checksum of every part of the payload equals the published one. Only then do the
 destination blocks belong to the caller; after a timeout they are quarantined in the arena, because late
 writes are real.
 """

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from transport.errors import CacheFull, RelayError
 from transport.types import NodeId, WorkerId
 from workers.admission import Admission, Arrival
+from workers.ahead_choice import Coming
 from workers.anchoring import Anchoring, template_contexts
 from workers.answers import Answers, OnToken
 from workers.break_even import Speeds
@@ -333,7 +334,10 @@ class AgentWorker:
         most = request.sampling.max_new_tokens + draft.room_tokens
         whole = self._builder.build(template, request.values, most, request.tenant)
         known = self._builder.known(template, request.values, draft.open_slots)
-        return self._preparing.advance(Arrival(request, parse_reuse("exact_prefix"), whole, most), known)
+        relayable = parse_reuse(request.method, self.profile).method.uses_segments
+        coming = Coming(draft.room_tokens, draft.open_slots) if relayable else None
+        arrival = Arrival(request, parse_reuse("exact_prefix"), whole, most)
+        return self._preparing.advance(arrival, known, coming, draft.group)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at its next step, or as soon as it arrives, and what was prepared for it. Returns
@@ -382,10 +386,9 @@ class AgentWorker:
         arrival = self._arrival(request, answer_tokens)
         if background_s is not None:
             return self._admission.admit([arrival], background_s)[0]
-        turn = self._preparing.take(arrival)
-        if turn is not None:
-            return turn
-        return self._admit([arrival])[0]
+        turn = self._preparing.take(arrival) or self._admit([arrival])[0]
+        turn.ahead = self._preparing.why(request.id)
+        return turn
 
     def _admit(self, arrivals: list[Arrival]) -> list[Turn]:
         """Wait for room; what is only prepared makes room first."""

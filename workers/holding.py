@@ -128,7 +128,7 @@ class Holding:
                     key=key,
                     num_tokens=num_tokens,
                     start=start,
-                    blocks=tuple(self._arena.seal(b) for b in blocks),
+                    blocks=self._arena.seal_all(blocks),
                     variant=variant,
                     layout=self._layout.fingerprint,
                     producer=producer,

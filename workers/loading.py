@@ -20,6 +20,7 @@ import torch
 
 from transport.errors import DeadlineExceeded
 from transport.types import Located, Outcome, SegmentKey, WorkerId
+from workers.ahead_choice import LITTLE_ROWS, WORTH_A_PULL
 from workers.anchoring import Anchoring
 from workers.anchors import Match
 from workers.break_even import Speeds, estimate_relays
@@ -40,9 +41,6 @@ from workers.store import SegmentStore
 from workers.turn import Turn, fallbacks, log_costs
 
 log = logging.getLogger(__name__)
-
-_LITTLE_ROWS = 64
-_WORTH_A_PULL = 6
 
 
 class Loading:
@@ -269,7 +267,7 @@ def nearly_prepared(prepared: int, span: Span) -> bool:
     """Whether so much of a span has been computed ahead, of `prepared` leading tokens, that relaying the
     whole of it would not be less work: a pull and its rectification cost about a seventh of computing it."""
     rest = span.stop - prepared
-    return span.start < prepared and rest <= max(_LITTLE_ROWS, len(span) // _WORTH_A_PULL)
+    return span.start < prepared and rest <= max(LITTLE_ROWS, len(span) // WORTH_A_PULL)
 
 
 def prefill_model(loaded: LoadedModel, profile: ModelProfile) -> PrefillModel:

@@ -93,11 +93,13 @@ class Draft:
             ids at all: nothing).
         open_slots: whose values may still grow.
         room_tokens: most tokens that they may still get together.
+        group: whose work it is; groups share what time a worker has.
     """
 
     request: Request
     open_slots: frozenset[str]
     room_tokens: int
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +236,7 @@ class Reply:
     healed_at_token: int | None = None
     pull_hidden_s: float = 0.0
     prepared_tokens: int = 0
+    ahead: str = ""
     full_prefill_s: float | None = None
 
     @property

@@ -1,9 +1,6 @@
-"""Continuous batching on one worker: which rows go into the next ragged step, and the thread that runs the
-steps.
+"""Continuous batching on one worker: the thread that runs ragged steps.
 
-    choose()   pure: decode rows first, then healing chunks, then prefill rows by age, then what can wait,
-               within the cap of rows per step
-    StepLoop   one thread: choose -> Engine.step -> hand every sequence its result -> again
+    StepLoop   one thread: choose (choosing.py) -> Engine.step -> hand every sequence its result -> again
 
 Sequences join and leave between steps. All other tensor work of a worker (scatter, publish copies) is
 `call`ed onto the same thread, because decoding slowed down as soon as a second thread had run parallel
@@ -20,7 +17,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
@@ -31,7 +27,8 @@ import torch
 
 from transport.errors import Cancelled, DeadlineExceeded, RelayError
 from workers.attention import MassSpan
-from workers.budget import RideAlong, Turns, Urgency, deal
+from workers.budget import RideAlong, Turns, Urgency
+from workers.choosing import BACKGROUND_ROWS, Share, choose
 from workers.engine import Engine, Part, PartResult, StepGivenUp
 from workers.heal import Heal
 from workers.methods.base import HealMode
@@ -45,8 +42,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STALL_POLL_S = 0.05
-BACKGROUND_ROWS = 128
-"""Cap on the rows of a step in which nobody waits for any of them: whoever comes next waits for its end."""
 _ROWS_PER_PASS = 20
 """Rows whose arithmetic takes as long as a pass over the weights; measured for SmolLM2 on a core."""
 
@@ -151,75 +146,6 @@ class Sequence:
     @property
     def fed_ids(self) -> tuple[int, ...]:
         return self.forced[: self.fed] if self.forced else tuple(self.tokens[: self.fed])
-
-
-class Share(NamedTuple):
-    """A sequence's rows of the next step: prefill or decode rows, and stale entries to heal."""
-
-    sequence: Sequence
-    rows: int
-    heal_rows: int = 0
-
-
-def choose(sequences: Seq[Sequence], max_rows: int, ride: int | None = None) -> list[Share]:
-    """Rows of the next step: one for every decoding sequence, then healing chunks, then prefill rows in order
-    of arrival, then prefill ahead.
-
-    Decode rows are never held back. Healing takes at most half of what is left while somebody waits for a
-    first token. Prefill fills the rest and gets at least 16 rows, so that it goes on even when many sequences
-    decode. Prefill ahead rides along where nobody waits for a first token, and has whole steps where nobody
-    waits for anything. What is idle gets rows only when there is nothing else.
-
-    Args:
-        sequences: those that can wait in the order of their turns.
-        ride: most rows that others' decoding may be slowed down by: of prefill ahead first, then of healing
-            that was asked for in idle room only. None: healing has no such limit, and prefill ahead waits.
-    """
-    active = [s for s in sequences if s.urgency is Urgency.NOW]
-    ahead = [s for s in sequences if s.urgency is Urgency.AHEAD]
-    if not active:
-        active, ahead, ride = ahead or list(sequences), [], None
-        # Small steps: whoever comes next waits for the one that runs.
-        max_rows = min(max_rows, BACKGROUND_ROWS)
-    decoding = [s for s in active if s.decoding]
-    prefilling = [s for s in active if not s.decoding]
-    rows = [len(s.following) for s in decoding]
-    room = max_rows - sum(rows)
-    riding = _dealt(ahead, min(ride or 0, room)) if not prefilling else []
-    room -= sum(share.rows for share in riding)
-    polite = None if ride is None else ride - sum(share.rows for share in riding)
-    healing = _healing_rows(decoding, room // 2 if prefilling else room, polite, quiet=not prefilling)
-    chosen = [Share(s, n, h) for s, n, h in zip(decoding, rows, healing, strict=True) if n or h]
-    return chosen + _dealt(prefilling, max(16, room - sum(healing))) + riding
-
-
-def _dealt(prefilling: Seq[Sequence], room: int) -> list[Share]:
-    """Prefill rows, in order, as far as there is room."""
-    dealt = deal([s.prefill.rows_left for s in prefilling], room)
-    return [Share(s, rows) for s, rows in zip(prefilling, dealt, strict=True) if rows]
-
-
-def _healing_rows(decoding: Seq[Sequence], room: int, ride: int | None, *, quiet: bool) -> list[int]:
-    """Stale entries to heal of each sequence, the oldest first.
-
-    Args:
-        ride: most of those that hold others up and were asked for in idle room only; None: no limit.
-        quiet: nobody waits for a first token.
-    """
-    out: list[int] = []
-    alone = len(decoding) == 1
-    for sequence in decoding:
-        heal, rows = sequence.heal, 0
-        if heal is not None and (quiet or heal.mode is HealMode.ALWAYS):
-            # Nobody's token is held up by the last chunks of an answer that is out.
-            wanted = room if sequence.ending and alone else heal.rows
-            rows = max(0, min(wanted, sequence.stale, room))
-            if ride is not None and heal.mode is HealMode.IDLE and not alone:
-                rows = min(rows, ride)
-                ride -= rows
-            room -= rows
-        out.append(rows)
-    return out
 
 
 class _Job(NamedTuple):

@@ -51,6 +51,7 @@ class Turn:
         estimates: what relaying was predicted to take, for segments of which enough is known.
         counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
+        ahead: what was chosen while upstream agents wrote, and why.
         urgency: of its rows; group: whose work it is, among those that can wait.
         prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
     """
@@ -74,6 +75,7 @@ class Turn:
     prepared: int = 0
     urgency: Urgency = Urgency.NOW
     group: str = ""
+    ahead: str = ""
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:
@@ -131,6 +133,7 @@ def build_reply(
         relayed_tokens=relayed,
         prefix_tokens=turn.prefill.prefix_tokens,
         prepared_tokens=min(turn.prepared, turn.prefill.prefix_tokens),
+        ahead=turn.ahead,
         fresh_entries=counts.fresh,
         recomputed_entries=counts.rectified,
         relayed_entries=counts.relayed,

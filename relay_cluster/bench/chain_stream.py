@@ -22,8 +22,8 @@ from relay_cluster.bench.common import BASE, Document, common_prefix, median, pr
 from relay_cluster.bench.texts import Tasks, TextPool
 from relay_cluster.cluster import Cluster
 from relay_cluster.config import ClusterConfig
-from relay_cluster.executor import Executor, OnToken, RunOptions, Stream
-from relay_cluster.pipeline import Pipeline
+from relay_cluster.executor import Executor, OnToken, RunOptions
+from relay_cluster.pipeline import Pipeline, Stream
 from relay_cluster.turns import Turn
 from transport.errors import ConfigError
 from transport.types import WorkerId

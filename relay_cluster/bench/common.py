@@ -31,6 +31,7 @@ from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.kernel_rows import KernelRow
 from relay_cluster.bench.pull_rows import PullRow
 from relay_cluster.bench.serve_rows import ServeRow
+from relay_cluster.bench.stream_fault_rows import StreamFaultRow
 from relay_cluster.bench.stream_rows import StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
@@ -228,6 +229,7 @@ ROWS: Mapping[str, type] = {
     "kernels": KernelRow,
     "pull": PullRow,
     "stream": StreamRow,
+    "stream_faults": StreamFaultRow,
     "serve": ServeRow,
 }
 
@@ -244,6 +246,7 @@ Row = (
     | KernelRow
     | PullRow
     | StreamRow
+    | StreamFaultRow
     | ServeRow
 )
 

@@ -16,7 +16,8 @@ class KernelRow:
         shape: what the engine calls it for.
         rows: rows, or tokens where the kernel has no rows; keys: keys that they see, 0 without attention.
         dtype: of keys and values.
-        seconds_p50: of one call, device time, caches of the device emptied before it.
+        seconds_p50: of one call, device time, caches of the device emptied before it; launch_s: that the
+            caller is busy with it, which is hidden where the device has other work.
         floor_s: the larger of bytes / measured copy bandwidth and operations / measured matrix rate, each
             input read once and each output written once: no version is much faster.
         of_floor: seconds_p50 / floor_s.
@@ -31,6 +32,7 @@ class KernelRow:
     keys: int
     dtype: str
     seconds_p50: float
+    launch_s: float
     floor_s: float
     of_floor: float
     baseline: str
@@ -44,6 +46,7 @@ KERNEL_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("rows", lambda r: str(r.rows)),
     ("keys", lambda r: str(r.keys) if r.keys else "-"),
     ("time", lambda r: f"{r.seconds_p50 * 1e6:.1f} us"),
+    ("launch", lambda r: f"{r.launch_s * 1e6:.0f} us"),
     ("floor", lambda r: f"{r.floor_s * 1e6:.1f} us"),
     ("of floor", lambda r: f"{r.of_floor:.1f}x"),
     ("torch", lambda r: f"{r.baseline_s * 1e6:.1f} us"),

@@ -8,6 +8,7 @@ pool [layers, 2, kv_heads, tokens, head_dim]. Every result is compared with the 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -15,7 +16,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
-from relay_cluster.bench.common import Document, progress
+from relay_cluster.bench.common import Document, median, progress
 from relay_cluster.bench.kernel_rows import KernelRow
 from transport.errors import ConfigError
 from workers import kernels
@@ -26,6 +27,7 @@ _CEILING_BYTES: Final = 1 << 30
 _CEILING_SIDE: Final = 8192
 _REPEAT_MS: Final = 100
 _WARM_MS: Final = 25
+_LAUNCHES: Final = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,16 +97,36 @@ def run_kernels(settings: KernelSettings) -> Document:
         "copy_gb_s": ceilings.bytes_s / 1e9,
         "matmul_tflop_s": ceilings.flop_s / 1e12,
         "gpu": torch.cuda.get_device_name(),
-        "timing": "device events, median, the device's caches emptied before every call",
+        "timing": "device events around a graph of the call, median, the device's caches emptied before",
     }
     return Document("kernels", facts, rows)
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Median device seconds of one call."""
+    """Median device seconds of one call, played back from a graph: without the time of launching it."""
     from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
 
-    return float(do_bench(run, warmup=_WARM_MS, rep=_REPEAT_MS, return_mode="median")) / 1e3
+    run()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        run()
+    took: Any = do_bench(graph.replay, warmup=_WARM_MS, rep=_REPEAT_MS, return_mode="median")
+    return float(took) / 1e3
+
+
+def launch_seconds(run: Callable[[], Any]) -> float:
+    """Median seconds that the caller is busy with one call; what the device does meanwhile does not count."""
+    times: list[float] = []
+    for _ in range(_LAUNCHES):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return median(times)
 
 
 def measure_ceilings(dtype: torch.dtype) -> Ceilings:
@@ -131,6 +153,7 @@ def _measure(case: _Case, settings: KernelSettings, ceilings: Ceilings) -> Kerne
         keys=case.keys,
         dtype=settings.dtype,
         seconds_p50=took,
+        launch_s=launch_seconds(case.run),
         floor_s=floor,
         of_floor=took / floor,
         baseline=case.baseline_name,
@@ -181,6 +204,7 @@ def _attention(settings: KernelSettings, shape: str, rows: int, keys: int, *, sc
     k, v = (kv[i].repeat_interleave(groups, 0)[None].contiguous() for i in (0, 1))
     q = query[None].contiguous()
     causal = rows == keys
+    dense = not scattered and kernels.flash_serves(query)  # as `workers.attention` chooses
     mask = None
     if not causal and rows > 1:
         mask = torch.arange(keys, device="cuda")[None] <= positions[:, None]
@@ -203,16 +227,21 @@ def _attention(settings: KernelSettings, shape: str, rows: int, keys: int, *, sc
         ]
         return torch.cat(parts)
 
+    def run() -> torch.Tensor:
+        if dense:
+            return kernels.flash_causal(query, kv[0], kv[1], scaling, None)[0]
+        return kernels.attend_rows(query, kv[0], kv[1], positions, scaling=scaling)[0]
+
     seen = float((positions + 1).sum())
     return _Case(
-        kernel="attend_rows",
+        kernel="flash_causal" if dense else "attend_rows",
         shape=shape,
         rows=rows,
         keys=keys,
         nbytes=kv.element_size() * (kv.numel() + 2 * query.numel()),
         flops=4 * settings.heads * settings.head_dim * seen,
         baseline_name="scaled_dot_product_attention" + (", mask" if mask is not None else ""),
-        run=lambda: kernels.attend_rows(query, kv[0], kv[1], positions, scaling=scaling)[0],
+        run=run,
         baseline=baseline,
         oracle=oracle,
     )

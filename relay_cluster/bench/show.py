@@ -19,6 +19,7 @@ from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.kernel_rows import KERNEL_COLUMNS, KernelRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
 from relay_cluster.bench.serve_rows import SERVE_COLUMNS, ServeRow
+from relay_cluster.bench.stream_fault_rows import STREAM_FAULT_COLUMNS, StreamFaultRow
 from relay_cluster.bench.stream_rows import STREAM_COLUMNS, StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 
@@ -58,7 +59,7 @@ def _method(row: Row) -> tuple[str, str]:
         return row.mode, row.method
     if isinstance(row, ServeRow):
         return f"{row.part} {row.what}", ""
-    return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
+    return (row.kind, "") if isinstance(row, FaultRow | StreamFaultRow) else (row.method, row.params)
 
 
 _FIDELITY: tuple[Column, ...] = (
@@ -126,6 +127,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     KernelRow: KERNEL_COLUMNS,
     PullRow: PULL_COLUMNS,
     StreamRow: STREAM_COLUMNS,
+    StreamFaultRow: STREAM_FAULT_COLUMNS,
     ChainStreamRow: CHAIN_STREAM_COLUMNS,
     ServeRow: SERVE_COLUMNS,
 }
@@ -164,8 +166,9 @@ def show_document(document: Document, out: Console | None = None) -> None:
     out = out or console.output()
     out.print(document_table(document))
     settings = document.settings
-    data = ", ".join(settings.get("data", ()))
-    out.print(
-        Text(f"{settings.get('model')}, data {data}, seed {settings.get('seed')}", style="dim"),
-        soft_wrap=True,
+    facts = (
+        settings.get("model") or settings.get("gpu"),
+        f"data {', '.join(settings['data'])}" if settings.get("data") else "",
+        f"seed {settings['seed']}" if "seed" in settings else "",
     )
+    out.print(Text(", ".join(filter(None, facts)), style="dim"), soft_wrap=True)

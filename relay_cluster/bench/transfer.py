@@ -151,7 +151,8 @@ def _environment(path: str) -> dict[str, str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # UCX takes the fastest way that both processes share, unless it is told to stay away from it.
     if path == "tcp":
-        env["UCX_TLS"] = "tcp"
+        # With a GPU in sight, NIXL insists on being able to reach its memory.
+        env["UCX_TLS"] = "tcp,cuda_copy" if torch.cuda.is_available() else "tcp"
     else:
         env.pop("UCX_TLS", None)
     return env

@@ -29,7 +29,7 @@ from transport.auto import make_backend
 from transport.base import Transport
 from transport.directory.granting import Granter, blocks_digest
 from transport.settings import TransportSettings
-from transport.types import BlockRef, Segment, SegmentKey, WorkerId
+from transport.types import Segment, SegmentKey, WorkerId
 
 WANT = struct.Struct("<Q")
 """What a reader of the raw socket sends: the number of bytes it wants."""
@@ -49,12 +49,12 @@ def publish(request: dict[str, Any]) -> tuple[Transport, dict[str, Any]]:
     transport = make_backend(backend, TransportSettings(), worker=f"owner{block_nbytes}", host=HOST)
     transport.register(arena)
     noise = np.random.default_rng(0)
-    refs: list[BlockRef] = []
-    for block in arena.allocate(blocks):
+    wanted = arena.allocate(blocks)
+    for block in wanted:
         arena.payload(block).copy_(torch.frombuffer(bytearray(noise.bytes(block_nbytes)), dtype=torch.uint8))
-        refs.append(arena.seal(block))
+    refs = arena.seal_all(wanted)
     addresses = {backend: base64.b64encode(transport.address()).decode()}
-    segment = Segment(KEY, 1, 0, tuple(refs))
+    segment = Segment(KEY, 1, 0, refs)
     # What a directory would do.
     granter = Granter(arena.incarnation, arena.pull_key, int(time.monotonic() * 1e3), 0.0)
     token = granter.token(segment, blocks_digest(segment), READER, 0.0, LEASE_S)

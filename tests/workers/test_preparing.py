@@ -15,6 +15,7 @@ import torch
 from tests.workers.rigs import QUESTION, Desk, desk, request
 from transport.directory.local import LocalDirectory
 from transport.errors import Cancelled
+from workers.ahead_choice import FORGET_S, Pace
 from workers.budget import RideAlong
 from workers.messages import Draft, Reply, Request
 from workers.model import LoadedModel
@@ -219,3 +220,28 @@ def test_with_a_share_some_of_them_ride_along(one: Desk, answer: tuple[int, ...]
     reply = one.agent.generate(asked)
     assert reply.token_ids == expected
     assert reply.prepared_tokens > 100
+
+
+def test_a_worker_without_time_leaves_the_rest_to_the_relay(one: Desk, answer: tuple[int, ...]) -> None:
+    """And says so. Where nothing can be relayed all of it is computed ahead, however long that takes."""
+    preparing = one.agent._preparing
+    for method, grows in (("auto", False), ("exact_prefix", True)):
+        asked = critic(answer, method)
+        ready = [one.agent.prepare_ahead(replace(draft(asked, 40), room_tokens=120))]
+        preparing._pace.took(1000, 1e6, time.monotonic() + 1e4)  # in what follows it is known to be slow
+        ready.append(one.agent.prepare_ahead(replace(draft(asked, 80), room_tokens=80)))
+        preparing._pace = Pace()
+        assert (ready[1] > ready[0]) is grows
+        reply = one.agent.generate(asked)
+        assert reply.prepared_tokens == ready[1]
+        assert reply.ahead.startswith("exact: the request" if grows else "relay: this worker has no time")
+    assert one.agent.generate(critic(answer)).ahead == ""
+
+
+def test_a_rate_is_forgotten_so_that_a_worker_can_recover() -> None:
+    pace = Pace()
+    pace.took(64, 2.0, now=100.0)
+    assert pace.rate(100.5) == 32
+    pace.took(2, 2.0, now=101.0)
+    assert pace.rate(101.5) == 32, "a few tokens tell no rate"
+    assert pace.rate(100.0 + FORGET_S + 1) is None

@@ -14,11 +14,12 @@ import torch
 from tests.workers import tiny
 from transport.errors import DeadlineExceeded, RelayError
 from workers.budget import Urgency
+from workers.choosing import choose
 from workers.methods import parse_method
 from workers.methods.base import Span
 from workers.prefill import Prefill
 from workers.sampling import Sampler
-from workers.scheduler import FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent, choose
+from workers.scheduler import FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent
 from workers.settings import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,6 +130,22 @@ def test_after_stop_nothing_is_taken(rig: tiny.Rig, loop: StepLoop) -> None:
         loop.submit(_sequence(rig, tiny.tokens(4)))
     with pytest.raises(RelayError, match="shutting down"):
         loop.call(lambda: 1)
+
+
+def test_prefill_ahead_rides_along_within_its_room(rig: tiny.Rig) -> None:
+    now = _sequence(rig, tiny.tokens(9))
+    now.prefill.logits, now.tokens = torch.zeros(tiny.VOCAB), [5]  # it decodes
+    waiting = _sequence(rig, tiny.tokens(30))
+    one, two = (_sequence(rig, tiny.tokens(60, n), urgency=Urgency.AHEAD) for n in (1, 2))
+    idle = _sequence(rig, tiny.tokens(20), urgency=Urgency.IDLE)
+    assert choose([now, one, two], 100) == [(now, 1, 0)], "without a room of its own it waits"
+    assert choose([now, one, two], 100, ride=5) == [(now, 1, 0), (one, 5, 0)]
+    assert choose([now, two, one], 100, ride=70) == [(now, 1, 0), (two, 60, 0), (one, 10, 0)]
+    assert choose([now, one], 30, ride=70) == [(now, 1, 0), (one, 29, 0)], "nor beyond the cap of a step"
+    assert choose([now, waiting, one], 100, ride=70) == [(now, 1, 0), (waiting, 30, 0)]
+    assert choose([one, two, idle], 100) == [(one, 60, 0), (two, 40, 0)]
+    assert choose([now, idle], 100, ride=70) == [(now, 1, 0)]
+    assert choose([idle], 100) == [(idle, 20, 0)]
 
 
 def _at_half_time(rig: tiny.Rig, happen: Callable[[], object]) -> list[int]:
