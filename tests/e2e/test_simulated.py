@@ -21,8 +21,8 @@ WITHIN = 0.2
 
 
 def test_a_real_run_comes_out_within_a_fifth() -> None:
-    """The machine is shared and its speed changes within a run, so the best of a few rounds counts: a model that
-    is wrong is wrong in all of them."""
+    """The machine is shared and its speed changes within a run, so the best of a few rounds counts: a model
+    that is wrong is wrong in all of them."""
     pipeline = PipelineConfig.load(CONFIGS / "pipelines" / "demo.yaml").pipeline()
     line = (CONFIGS / "pipelines" / "demo_input.jsonl").read_text("utf-8").splitlines()[0]
     here = SimulatedCluster.load(CONFIGS / "simulations" / "this_machine.yaml")
