@@ -153,12 +153,12 @@ _MetricsFile = Annotated[
 ]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
 _Stream = Annotated[
-    Literal["off", "auto", "exact"] | None,
+    Literal["off", "auto", "exact", "relay"] | None,
     typer.Option(
         "--stream",
         help="Prepare prompts while the agents that they contain still write [the file's, or off]. "
         "auto: compute what idle workers have time for, relay the rest; exact: relay nothing, the answers "
-        "are full prefill's.",
+        "are full prefill's; relay: pull what is to be relayed as it is made, the answers are the method's.",
     ),
 ]
 

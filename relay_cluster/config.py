@@ -194,8 +194,8 @@ class PipelineConfig(BaseModel):
         sampling: of agents that say nothing else.
         examples: inputs to try the pipeline with (`relay run --example`).
         quality: error budget of reuse; where given, even empty, the quality gate watches every edge.
-        stream: prepare prompts while upstream agents still write, "off", "auto" or "exact"; null leaves it to
-            the cluster.
+        stream: prepare prompts while upstream agents still write, "off", "auto", "exact" or "relay"; null
+            leaves it to the cluster.
     """
 
     model_config = _STRICT

@@ -64,6 +64,8 @@ def agent_report(
         prefix_tokens=reply.prefix_tokens,
         prepared_tokens=reply.prepared_tokens,
         ahead=reply.ahead,
+        pulled_ahead_blocks=reply.ahead_blocks,
+        pulled_ahead_bytes=reply.ahead_bytes,
         reuse=reply.reuse,
         recomputed_entries=reply.recomputed_entries,
         total_entries=reply.relayed_entries,

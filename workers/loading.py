@@ -100,6 +100,7 @@ class Loading:
         request, prompt = turn.request, turn.prompt
         method = turn.reuse.method
         wanted: dict[SegmentKey, int] = {}
+        tokens: dict[SegmentKey, tuple[int, ...]] = {}
         if method.uses_segments:
             known = self._prefixes.match(prompt.token_ids, request.tenant) if request.prefix_first else 0
             known = max(known, turn.prepared)
@@ -108,6 +109,7 @@ class Loading:
                     continue  # it is here already, exact
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
+                    tokens[span.key] = prompt.tokens_of(span)
         # A prompt that is repeated relays what it relayed before, whatever was measured since.
         free = self._break_even and request.only_keys is None
         turn.acquired = self._store.acquire(
@@ -117,6 +119,7 @@ class Loading:
             pipelined=pipelined and not isinstance(method, KVComm),
             on_landed=self._loop.wake,
             keep=request.publish,
+            token_ids=tokens,
         )
         self._start(turn)
 

@@ -133,6 +133,8 @@ def test_json_has_every_field_of_the_schema() -> None:
             "prefix_tokens",
             "prepared_tokens",
             "ahead",
+            "pulled_ahead_blocks",
+            "pulled_ahead_bytes",
             "reuse",
             "recomputed_entries",
             "total_entries",
