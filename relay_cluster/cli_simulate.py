@@ -59,7 +59,8 @@ def simulate(
         typer.Option(
             "--calibrate",
             metavar="REPORT.json",
-            help="With --validate: take the device's rates from this report of the same machine.",
+            help="With --validate: take the device's rates from this report of the same machine, of "
+            "full_prefill; a report made with --compare full_prefill has its own.",
         ),
     ] = None,
     json_file: JsonOption = None,
@@ -80,21 +81,34 @@ def simulate(
             raise ConfigError("--validate simulates the report's own run: leave out --plot and --workers")
         _validate(cluster_file, workload_file, validate, calibrate, json_file)
         return
+    _sweep(cluster_file, workload_file, workers, modes, seed, json_file, plot)
+
+
+def _sweep(
+    cluster: SimulatedCluster,
+    workload: Workload,
+    workers: str | None,
+    modes: str,
+    seed: int,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """All modes on all numbers of workers; tables, JSON, picture."""
     from relay_cluster.simulation import results
     from relay_cluster.simulation.sweep import parse_modes, parse_workers, sweep
 
-    counts = parse_workers(workers, cluster_file)
+    counts = parse_workers(workers, cluster)
     wanted = parse_modes(modes)
     with console.fraction_bar("simulating") as progress:
-        rows = sweep(cluster_file, workload_file, wanted, counts, seed=seed, progress=progress)
-    found = results.document(cluster_file, workload_file, rows, seed)
+        rows = sweep(cluster, workload, wanted, counts, seed=seed, progress=progress)
+    found = results.document(cluster, workload, rows, seed)
     if json_file and str(json_file) == "-":
         write_json(found, json_file)
     else:
         out = console.output()
         out.print(results.latency_table(rows))
         out.print(results.load_table(rows))
-        out.print(Text(f"device: {cluster_file.device.source}", style="dim"), soft_wrap=True)
+        out.print(Text(f"device: {cluster.device.source}", style="dim"), soft_wrap=True)
         if json_file:
             results.write_document(found, json_file)
     if plot:
@@ -131,6 +145,8 @@ def _validate(
     measured = validate.read_report(report)
     if calibrate is not None:
         cluster = validate.calibrated(cluster, validate.read_report(calibrate))
+    elif validate.compared(measured):
+        cluster = validate.calibrated(cluster, measured)
     mode, found = validate.mode_of(measured), validate.compare(cluster, workload, measured)
     if json_file:
         write_json(validate.document(mode, found, asdict(cluster.device)), json_file)

@@ -195,23 +195,15 @@ def route(
     out = {w.worker for w in left_out}
     allowed = [w for w in able if w.worker not in out]
     holders = _holders(task, workers)
-    links = links or Links()
+    costs = _costs(task, allowed, holders, links or Links())
     homes = {worker: turn for turn, worker in enumerate(task.homes)}
     # Every step of the order is a number or a place: the same facts always give the same worker.
     scored = sorted(
-        (
-            (
-                *_cost(task, view, holders, links, homes),
-                homes.get(view.worker, len(homes)),
-                view.agents,
-                place,
-            )
-            for place, view in enumerate(allowed)
-        ),
-        key=lambda row: (row[0], *row[4:]),
+        (sum(parts), homes.get(view.worker, len(homes)), view.agents, place)
+        for place, (view, parts) in enumerate(zip(allowed, costs, strict=True))
     )
     best = scored[:MOST_CANDIDATES]
-    candidates = tuple(Candidate(allowed[place].worker, *parts) for _, *parts, _, _, place in best)
+    candidates = tuple(Candidate(allowed[place].worker, *costs[place]) for *_, place in best)
     chosen = allowed[best[0][-1]]
     return Choice(chosen.worker, _reason(task, chosen, candidates, left_out), candidates)
 
@@ -224,23 +216,34 @@ def _holders(task: Task, workers: Sequence[WorkerView]) -> list[tuple[Read, list
     return [(read, [alive[h] for h in read.holders if h in alive]) for read in task.reads]
 
 
-def _cost(
-    task: Task,
-    view: WorkerView,
-    reads: Sequence[tuple[Read, list[WorkerView]]],
-    links: Links,
-    homes: Collection[WorkerId],
-) -> tuple[float, float, float, float]:
-    """(total, wait, pull, prefill) in seconds."""
-    tokens = task.fresh_tokens + (0 if view.worker in homes else task.prefix_tokens)
-    pull_s = 0.0
-    for read, holders in reads:
-        if holders:
-            pull_s += min(links.seconds(holder, view, read.nbytes) for holder in holders)
+def _costs(
+    task: Task, views: Sequence[WorkerView], reads: Sequence[tuple[Read, list[WorkerView]]], links: Links
+) -> list[tuple[float, float, float]]:
+    """(wait, pull, prefill) in seconds on every worker. Workers of a node that hold nothing of it pull alike,
+    which is worked out once: there may be a thousand."""
+    holding = {holder.worker for _, holders in reads for holder in holders}
+    missing = sum(read.tokens for read, holders in reads if not holders)
+    homes = frozenset(task.homes)
+    pulls: dict[str, float] = {}
+
+    def pull_s(view: WorkerView) -> float:
+        return sum(
+            min(links.seconds(holder, view, read.nbytes) for holder in holders)
+            for read, holders in reads
+            if holders
+        )
+
+    out: list[tuple[float, float, float]] = []
+    for view in views:
+        if view.worker in holding:
+            pull = pull_s(view)
         else:
-            tokens += read.tokens
-    prefill_s = tokens * view.prefill_s
-    return view.busy_s + pull_s + prefill_s, view.busy_s, pull_s, prefill_s
+            if view.node not in pulls:
+                pulls[view.node] = pull_s(view)
+            pull = pulls[view.node]
+        tokens = task.fresh_tokens + missing + (0 if view.worker in homes else task.prefix_tokens)
+        out.append((view.busy_s, pull, tokens * view.prefill_s))
+    return out
 
 
 def _reason(

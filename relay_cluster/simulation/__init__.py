@@ -3,6 +3,8 @@
     settings.py   the two files: a cluster (device, links, directory, sizes) and a workload (agents, arrivals)
     device.py     what a step of the engine takes
     fabric.py     links, directory shards (the real `Table`), arenas
+    prompts.py    prompts as spans
+    facts.py      what is said of requests
     worker.py     one worker: the real step scheduler's choices, in modelled seconds
     run.py        pipelines through the cluster: the real router, planners and break-even
     results.py    percentiles, totals, the table

@@ -35,7 +35,7 @@ _PANELS: tuple[tuple[str, Callable[[Row], float], bool], ...] = (
 
 def plot_document(found: Mapping[str, Any], path: Path) -> None:
     """Draw a document of `relay simulate` into a picture; the file's ending says of which kind."""
-    figure = Figure(figsize=(12.5, 6.6), dpi=110, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(12.5, 6.6), dpi=90, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     rows: Sequence[Row] = found["rows"]
     modes = list(dict.fromkeys(row["mode"] for row in rows))

@@ -11,12 +11,11 @@ puts them in order.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import simpy
 from simpy.resources.resource import Request as ResourceRequest
@@ -26,6 +25,8 @@ from relay_cluster.rates import Rates
 from relay_cluster.router import Choice, WorkerView, route_pipeline
 from relay_cluster.simulation.device import Device, costs_of, layout_of, profile_of
 from relay_cluster.simulation.fabric import Arenas, Directory, Fabric, Passage, owners_of
+from relay_cluster.simulation.facts import Answered, Finished, Mode, reply_of, transfer_of
+from relay_cluster.simulation.prompts import key_of, known_tokens, spans_of
 from relay_cluster.simulation.settings import SimulatedCluster, Workload
 from relay_cluster.simulation.worker import Rows, SimulatedWorker
 from transport.errors import ConfigError
@@ -36,77 +37,20 @@ from transport.types import (
     Lease,
     Located,
     NodeId,
-    Outcome,
     Owner,
     Segment,
     SegmentKey,
-    Transfer,
     WorkerId,
 )
 from workers.break_even import estimate_relays
 from workers.budget import Urgency
 from workers.costs import plan_flops, selected_share, span_flops
 from workers.loading import nearly_prepared
-from workers.messages import Published, Reply, SlotTransfer, StageTimes
+from workers.messages import Published
 from workers.methods import parse_reuse
 from workers.methods.base import RectifyPlan, Span
-from workers.segment import SlotValue
 
 Steps = Generator[simpy.Event, Any, None]
-Stream = Literal["off", "auto", "exact"]
-_SPACE = "simulated"
-
-
-@dataclass(frozen=True, slots=True)
-class Mode:
-    """How runs are made. text: "METHOD" or "METHOD+stream" ("auto+stream" is --stream auto, "exact+stream"
-    is --stream exact)."""
-
-    text: str
-
-    @property
-    def stream(self) -> Stream:
-        if not self.text.endswith("+stream"):
-            return "off"
-        return "exact" if self.text.startswith("exact") else "auto"
-
-    @property
-    def method(self) -> str:
-        name = self.text.removesuffix("+stream")
-        return "exact_prefix" if self.stream == "exact" else name
-
-
-@dataclass(slots=True)
-class Answered:
-    """One request's facts, in seconds and tokens."""
-
-    run: int
-    agent: str
-    worker: str
-    asked: float
-    ttft_s: float = 0.0
-    queue_s: float = 0.0
-    directory_s: float = 0.0
-    pull_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    prompt_tokens: int = 0
-    relayed_tokens: int = 0
-    prefix_tokens: int = 0
-    prepared_tokens: int = 0
-    answer_tokens: int = 0
-    pulled_bytes: int = 0
-    relayed: tuple[str, ...] = ()
-    transfers: tuple[SlotTransfer, ...] = ()
-
-
-@dataclass(slots=True)
-class Finished:
-    """One run of the pipeline. order: in which it ended."""
-
-    run: int
-    began: float
-    ended: float
 
 
 @dataclass(eq=False, slots=True)
@@ -276,46 +220,16 @@ class Simulation:
     # -- prompts -------------------------------------------------------------------------------------------
 
     def _spans(self, run: _Run, name: str) -> tuple[Span, ...]:
-        """The prompt: prefix, what it reads in order, fresh text. An answer's last token has no KV."""
+        """See `prompts.spans_of`."""
         if name not in run.spans:
-            run.spans[name] = self._make_spans(run, name)
+            least = self.cluster.worker.min_segment_tokens
+            run.spans[name] = spans_of(self.workload, name, run.number, run.lengths, least)
         return run.spans[name]
 
-    def _make_spans(self, run: _Run, name: str) -> tuple[Span, ...]:
-        agent = self.workload.agents[name]
-        spans: list[Span] = []
-        at = 0
-
-        def add(tokens: int, slot: str | None = None, key: SegmentKey | None = None) -> None:
-            nonlocal at
-            if tokens > 0:
-                spans.append(Span(at, at + tokens, slot, key))
-                at += tokens
-
-        add(agent.prefix_tokens)
-        least = self.cluster.worker.min_segment_tokens
-        for read in agent.reads:
-            if read in self.workload.inputs:
-                tokens, rest = self.workload.inputs[read], 0
-            else:
-                tokens, rest = run.lengths[read] - 1, 1
-            add(tokens, read, _key(run.number, read) if tokens >= least else None)
-            add(rest)
-        add(agent.fresh_tokens)
-        return tuple(spans)
-
     def _known(self, run: _Run, name: str) -> int:
-        """Leading prompt tokens that are certain, at the latest."""
-        agent = self.workload.agents[name]
-        known = agent.prefix_tokens
-        for read in agent.reads:
-            if read in self.workload.inputs:
-                known += self.workload.inputs[read]
-                continue
-            known += run.written.get(read, 0)
-            if not run.answered[read].triggered:
-                return known
-        return known
+        """Leading prompt tokens that are certain by now, at the latest."""
+        ended = {read for read, event in run.answered.items() if event.triggered}
+        return known_tokens(self.workload, name, run.written, ended)
 
     def _tokens(self, run: _Run, name: str) -> int:
         """Cache memory of a request: its whole prompt and its longest answer."""
@@ -422,7 +336,7 @@ class Simulation:
         fact.decode_s = env.now - first_at
         readers = len(self._consumers[name])
         published = yield from self._publish(run, name, run.lengths[name] - 1, worker, readers)
-        self._rates.answered(_reply(worker, fact, published))
+        self._rates.answered(reply_of(worker, fact, published))
         worker.slots.release(slot)
         yield worker.memory.put(tokens)
         self._rates.ended(request_id)
@@ -460,7 +374,7 @@ class Simulation:
             hits = {key: found for key, found in hits.items() if key not in lost}
             passages = [(found, passage) for found, passage in passages if not passage.lost]
         fact.pulled_bytes = sum(f.segment.nbytes for f, p in passages if p.kind != "local")
-        fact.transfers = tuple(_transfer(found, worker, passage) for found, passage in passages)
+        fact.transfers = tuple(transfer_of(found, worker, passage) for found, passage in passages)
         plan = self._reuse.method.plan(spans, hits, self._profile)
         self._lay_out(plan, run, worker, rows, fact, prepared)
         if passages:
@@ -562,7 +476,7 @@ class Simulation:
             return ()
         nbytes = self._layout.blocks_for(tokens) * self._layout.block_nbytes
         yield env.timeout(device.publish_s + nbytes / device.copy_bytes_per_s)
-        key = _key(run.number, slot)
+        key = key_of(run.number, slot)
         block = BlockRef(BlockId(0), 0, nbytes, ())
         segment = Segment(key, tokens, 0, (block,), variant=slot, consumers=readers)
         there = self.arenas.publish(worker.owner, segment, env.now)
@@ -570,51 +484,3 @@ class Simulation:
             return ()
         yield env.timeout(there - env.now)
         return (Published(None, key, tokens, 1, nbytes),)
-
-
-def _key(run: int, slot: str) -> SegmentKey:
-    return SegmentKey(_SPACE, hashlib.blake2b(f"{run} {slot}".encode(), digest_size=16).digest())
-
-
-def _transfer(found: Located, worker: SimulatedWorker, passage: Passage) -> SlotTransfer:
-    """A pull as a worker reports it."""
-    transfer = Transfer(
-        source=found.owner.worker,
-        destination=worker.owner.worker,
-        backend=passage.kind,
-        nbytes=found.segment.nbytes,
-        blocks=len(found.segment.blocks),
-        seconds=passage.end - passage.begin,
-        outcome=Outcome.PULLED,
-    )
-    return SlotTransfer("", found.segment.key, found.owner.node, transfer)
-
-
-def _reply(worker: SimulatedWorker, fact: Answered, published: tuple[Published, ...]) -> Reply:
-    """What placement learns from."""
-    return Reply(
-        request_id="",
-        agent=fact.agent,
-        worker=worker.owner.worker,
-        node=worker.owner.node,
-        model="",
-        method="",
-        prompt_tokens=fact.prompt_tokens,
-        fresh_tokens=fact.prompt_tokens - fact.relayed_tokens,
-        relayed_tokens=fact.relayed_tokens,
-        prefix_tokens=fact.prefix_tokens,
-        prepared_tokens=fact.prepared_tokens,
-        fresh_entries=0,
-        recomputed_entries=0,
-        relayed_entries=0,
-        ttft_s=fact.ttft_s,
-        decode_s=fact.decode_s,
-        stages=StageTimes(prefill_s=fact.prefill_s),
-        transfers=fact.transfers,
-        fallbacks=(),
-        published=published,
-        token_ids=(0,) * fact.answer_tokens,
-        text="",
-        finish_reason="length",
-        output=SlotValue(text=""),
-    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from relay_cluster.simulation.facts import Mode
 from relay_cluster.simulation.results import SimulatedRow, row_of
-from relay_cluster.simulation.run import Mode, Simulation
+from relay_cluster.simulation.run import Simulation
 from relay_cluster.simulation.settings import SimulatedCluster, Workload
 from transport.errors import ConfigError
 from workers.methods import parse_method

@@ -19,9 +19,11 @@ from rich.table import Table
 
 from relay_cluster.report import AgentReport, RowReport, RunReport
 from relay_cluster.simulation.device import Device
-from relay_cluster.simulation.run import Mode, Simulation
+from relay_cluster.simulation.facts import Mode
+from relay_cluster.simulation.run import Simulation
 from relay_cluster.simulation.settings import ArrivalSettings, SimulatedCluster, Workload
 from transport.errors import ConfigError
+from workers.costs import full_prefill_flops
 
 SCHEMA = "relay.simulate.validation/1"
 
@@ -57,10 +59,14 @@ def read_report(path: Path) -> RunReport:
 
 
 def figures(report: RunReport) -> RunReport:
-    """The report without what agents wrote: what may be shown to anybody, and all that is needed here."""
-    rows = tuple(
-        replace(row, agents=tuple(replace(a, text="", tokens=()) for a in row.agents)) for row in report.rows
-    )
+    """The report without what agents wrote and where it was: what may be shown to anybody, and all that is
+    needed here."""
+
+    def plain(agent: AgentReport) -> AgentReport:
+        transfers = tuple(replace(t, source_node="") for t in agent.transfers)
+        return replace(agent, text="", tokens=(), node="", transfers=transfers)
+
+    rows = tuple(replace(row, agents=tuple(map(plain, row.agents))) for row in report.rows)
     return replace(report, rows=rows)
 
 
@@ -74,25 +80,23 @@ def mode_of(report: RunReport) -> Mode:
 
 
 def calibrated(cluster: SimulatedCluster, report: RunReport) -> SimulatedCluster:
-    """The cluster with the rates of a report in which nothing was relayed or prepared.
+    """The cluster with the rates of a report of full prefill, or compared with it (`--compare full_prefill`).
+    How well rectification uses the device, and links, stay those of the file.
 
     Raises:
-        ConfigError: there was, or it measured too little.
+        ConfigError: it tells nothing of full prefill, or too little.
     """
     agents = [agent for row in report.rows for agent in row.agents]
-    if any(agent.relayed_tokens or agent.prepared_tokens for agent in agents):
-        raise ConfigError("--calibrate needs a report of full_prefill: in this one something was reused.")
     rates = [a.decode_tokens_per_s for a in agents if a.decode_tokens_per_s]
     if not rates:
         raise ConfigError("--calibrate needs a report whose agents have decoded something.")
-    device = Device.of(cluster.device, cluster.model)
-    settings = cluster.device
-    flops = sum(_prefill_flops(device, agent) for agent in agents)
-    prefill_s = sum(agent.stages.prefill_s for agent in agents)
-    alone_s = settings.step_fixed_s + settings.sequence_s
-    flops_per_s = flops / max(prefill_s - alone_s * len(agents), 0.1 * prefill_s)
+    device, settings = Device.of(cluster.device, cluster.model), cluster.device
+    prefills = [_prefill(device, agent) for agent in agents]
+    flops, prefill_s = (sum(part) for part in zip(*prefills, strict=True))
+    alone_s = (settings.step_fixed_s + settings.sequence_s) * len(agents)
+    flops_per_s = flops / max(prefill_s - alone_s, 0.1 * prefill_s)
     context = sum(a.prompt_tokens + a.decode_tokens // 2 for a in agents) // len(agents)
-    token_s = _median([1 / rate for rate in rates])
+    token_s = sum(1 / rate for rate in rates) / len(rates)
     fixed_s = token_s - settings.sequence_s - device.decode_flops(context) / flops_per_s
     calls = [a.stages.dispatch_s + a.stages.queue_s + a.stages.first_token_s for a in agents]
     rated = replace(
@@ -106,8 +110,23 @@ def calibrated(cluster: SimulatedCluster, report: RunReport) -> SimulatedCluster
     return cluster.model_copy(update={"device": rated})
 
 
-def _prefill_flops(device: Device, agent: AgentReport) -> float:
-    return device.prefill_flops(agent.prefix_tokens, agent.prompt_tokens) + device.costs.head_flops
+def compared(report: RunReport) -> bool:
+    """Whether the report has full prefill's times of the same prompts, beside its own."""
+    agents = [agent for row in report.rows for agent in row.agents]
+    return all(a.compare is not None and a.compare.method == "full_prefill" for a in agents)
+
+
+def _prefill(device: Device, agent: AgentReport) -> tuple[float, float]:
+    """(FLOPs, seconds) of a full prefill of the agent's prompt, or of all but its cached prefix."""
+    if agent.compare is not None and agent.compare.method == "full_prefill":
+        return full_prefill_flops(device.costs, agent.prompt_tokens), agent.compare.base_ttft_s
+    if agent.relayed_tokens or agent.prepared_tokens:
+        raise ConfigError(
+            "--calibrate needs a report of full_prefill, or one made with --compare full_prefill: in this "
+            f"one agent {agent.agent} reused something, and nothing tells what full prefill takes."
+        )
+    flops = device.prefill_flops(agent.prefix_tokens, agent.prompt_tokens) + device.costs.head_flops
+    return flops, agent.stages.prefill_s
 
 
 def _gap_s(row: RowReport) -> float:
@@ -123,6 +142,8 @@ def compare(cluster: SimulatedCluster, workload: Workload, report: RunReport) ->
         ConfigError: the workload does not have the report's agents, or its texts are longer than the prompts.
     """
     mode = mode_of(report)
+    there = report.cluster
+    cluster = cluster.model_copy(update={"workers_per_node": -(-there.workers // there.nodes)})
     out: list[Compared] = []
     for number, row in enumerate(report.rows):
         simulation = Simulation(

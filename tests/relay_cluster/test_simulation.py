@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from relay_cluster.cli import app
+from relay_cluster.simulation.facts import Mode
 from relay_cluster.simulation.results import document, quantile, row_of
-from relay_cluster.simulation.run import Mode, Simulation
+from relay_cluster.simulation.run import Simulation
 from relay_cluster.simulation.settings import SimulatedCluster, Workload
 from relay_cluster.simulation.sweep import parse_modes, parse_workers, sweep
 from transport.errors import ConfigError

@@ -19,12 +19,15 @@ from relay_cluster.report import (
     RunReport,
     Stages,
 )
-from relay_cluster.simulation.run import Answered, Mode, Simulation
+from relay_cluster.simulation.facts import Answered, Mode
+from relay_cluster.simulation.run import Simulation
 from relay_cluster.simulation.settings import SimulatedCluster, Workload
-from relay_cluster.simulation.validate import calibrated, compare, figures, mode_of
+from relay_cluster.simulation.validate import calibrated, compare, figures, mode_of, read_report
 from transport.errors import ConfigError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "simulations"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "simulations"
+RESULTS = ROOT / "docs" / "results"
 HERE = SimulatedCluster.load(CONFIGS / "this_machine.yaml")
 DEMO = Workload.load(CONFIGS / "demo.yaml")
 ONCE = DEMO.model_copy(update={"least_runs": 1, "runs_per_worker": 0.1})
@@ -142,3 +145,16 @@ def test_the_command_prints_both_and_the_error(tmp_path: Path) -> None:
         failed = CliRunner().invoke(app, ["simulate", *files, *wrong])
         assert failed.exit_code == 2
         assert said in failed.output
+
+
+@pytest.mark.parametrize("name", ["simulate-demo-relay"])
+def test_runs_of_a_real_machine_come_out_within_a_fifth(name: str) -> None:
+    """Reports of `relay run --compare full_prefill`, kept as figures; see docs/scale.md for what they are."""
+    report = read_report(RESULTS / f"{name}.json")
+    assert not any(agent.text or agent.tokens for row in report.rows for agent in row.agents)
+    found = compare(calibrated(HERE, report), DEMO, report)
+    walls = [abs(c.error) for c in found if c.what == "wall"]
+    ttfts = sorted(abs(c.error) for c in found if c.what == "ttft")
+    assert max(walls) < 0.2
+    assert ttfts[len(ttfts) // 2] < 0.2, "half of the times to first token"
+    assert ttfts[-1] < 0.3
