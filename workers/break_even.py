@@ -110,6 +110,7 @@ class _Link:
     fit: LineFit = field(default_factory=LineFit)
     backend: str = ""
     measured_at: float = 0.0
+    given_up: int = 0
 
 
 class Speeds:
@@ -130,7 +131,24 @@ class Speeds:
             link = self._links.setdefault((node, backend), _Link())
             link.fit.observe(nbytes, seconds)
             link.measured_at = now
+            link.given_up = 0
             self._latest[node] = backend
+
+    def gave_up(self, node: str, backend: str, nbytes: int, seconds: float, now: float) -> None:
+        """A transfer of `nbytes` from `node` had not arrived after `seconds`.
+
+        One such says that something failed. From the second in a row on, with none in between that
+        succeeded, the link is slow: then it took at least that long.
+        """
+        if nbytes <= 0:
+            return
+        with self._lock:
+            link = self._links.setdefault((node, backend), _Link())
+            link.given_up += 1
+            if link.given_up > 1:
+                link.fit.observe(nbytes, seconds)
+                link.measured_at = now
+                self._latest[node] = backend
 
     def observe_rotate(self, tokens: int, seconds: float) -> None:
         """`tokens` relayed tokens were put into a cache."""

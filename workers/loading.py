@@ -175,6 +175,10 @@ class Loading:
             seconds = transfer.seconds if alone else turn.acquired.moving_s * transfer.nbytes / nbytes
             node, backend = located.owner.node, transfer.backend
             self.speeds.observe_pull(node, backend, transfer.nbytes, seconds, now)
+        for located, transfer in turn.acquired.transfers:
+            if transfer.outcome is Outcome.TIMED_OUT:
+                wanted = located.segment.nbytes
+                self.speeds.gave_up(located.owner.node, transfer.backend, wanted, transfer.seconds, now)
         relayed = sum(len(s.span) for s in prefill.plan.spans if s.source)
         scattered = prefill.scatter_s - turn.clock.scattered_s
         self.speeds.observe_rotate(relayed, turn.clock.rotate_s + scattered)

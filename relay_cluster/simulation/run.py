@@ -370,6 +370,10 @@ class Simulation:
         if any(passage.lost for _, passage in passages):
             yield env.timeout(self.cluster.transport.pull_timeout_s)
             fact.pull_s = self.cluster.transport.pull_timeout_s
+            for found, passage in passages:
+                if passage.lost:
+                    node, size = str(found.owner.node), found.segment.nbytes
+                    worker.speeds.gave_up(node, passage.kind, size, fact.pull_s, env.now)
             lost = {found.segment.key for found, passage in passages if passage.lost}
             hits = {key: found for key, found in hits.items() if key not in lost}
             passages = [(found, passage) for found, passage in passages if not passage.lost]

@@ -189,3 +189,24 @@ def test_full_prefill_is_predicted_from_prefills_before() -> None:
     assert speeds.prefill_s(3e9) is None, "too few"
     speeds.observe_prefill(4e9, 4.1)
     assert speeds.prefill_s(3e9) == pytest.approx(3.1)
+
+
+def test_pulls_that_are_given_up_one_after_the_other_are_a_slow_link() -> None:
+    known = speeds(latency=0.001, bandwidth=1e9, per_flop=1e-9)
+    before = estimate(known, 50)
+    assert before is not None
+    size = 50 * TOKEN_BYTES
+    known.gave_up("far", "tcp", size, 5.0, now=1.0)
+    assert estimate(known, 50) == before, "one is a fault, not a speed"
+    known.observe_pull("far", "tcp", size, 0.001 + size / 1e9, now=1.0)
+    known.gave_up("far", "tcp", size, 5.0, now=1.0)
+    again = estimate(known, 50)
+    assert again is not None
+    assert again.pull_s < 0.01
+    for _ in range(3):
+        known.gave_up("far", "tcp", size, 5.0, now=1.0)
+    after = estimate(known, 50)
+    assert after is not None
+    assert after.pull_s > 10 * before.pull_s
+    assert not after.worth
+    assert estimate(known, 50, now=1.0 + FORGET_S + 1.0) is None, "and it may recover"
