@@ -231,7 +231,7 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
             f"[bold]{escape(report.pipeline)}[/], method {escape(report.method)}{part}, {row.wall_s:.1f} s"
         )
         console.print(row_table(row, wide=console.width >= 112))
-        for line in [*method_lines(row), *skipped_lines(row)]:
+        for line in [*placement_lines(row), *method_lines(row), *skipped_lines(row)]:
             console.print(Text(line, style="dim"), soft_wrap=True)
         console.print(stage_table(row))
         if (gates := gate_table(row)) is not None:
@@ -245,6 +245,17 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
     console.print(Text(_setting(report), style="dim"), soft_wrap=True)
     for note in report.cluster.notes:
         console.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def placement_lines(row: RowReport) -> list[str]:
+    """Which worker each agent was given, and why."""
+    lines: list[str] = []
+    for agent in row.agents:
+        found = agent.placement
+        if found is not None and found.candidates:
+            expected = f"first token expected in {found.candidates[0].expected_s:.2f} s"
+            lines.append(f"{agent.agent} on {found.worker}: {expected}; {found.reason}")
+    return lines
 
 
 def method_lines(row: RowReport) -> list[str]:
@@ -285,7 +296,8 @@ def row_table(row: RowReport, *, wide: bool = True) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if wide else 0, 0, 0), pad_edge=False)
     table.add_column("agent", style="bold", no_wrap=True)
     table.add_column("worker", no_wrap=True)
-    for name in ("prompt", "relayed", "reuse", "TTFT"):
+    ahead = any(agent.ahead for agent in row.agents)
+    for name in ("prompt", *(("prepared",) if ahead else ()), "relayed", "reuse", "TTFT"):
         table.add_column(name, justify="right", no_wrap=True)
     if base:
         for name in (base.replace("_", " "), "speed-up", "top-1", "KL"):
@@ -293,17 +305,18 @@ def row_table(row: RowReport, *, wide: bool = True) -> Table:
     table.add_column("pulled", justify="right", no_wrap=True)
     table.add_column("tok/s", justify="right", no_wrap=True)
     for agent in row.agents:
-        table.add_row(*_agent_cells(agent, compare=base is not None, wide=wide))
+        table.add_row(*_agent_cells(agent, compare=base is not None, ahead=ahead, wide=wide))
     return table
 
 
-def _agent_cells(agent: AgentReport, *, compare: bool, wide: bool) -> list[str | Text]:
+def _agent_cells(agent: AgentReport, *, compare: bool, ahead: bool, wide: bool) -> list[str | Text]:
     other = agent.compare
     ttft = other.ttft_s if other else agent.ttft_s
     cells: list[str | Text] = [
         escape(agent.agent),
         escape(agent.worker),
         str(agent.prompt_tokens),
+        *((str(agent.prepared_tokens),) if ahead else ()),
         str(agent.relayed_tokens),
         "-" if agent.reuse is None else f"{agent.reuse:.2f}",
         _seconds(ttft),

@@ -20,9 +20,11 @@ import torch
 
 from transport.errors import DeadlineExceeded
 from transport.types import Located, Outcome, SegmentKey, WorkerId
+from workers.ahead_choice import LITTLE_ROWS, WORTH_A_PULL
 from workers.anchoring import Anchoring
 from workers.anchors import Match
 from workers.break_even import Speeds, estimate_relays
+from workers.budget import Urgency
 from workers.costs import model_costs
 from workers.heal import first_stale
 from workers.messages import Request
@@ -39,9 +41,6 @@ from workers.store import SegmentStore
 from workers.turn import Turn, fallbacks, log_costs
 
 log = logging.getLogger(__name__)
-
-_LITTLE_ROWS = 64
-_WORTH_A_PULL = 6
 
 
 class Loading:
@@ -101,14 +100,16 @@ class Loading:
         request, prompt = turn.request, turn.prompt
         method = turn.reuse.method
         wanted: dict[SegmentKey, int] = {}
+        tokens: dict[SegmentKey, tuple[int, ...]] = {}
         if method.uses_segments:
             known = self._prefixes.match(prompt.token_ids, request.tenant) if request.prefix_first else 0
             known = max(known, turn.prepared)
             for span in prompt.spans:
-                if span.stop <= known or _nearly_prepared(turn, span):
+                if span.stop <= known or nearly_prepared(turn.prepared, span):
                     continue  # it is here already, exact
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
+                    tokens[span.key] = prompt.tokens_of(span)
         # A prompt that is repeated relays what it relayed before, whatever was measured since.
         free = self._break_even and request.only_keys is None
         turn.acquired = self._store.acquire(
@@ -118,6 +119,7 @@ class Loading:
             pipelined=pipelined and not isinstance(method, KVComm),
             on_landed=self._loop.wake,
             keep=request.publish,
+            token_ids=tokens,
         )
         self._start(turn)
 
@@ -147,7 +149,11 @@ class Loading:
         self._count_fallbacks(turn)
         plan = self._plan(turn, hits, pulled)
         try:
-            prefill = self._loop.call(lambda: self._scatter(turn, plan, pulled), timeout_s=turn.remaining_s)
+            prefill = self._loop.call(
+                lambda: self._scatter(turn, plan, pulled),
+                timeout_s=turn.remaining_s,
+                polite=turn.urgency is not Urgency.NOW,
+            )
         except SegmentLost:
             self.load_again(turn)  # a segment less each time
             return
@@ -260,11 +266,11 @@ class Loading:
             )
 
 
-def _nearly_prepared(turn: Turn, span: Span) -> bool:
-    """Whether so much of a span has been computed ahead that relaying the whole of it would not be less
-    work: a pull and its rectification cost about a seventh of computing it."""
-    rest = span.stop - turn.prepared
-    return span.start < turn.prepared and rest <= max(_LITTLE_ROWS, len(span) // _WORTH_A_PULL)
+def nearly_prepared(prepared: int, span: Span) -> bool:
+    """Whether so much of a span has been computed ahead, of `prepared` leading tokens, that relaying the
+    whole of it would not be less work: a pull and its rectification cost about a seventh of computing it."""
+    rest = span.stop - prepared
+    return span.start < prepared and rest <= max(LITTLE_ROWS, len(span) // WORTH_A_PULL)
 
 
 def prefill_model(loaded: LoadedModel, profile: ModelProfile) -> PrefillModel:

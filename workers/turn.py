@@ -12,12 +12,14 @@ import torch
 from transport.types import NodeId, SegmentKey, WorkerId
 from workers.anchors import Match
 from workers.break_even import Estimate, Speeds
+from workers.budget import Urgency
 from workers.costs import span_flops
 from workers.fetching import Acquired
 from workers.heal import Heal
 from workers.kv_cache import SequenceCache
 from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, SpanCost, StageTimes
 from workers.methods.base import Reuse, Span
+from workers.opening import OpenAnswer
 from workers.prefill import Prefill
 from workers.scheduler import Sequence
 from workers.segment import Prompt, SlotValue
@@ -50,7 +52,10 @@ class Turn:
         estimates: what relaying was predicted to take, for segments of which enough is known.
         counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
+        ahead: what was chosen while upstream agents wrote, and why.
+        urgency: of its rows; group: whose work it is, among those that can wait.
         prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
+        opened: the answer, where others may follow it while it is written.
     """
 
     request: Request
@@ -70,6 +75,10 @@ class Turn:
     notes: list[str] = field(default_factory=list[str])
     estimates: dict[SegmentKey, Estimate] = field(default_factory=dict[SegmentKey, Estimate])
     prepared: int = 0
+    urgency: Urgency = Urgency.NOW
+    group: str = ""
+    ahead: str = ""
+    opened: OpenAnswer | None = None
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:
@@ -127,6 +136,9 @@ def build_reply(
         relayed_tokens=relayed,
         prefix_tokens=turn.prefill.prefix_tokens,
         prepared_tokens=min(turn.prepared, turn.prefill.prefix_tokens),
+        ahead=turn.ahead,
+        ahead_blocks=turn.acquired.ahead_blocks,
+        ahead_bytes=turn.acquired.ahead_bytes,
         fresh_entries=counts.fresh,
         recomputed_entries=counts.rectified,
         relayed_entries=counts.relayed,

@@ -12,14 +12,15 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Protocol
 
-from relay_cluster.router import WorkerView, place_next
+from relay_cluster.rates import Rates
+from relay_cluster.router import Task, WorkerView, route
 from transport.errors import DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
 from workers.messages import Draft, Reply, Request, Token
@@ -49,7 +50,8 @@ class Workers(Protocol):
 
 
 class Answering:
-    """Runs requests on the workers of a cluster, each agent's on the worker that it had before.
+    """Runs requests on the workers of a cluster, each agent's on the worker that it had before, unless
+    another one is expected to answer sooner.
 
     Args:
         workers: the cluster.
@@ -60,9 +62,8 @@ class Answering:
 
     def __init__(self, workers: Workers, *, threads: int, max_agents: int, max_retries: int) -> None:
         self._workers = workers
-        self._max_agents = max_agents
         self._max_retries = max_retries
-        self._placed: OrderedDict[tuple[str, str], WorkerId] = OrderedDict()
+        self._rates = Rates(max_agents=max_agents)
         self._running: Counter[WorkerId] = Counter()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="answer")
         self._control = ThreadPoolExecutor(_CONTROL_THREADS, thread_name_prefix="control")
@@ -77,27 +78,31 @@ class Answering:
         """Requests on each worker, those that are being cancelled included."""
         return {worker: count for worker, count in self._running.items() if count}
 
-    def worker_for(self, agent: str, model: str) -> WorkerId:
-        """The agent's worker; for a new agent, or one whose worker is gone, the one with least to do.
+    def worker_for(self, agent: str, model: str, request: Request | None = None) -> WorkerId:
+        """The worker that is expected to have the agent's first token first: see `relay_cluster.router`.
+
+        Args:
+            request: its request, whose segments count then.
 
         Raises:
             WorkerLost: no live worker hosts the model.
         """
-        key = (agent, model)
         views = self._workers.views()
         self._look_again(views)
         if not any(v.alive and v.model == model for v in views):
             raise WorkerLost(f"no worker of model {model} answers now. Try again later.")
-        worker = self._placed.get(key)
-        if worker is None or not any(v.worker == worker and v.alive for v in views):
-            agents = Counter(self._placed.values())
-            load = {v.worker: self._running[v.worker] + agents[v.worker] / self._max_agents for v in views}
-            worker = place_next(agent, model, views, load)
-        self._placed[key] = worker
-        self._placed.move_to_end(key)
-        while len(self._placed) > self._max_agents:
-            self._placed.popitem(last=False)
-        return worker
+        task = self._task(agent, model, request)
+        choice = route(task, self._rates.views(views, time.monotonic()), self._rates.links())
+        if task.homes and choice.worker != task.homes[0]:
+            log.info("agent %s goes from %s to %s: %s", agent, task.homes[0], choice.worker, choice.reason)
+        self._rates.placed(agent, model, choice.worker)
+        return choice.worker
+
+    def _task(self, agent: str, model: str, request: Request | None) -> Task:
+        if request is None:
+            return self._rates.task(agent, model)
+        most = request.sampling.max_new_tokens
+        return self._rates.task(agent, model, values=request.values, max_new_tokens=most)
 
     def preparer_for(self, agent: str, model: str, writer: WorkerId) -> WorkerId:
         """Who prepares the agent's next prompt while `writer` writes: its own worker, but not the writer's,
@@ -106,15 +111,14 @@ class Answering:
         Raises:
             WorkerLost: no live worker hosts the model.
         """
-        key = (agent, model)
-        known = key in self._placed
+        known = bool(self._task(agent, model, None).homes)
         worker = self.worker_for(agent, model)
         if worker == writer:
             views = self._workers.views()
             idle = (v.worker for v in views if v.alive and v.model == model and not self._running[v.worker])
             worker = next((w for w in idle if w != writer), worker)
             if not known:  # one that is known has its prefix where it was
-                self._placed[key] = worker
+                self._rates.placed(agent, model, worker)
         return worker
 
     async def prepare(self, worker: WorkerId, draft: Draft) -> int:
@@ -155,7 +159,7 @@ class Answering:
         for attempt in range(self._max_retries + 1):
             # A new id for each try: the old one may still run on a worker that was only unreachable.
             again = replace(request, id=f"{request.id}-{attempt}") if attempt else request
-            worker = self.worker_for(request.agent, model)
+            worker = self.worker_for(request.agent, model, again)
             if (
                 at is not None
                 and not attempt
@@ -164,7 +168,7 @@ class Answering:
                 worker = at
             begun = False
             try:
-                async with aclosing(self._once(worker, again)) as items:
+                async with aclosing(self._once(worker, again, model)) as items:
                     async for item in items:
                         begun = True
                         yield item
@@ -177,12 +181,15 @@ class Answering:
             else:
                 return
 
-    async def _once(self, worker: WorkerId, request: Request) -> AsyncGenerator[Token | Reply, None]:
+    async def _once(
+        self, worker: WorkerId, request: Request, model: str
+    ) -> AsyncGenerator[Token | Reply, None]:
         pipe = _Pipe()
         self._running[worker] += 1
+        self._rates.began(request.id, worker, self._task(request.agent, model, request), time.monotonic())
         task = self._threads.submit(pipe.pump, lambda stop: self._workers.stream(worker, request, stop))
         self._open.add(task)
-        task.add_done_callback(lambda _: pipe.tell(self._done, worker, task))
+        task.add_done_callback(lambda _: pipe.tell(self._done, worker, request.id, task))
         finished = False
         try:
             while not finished:
@@ -192,14 +199,19 @@ class Answering:
                     finished = not isinstance(item, (WorkerLost, DeadlineExceeded))
                     raise item
                 finished = isinstance(item, Reply)
+                if isinstance(item, Reply):
+                    self._rates.answered(item)
+                else:
+                    self._rates.first_token(request.id, time.monotonic())
                 yield item
         finally:
             if not finished:
                 pipe.stop.set()
                 self.give_up(worker, request.id)
 
-    def _done(self, worker: WorkerId, task: Future[None]) -> None:
+    def _done(self, worker: WorkerId, request_id: str, task: Future[None]) -> None:
         self._running[worker] -= 1
+        self._rates.ended(request_id)
         self._open.discard(task)
 
     def _cancel(self, worker: WorkerId, request_id: str) -> None:

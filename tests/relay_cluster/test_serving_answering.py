@@ -105,7 +105,7 @@ async def test_agents_that_were_not_heard_of_for_long_are_forgotten() -> None:
     one = answering(Recorder(), max_agents=2)
     for agent in "abcdefgh":
         one.worker_for(agent, MODEL)
-    assert len(one._placed) == 2
+    assert one._rates.agents == 2
 
 
 async def test_tokens_come_in_order_and_the_reply_last() -> None:

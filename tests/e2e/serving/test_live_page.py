@@ -31,7 +31,7 @@ def url(live: Live) -> str:
     live.service.forget()
     # Where earlier tests have left their agents decides where new ones go: these are to pull from each other.
     for agent, worker in (("planner", "w0"), ("solver", "w1"), ("judge", "w0")):
-        live.service._answering._placed[f"page/{agent}", DEFAULT_MODEL] = WorkerId(worker)
+        live.service._answering._rates.placed(f"page/{agent}", DEFAULT_MODEL, WorkerId(worker))
 
     def ask(agent: str, system: str, user: str) -> str:
         answer = client.chat.completions.create(
