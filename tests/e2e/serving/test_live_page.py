@@ -44,9 +44,9 @@ def url(live: Live) -> str:
         return answer.choices[0].message.content or ""
 
     question = f"{QUESTION} {SECRET}"
-    plan = ask("planner", "You make plans.", question)
-    solved = ask("solver", "You solve problems.", f"{question}\n\nA plan:\n\n{plan}\n\nSolve the problem.")
-    ask("judge", "You judge solutions.", f"Plan:\n\n{plan}\n\nSolution:\n\n{solved}\n\nIs it right?")
+    plan = ask("planner", "You plan, on a page.", question)
+    solved = ask("solver", "You solve, on a page.", f"{question}\n\nA plan:\n\n{plan}\n\nSolve the problem.")
+    ask("judge", "You judge, on a page.", f"Plan:\n\n{plan}\n\nSolution:\n\n{solved}\n\nIs it right?")
     return live.url
 
 
