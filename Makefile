@@ -24,7 +24,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: docs help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-fast lint format clean
+.PHONY: docs help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-gpu test-fast lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -100,6 +100,10 @@ test-grid: $(STAMP) ## the kernels' long grid under Triton's interpreter; minute
 
 test-multihost: model ## several hosts as network namespaces, with Ray over them (root, iproute2); minutes
 	$(BIN)/python -m tests.multihost pytest --durations=15
+
+test-gpu: model ## kernels, arenas and the real model on a CUDA device; minutes
+	$(BIN)/python -m pytest -m gpu tests/transport tests/workers
+	RELAY_TEST_DEVICE=cuda $(BIN)/python -m pytest -m "slow and not ray and not long and not gpu" tests/workers
 
 test-fast: $(STAMP) ## tests without Ray, without the real model
 	$(BIN)/python -m pytest -m "$(FAST)"

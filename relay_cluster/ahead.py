@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 CHUNK_TOKENS = 8
 """A reader is sent a draft for so many new tokens. A pass over the weights for one token costs about as much
 as for eight; what has not been sent when the last token comes is computed with the rest of the prompt."""
+NO_CHUNKS = 1 << 40
+"""No number of new tokens is worth a draft: their KV is pulled, which needs none."""
 _WAKE_S = 1.0
 _GRACE_S = 0.02
 """A draft is held back so long: after a writer's last token its reader's request comes in this time, and
@@ -44,18 +47,26 @@ class Workers(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What an agent has written so far. value: its output once it has answered."""
+    """What an agent has written so far. value: its output once it has answered; tries: how often it has begun
+    again."""
 
     token_ids: tuple[int, ...] = ()
     value: SlotValue | None = None
+    tries: int = 0
 
 
 class Writing:
-    """What all agents of a run have written so far. Thread-safe."""
+    """What all agents of a run have written so far. Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        chunk_tokens: so many new tokens are worth a draft.
+    """
+
+    def __init__(self, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        self._chunk_tokens = chunk_tokens
         self._ids: dict[str, list[int]] = {}
         self._values: dict[str, SlotValue] = {}
+        self._tries: Counter[str] = Counter()
         self._changed = threading.Condition()
         self._closed = False
 
@@ -68,6 +79,12 @@ class Writing:
             ids.append(token_id)
             self._changed.notify_all()
 
+    def again(self, agent: str) -> None:
+        """The agent's request is made again, under another id."""
+        with self._changed:
+            self._tries[agent] += 1
+            self._changed.notify_all()
+
     def answered(self, agent: str, value: SlotValue) -> None:
         """The agent has answered; value: what its readers get."""
         with self._changed:
@@ -77,7 +94,9 @@ class Writing:
     def so_far(self, agents: Iterable[str]) -> dict[str, Written]:
         """Of each of `agents`."""
         with self._changed:
-            return {a: Written(tuple(self._ids.get(a, ())), self._values.get(a)) for a in agents}
+            return {
+                a: Written(tuple(self._ids.get(a, ())), self._values.get(a), self._tries[a]) for a in agents
+            }
 
     def close(self) -> None:
         """Nothing more comes; wakes all that wait."""
@@ -92,10 +111,10 @@ class Writing:
         def enough() -> bool:
             for name in names:
                 was = seen[name]
-                if was.value is None and name in self._values:
+                if (was.value is None and name in self._values) or was.tries != self._tries[name]:
                     return True
                 ids = self._ids.get(name, ())
-                if len(ids) - len(was.token_ids) >= CHUNK_TOKENS or len(ids) < len(was.token_ids):
+                if len(ids) - len(was.token_ids) >= self._chunk_tokens or len(ids) < len(was.token_ids):
                     return True
             return False
 
@@ -124,10 +143,16 @@ class Ahead:
     Args:
         workers: the cluster.
         draft_of: (agent, what its upstream agents have written) -> its draft.
+        chunk_tokens: see Writing.
     """
 
-    def __init__(self, workers: Workers, draft_of: Callable[[str, Mapping[str, Written]], Draft]) -> None:
-        self.writing = Writing()
+    def __init__(
+        self,
+        workers: Workers,
+        draft_of: Callable[[str, Mapping[str, Written]], Draft],
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        self.writing = Writing(chunk_tokens)
         self._workers = workers
         self._draft_of = draft_of
         self._readers: dict[str, _Reader] = {}

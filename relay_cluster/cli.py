@@ -26,10 +26,13 @@ from relay_cluster import (
     cli_decode,
     cli_directory,
     cli_faults,
+    cli_kernels,
     cli_link,
     cli_profile,
     cli_pull,
+    cli_random,
     cli_serve,
+    cli_simulate,
     cli_stream,
     cli_stream_faults,
     cli_submit,
@@ -75,6 +78,7 @@ app.add_typer(model_app, name="model", context_settings=HELP)
 app.add_typer(bench_app, name="bench", context_settings=HELP)
 bench_app.command("transfer", epilog=cli_transfer.EPILOG)(cli_transfer.transfer)
 bench_app.command("decode", epilog=cli_decode.EPILOG)(cli_decode.decode)
+bench_app.command("kernels", epilog=cli_kernels.EPILOG)(cli_kernels.kernels)
 bench_app.command("directory", epilog=cli_bench_directory.EPILOG)(cli_bench_directory.directory)
 bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
@@ -82,10 +86,12 @@ bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
 bench_app.command("stream-faults", epilog=cli_stream_faults.EPILOG)(cli_stream_faults.stream_faults)
 bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
+model_app.command("random", epilog=cli_random.EPILOG)(cli_random.model_random)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
 app.command("serve", epilog=cli_serve.EPILOG)(cli_serve.serve)
 app.command("dashboard", epilog=cli_board.DASHBOARD_EPILOG)(cli_board.dashboard)
 app.command("top", epilog=cli_board.TOP_EPILOG)(cli_board.top)
+app.command("simulate", epilog=cli_simulate.EPILOG)(cli_simulate.simulate)
 app.command("submit", epilog=cli_submit.EPILOG)(cli_submit.submit)
 cli_directory.add_to(app)
 cli_up.add_to(app)
@@ -147,12 +153,12 @@ _MetricsFile = Annotated[
 ]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
 _Stream = Annotated[
-    Literal["off", "auto", "exact"] | None,
+    Literal["off", "auto", "exact", "relay"] | None,
     typer.Option(
         "--stream",
         help="Prepare prompts while the agents that they contain still write [the file's, or off]. "
         "auto: compute what idle workers have time for, relay the rest; exact: relay nothing, the answers "
-        "are full prefill's.",
+        "are full prefill's; relay: pull what is to be relayed as it is made, the answers are the method's.",
     ),
 ]
 

@@ -378,7 +378,8 @@ def prepare_tasks(data: list[Path] | None, json_file: Path | None, plot: Path | 
 
 
 def deliver(document: Document, json_file: Path | None, plot: Path | None) -> None:
-    """Tables on standard output, unless the JSON goes there; files where they were asked for."""
+    """Tables on standard output, unless the JSON goes there; files where they were asked for. The JSON is
+    written first: minutes of measuring are not to be lost with a table."""
     from relay_cluster.bench.common import write_document
     from relay_cluster.bench.show import show_document
 
@@ -386,9 +387,9 @@ def deliver(document: Document, json_file: Path | None, plot: Path | None) -> No
     if json_file and str(json_file) == "-":
         write_json(value, json_file)
     else:
-        show_document(document)
         if json_file:
             write_document(value, json_file)
+        show_document(document)
     if plot:
         from relay_cluster.bench.plots import plot_document
 

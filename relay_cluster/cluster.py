@@ -34,8 +34,8 @@ from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities, shares
 from relay_cluster.pipeline import Pipeline, Stream
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
-from relay_cluster.router import place, worker_models
-from relay_cluster.turns import agent_report
+from relay_cluster.router import Choice, Task, route_pipeline, worker_models
+from relay_cluster.turns import Turn, agent_report
 from relay_cluster.worker_calls import Member, WorkerCalls
 from transport.directory.client import DirectoryClient
 from transport.directory.shard import create_shards, kill_shards
@@ -101,6 +101,7 @@ class Cluster(WorkerCalls):
         self._wire_note = ""
         self._prepared: set[tuple[object, ...]] = set()
         self._runs = 0
+        self._tasks: dict[str, Task] = {}
         self._gates: dict[tuple[str, QualitySettings], Gate] = {}
         self._id = uuid.uuid4().hex[:6]
         self._directory_prefix = f"relay-directory-{self._id}"
@@ -197,13 +198,32 @@ class Cluster(WorkerCalls):
 
     # -- workers -------------------------------------------------------------------------------------------
 
-    def _ensure_workers(self, pipeline: Pipeline) -> None:
+    def _ensure_workers(self, pipeline: Pipeline, max_new_tokens: int = 256) -> None:
         """Start the workers that the pipeline needs, unless they run already; place its agents; warm their
         prefixes."""
-        agents = self._models(pipeline)
-        self.start_workers(agents)
-        self._placed.update(place(agents, self.views()))
+        self.start_workers(self._models(pipeline))
+        self._place(pipeline, max_new_tokens)
         self._prepare(pipeline)
+
+    def _place(self, pipeline: Pipeline, max_new_tokens: int) -> None:
+        """Choose a worker for every agent, by what was seen of it before."""
+        models = dict(self._models(pipeline))
+        tasks = [
+            self.rates.task(
+                name,
+                models[name],
+                after=pipeline.upstreams[name],
+                max_new_tokens=pipeline[name].max_new_tokens or max_new_tokens,
+            )
+            for name in pipeline.order
+        ]
+        chosen = route_pipeline(tasks, self.views(), self.rates.links())
+        with self._lock:
+            self._tasks.update({task.agent: task for task in tasks})
+            self._choices.update(chosen)
+            self._placed.update({name: choice.worker for name, choice in chosen.items()})
+        for name, choice in chosen.items():
+            self.rates.placed(name, models[name], choice.worker)
 
     def start_workers(self, agents: Sequence[tuple[str, str]]) -> None:
         """Start workers for (agent, model) pairs and wait until they are ready, unless they run already.
@@ -363,7 +383,7 @@ class Cluster(WorkerCalls):
         )
         for name in filter(None, (options.method, compare, *(a.method for a in pipeline.agents))):
             parse_method(name)
-        self._ensure_workers(pipeline)
+        self._ensure_workers(pipeline, max_new_tokens)
         row = self._run_row(pipeline, values, options, on_event or _no_event)
         report = RunReport(
             pipeline=pipeline.name,
@@ -384,18 +404,38 @@ class Cluster(WorkerCalls):
             run_id = f"{self._id}-{self._runs}"
         gate = self._gate(pipeline, options)
         executor = Executor(pipeline, self, options, run_id, on_event, gate=gate, observer=self.observer)
-        turns, wall_s = executor.run(inputs)
+        chosen = dict(self._choices)
+        planned = {executor.request_id(name): name for name in pipeline.order}
+        for request_id, name in planned.items():
+            self.rates.planned(request_id, self._placed[name], self._tasks[name])
+        try:
+            turns, wall_s = executor.run(inputs)
+        finally:
+            for request_id in planned:
+                self.rates.ended(request_id)
         gated = executor.check(turns)
         # Afterwards and one at a time: a comparison beside a running agent would slow both down.
         compared = executor.compare({name: turns[name] for name in pipeline.order})
         return RowReport(
             agents=tuple(
-                agent_report(turns[name], compared.get(name), executor.notes(turns[name]), gated.get(name))
+                agent_report(
+                    turns[name],
+                    compared.get(name),
+                    executor.notes(turns[name]),
+                    gated.get(name),
+                    self._choice(turns[name], chosen.get(name)),
+                )
                 for name in pipeline.order
             ),
             wall_s=wall_s,
             inputs_digest=_digest(inputs),
         )
+
+    def _choice(self, turn: Turn, chosen: Choice | None) -> Choice | None:
+        """Why an agent was answered where it was: as chosen before the run, or since, when its worker had
+        died; None where somebody else had taken the worker's place."""
+        found = (self._choices.get(turn.agent.name), chosen)
+        return next((c for c in found if c is not None and c.worker == turn.reply.worker), None)
 
     def _gate(self, pipeline: Pipeline, options: RunOptions) -> Gate | None:
         """The gate of a pipeline's edges; it lives as long as the cluster."""

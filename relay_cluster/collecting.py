@@ -37,6 +37,7 @@ _KEPT_S: Final = 0.5
 _NOT_PROMOTED: Final = ("arena_full", "not_here", "damaged", "busy", "directory_down", "refused")
 _LOST: Final = ("budget", "too_large", "queue_full", "disk_error", "damaged")
 _UNPUBLISHED: Final = ("arena_full", "directory_down", "fenced")
+_FOLLOWED_NO_LONGER: Final = ("aborted", "refused", "room", "too_many")
 _INDEX = re.compile(r"\d+$")
 
 
@@ -150,6 +151,7 @@ def _worker(out: Samples, stats: Mapping[str, Any], at: Sequence[str]) -> None:
     out.put("relay_engine_rows_total", stats["rows"], *at)
     ahead = {what: stats[f"prepared_tokens_{what}"] for what in ("used", "wasted")}
     out.put_all("relay_prepared_tokens_total", ahead, *at)
+    _open(out, stats["memory"]["opening"], stats["memory"]["following"], at)
     moved: Mapping[str, float] = stats["transport"]
     pulls = {name.removeprefix("pulls."): n for name, n in moved.items() if name.startswith("pulls.")}
     out.put_all("relay_transport_pulls_total", pulls, *at)
@@ -158,9 +160,21 @@ def _worker(out: Samples, stats: Mapping[str, Any], at: Sequence[str]) -> None:
     out.put_all("relay_unpublished_total", stats["unpublished"], *at, known=_UNPUBLISHED)
 
 
+def _open(out: Samples, opening: Mapping[str, Any], following: Mapping[str, Any], at: Sequence[str]) -> None:
+    out.put("relay_open_answers", opening["live"], *at)
+    out.put_all("relay_opened_answers_total", opening["ended"], *at, known=("closed",))
+    out.put("relay_followed_answers", following["live"], *at)
+    out.put_all("relay_following_ended_total", following["ended"], *at, known=_FOLLOWED_NO_LONGER)
+    out.put("relay_pulled_ahead_bytes_total", following["pulled_bytes"], *at)
+    ahead = {what: following[f"{what}_blocks"] for what in ("used", "wasted")}
+    out.put_all("relay_pulled_ahead_blocks_total", ahead, *at)
+
+
 def _memory(out: Samples, stats: Mapping[str, Any], at: Sequence[str]) -> None:
     arena, memory = stats["arena"], stats["memory"]
-    states = {state: memory[f"{state}_blocks"] for state in ("held", "landing", "doomed", "quarantined")}
+    states = {
+        state: memory[f"{state}_blocks"] for state in ("held", "open", "landing", "doomed", "quarantined")
+    }
     out.put_all("relay_arena_blocks", {"free": arena.free, **states}, *at)
     out.put("relay_arena_block_bytes", arena.block_nbytes, *at)
     for tier, held in memory["tiers"].items():
@@ -192,6 +206,10 @@ _OF_SHARD: Final = {
     "owners": "relay_directory_owners",
     "fences": "relay_directory_fenced_incarnations",
     "dropped_owners": "relay_directory_dropped_owners_total",
+    "open_segments": "relay_directory_open_segments",
+    "watches": "relay_directory_watches",
+    "open_gaps_total": "relay_directory_open_gaps_total",
+    "open_refused_total": "relay_directory_open_refused_total",
     "pins": "relay_directory_pins",
     "expired_leases": "relay_directory_expired_leases_total",
     "refused_leases": "relay_directory_refused_leases_total",

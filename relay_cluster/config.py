@@ -194,8 +194,8 @@ class PipelineConfig(BaseModel):
         sampling: of agents that say nothing else.
         examples: inputs to try the pipeline with (`relay run --example`).
         quality: error budget of reuse; where given, even empty, the quality gate watches every edge.
-        stream: prepare prompts while upstream agents still write, "off", "auto" or "exact"; null leaves it to
-            the cluster.
+        stream: prepare prompts while upstream agents still write, "off", "auto", "exact" or "relay"; null
+            leaves it to the cluster.
     """
 
     model_config = _STRICT
@@ -244,8 +244,13 @@ class PipelineConfig(BaseModel):
 
 # --- files --------------------------------------------------------------------------------------------------
 
-Kind = Literal["cluster", "pipeline", "profile"]
-_FOLDERS: dict[str, Kind] = {"clusters": "cluster", "pipelines": "pipeline", "profiles": "profile"}
+Kind = Literal["cluster", "pipeline", "profile", "simulation"]
+_FOLDERS: dict[str, Kind] = {
+    "clusters": "cluster",
+    "pipelines": "pipeline",
+    "profiles": "profile",
+    "simulations": "simulation",
+}
 _TYPICAL: dict[Kind, frozenset[str]] = {
     "pipeline": frozenset({"agents", "inputs", "examples", "sampling"}),
     "profile": frozenset({"checkpoint_layer", "detection_layer", "end_layer", "num_layers", "first_tokens"}),
@@ -263,6 +268,8 @@ def kind_of(path: Path) -> Kind | None:
         return None
     if not isinstance(data, dict):
         return None
+    if "simulation" in data:  # files of `relay simulate` say so, because a cluster's settings are in them
+        return "simulation"
     scores: dict[Kind, int] = {kind: len(keys & data.keys()) for kind, keys in _TYPICAL.items()}
     best = max(scores, key=lambda kind: scores[kind])
     return best if scores[best] else None
@@ -280,14 +287,22 @@ def check_file(path: Path) -> Kind:
     if kind is None:
         _read(path)  # a YAML fault is the better explanation where there is one
         known = "; ".join(f"a {kind} has {', '.join(sorted(keys))}" for kind, keys in _TYPICAL.items())
+        known += "; a simulation has simulation: cluster or workload"
         raise ConfigError(f"{path}: neither a cluster, a pipeline nor a profile ({known})")
     loaders: dict[Kind, Callable[[Path], object]] = {
         "cluster": ClusterConfig.load,
         "pipeline": PipelineConfig.load,
         "profile": load_profile,
+        "simulation": _check_simulation,
     }
     loaders[kind](path)
     return kind
+
+
+def _check_simulation(path: Path) -> None:
+    from relay_cluster.simulation.settings import check_simulation  # which builds on this module
+
+    check_simulation(path)
 
 
 def load_profile(path: str | Path) -> ModelProfile:
@@ -387,10 +402,26 @@ def _similar_file(path: Path) -> str:
     return f' Did you mean "{folder / near[0]}"?' if near else ""
 
 
+ConfigFile: TypeAlias = _File
+"""A parsed file, for checks of other modules: `fault(path, what)` makes a line of an error."""
+
+
 # --- checking -----------------------------------------------------------------------------------------------
 
 S = TypeVar("S")
 _Check: TypeAlias = Callable[[_File, Any], Iterable[str]]
+
+
+def load_as(path: Path, cls: type[S], check: Callable[[ConfigFile, Any], Iterable[str]] | None = None) -> S:
+    """Read a file of another module's kind, with the same faults told in the same way.
+
+    Args:
+        cls: pydantic model or dataclass. check: more faults of the whole, one line each.
+
+    Raises:
+        ConfigError: everything that is wrong with it.
+    """
+    return _load(path, cls, check)
 
 
 def _load(

@@ -231,7 +231,7 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
             f"[bold]{escape(report.pipeline)}[/], method {escape(report.method)}{part}, {row.wall_s:.1f} s"
         )
         console.print(row_table(row, wide=console.width >= 112))
-        for line in [*method_lines(row), *skipped_lines(row)]:
+        for line in [*placement_lines(row), *method_lines(row), *skipped_lines(row)]:
             console.print(Text(line, style="dim"), soft_wrap=True)
         console.print(stage_table(row))
         if (gates := gate_table(row)) is not None:
@@ -245,6 +245,17 @@ def show_report(report: RunReport, console: Console | None = None) -> None:
     console.print(Text(_setting(report), style="dim"), soft_wrap=True)
     for note in report.cluster.notes:
         console.print(Text(note, style="yellow"), soft_wrap=True)
+
+
+def placement_lines(row: RowReport) -> list[str]:
+    """Which worker each agent was given, and why."""
+    lines: list[str] = []
+    for agent in row.agents:
+        found = agent.placement
+        if found is not None and found.candidates:
+            expected = f"first token expected in {found.candidates[0].expected_s:.2f} s"
+            lines.append(f"{agent.agent} on {found.worker}: {expected}; {found.reason}")
+    return lines
 
 
 def method_lines(row: RowReport) -> list[str]:

@@ -31,13 +31,12 @@ PROBE_TIMEOUT_S = 30.0
 """A probe that takes longer counts as failed."""
 
 _NIXL_PROBE = """
-import json, logging
+import importlib, importlib.util, json, logging
 logging.disable(logging.CRITICAL)
-try:
-    from nixl_cu12._api import nixl_agent, nixl_agent_config
-except ImportError:
-    from nixl._api import nixl_agent, nixl_agent_config
-agent = nixl_agent("relay-doctor", nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+name = next((n for n in ("nixl_cu12", "nixl_cu13") if importlib.util.find_spec(n)), "nixl")
+api = importlib.import_module(f"{name}._api")
+config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+agent = api.nixl_agent("relay-doctor", config)
 print(json.dumps({"plugins": agent.get_plugin_list()}))
 """
 _TORCH_PROBE = """
@@ -144,9 +143,8 @@ def _choices(torch: Finding, nixl: Finding, shared: Finding) -> tuple[Finding, .
     cuda = "devices:" in torch.value
     flash = cuda and bool(util.find_spec("flash_attn"))
     if cuda:
-        attention = (
-            "flash-attn for dense prefill and decode" if flash else "torch (flash-attn is not installed)"
-        )
+        dense = "flash-attn" if flash else "torch's own FlashAttention"
+        attention = f"{dense} for dense rows in half precision, else our Triton kernels"
         device = Finding("device", "cuda", True, "torch sees a CUDA device")
         dtype = Finding("dtype", "the checkpoint's own", None, "CUDA device")
     else:

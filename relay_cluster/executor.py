@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from relay_cluster.ahead import Ahead, Written
+from relay_cluster.ahead import CHUNK_TOKENS, NO_CHUNKS, Ahead, Written
 from relay_cluster.gate import Check, Decision, Edge, EdgeState, Gate
 from relay_cluster.pipeline import Agent, Pipeline, Stream
 from relay_cluster.report import CompareReport, GateReport
@@ -128,11 +128,13 @@ class Executor:
         self._gate = gate
         self._observer = observer
         self._running: dict[str, WorkerId] = {}
+        self._asked_as: dict[str, str] = {}  # agent -> id of its last request
         self._stop = threading.Event()
         self._notes: dict[str, str] = {}
         self._lock = threading.Lock()
         self._inputs: dict[str, SlotValue] = {}
-        self._ahead = Ahead(workers, self._draft) if options.stream != "off" else None
+        chunk = NO_CHUNKS if options.stream == "relay" else CHUNK_TOKENS
+        self._ahead = Ahead(workers, self._draft, chunk) if options.stream != "off" else None
 
     def run(self, inputs: Mapping[str, str]) -> tuple[dict[str, Turn], float]:
         """Answer every agent.
@@ -181,7 +183,7 @@ class Executor:
             return
         for name, upstreams in self._pipeline.upstreams.items():
             if upstreams:
-                self._ahead.start(name, self._id(name), upstreams)
+                self._ahead.start(name, self.request_id(name), upstreams)
 
     def _draft(self, name: str, written: Mapping[str, Written]) -> Draft:
         """What is known of an agent's request. Tokens of another model, which are passed on as text, are
@@ -200,12 +202,25 @@ class Executor:
             growing.add(upstream)
             limit = self._pipeline[upstream].max_new_tokens or self._options.max_new_tokens
             room += limit if not same else max(0, limit - len(found.token_ids))
+        follow = {
+            upstream: self._asked_as.get(upstream, self.request_id(upstream))
+            for upstream in written
+            if self._follows(agent, upstream)
+        }
         return Draft(
             request=self._request(agent, values, None),
             open_slots=frozenset(growing),
             room_tokens=room,
             group=self._run_id,
+            follow=follow,
         )
+
+    def _follows(self, agent: Agent, upstream: str) -> bool:
+        """Whether the agent relays the upstream's KV, and pulls it as it is made."""
+        if self._options.stream != "relay" or upstream not in agent.slots:
+            return False
+        relays = self._asked(agent) not in ("exact_prefix", "full_prefill")
+        return relays and self._workers.model_for(upstream) == self._workers.model_for(agent.name)
 
     def compare(self, turns: Mapping[str, Turn]) -> dict[str, CompareReport]:
         """Every prompt again under the other method, on the same worker, one at a time."""
@@ -322,6 +337,9 @@ class Executor:
                 self._ahead.asked(agent.name, worker)
             with self._lock:
                 self._running[request.id] = worker
+                self._asked_as[agent.name] = request.id
+            if self._ahead is not None and attempt:
+                self._ahead.writing.again(agent.name)
             try:
                 reply, ttft_s = self._workers.generate(
                     worker, request, lambda n, token: self._token(agent.name, n, token), self._stop
@@ -350,14 +368,14 @@ class Executor:
             self._ahead.writing.add(agent, number, token.id)
         self._on_event("token", agent, number)
 
-    def _id(self, agent: str) -> str:
+    def request_id(self, agent: str) -> str:
         """Of the first request for an agent."""
         return f"{self._run_id}-{agent}"
 
     def _request(self, agent: Agent, values: Mapping[str, SlotValue], decision: Decision | None) -> Request:
         checked = self._gate.settings.tokens if self._gate and decision and decision.checked else 0
         return Request(
-            id=self._id(agent.name),
+            id=self.request_id(agent.name),
             agent=agent.name,
             system=agent.system,
             prompt=agent.prompt,
@@ -365,6 +383,10 @@ class Executor:
             method=decision.method if decision else self._asked(agent),
             shadow_tokens=checked,
             consumers=self._consumers(agent),
+            open_answer=any(
+                self._follows(self._pipeline[name], agent.name)
+                for name in self._pipeline.consumers[agent.name]
+            ),
             publish_inputs=decision is None or decision.probe is None,
             sampling=SamplingSettings(
                 max_new_tokens=agent.max_new_tokens or self._options.max_new_tokens,

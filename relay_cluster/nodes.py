@@ -37,16 +37,17 @@ def shares(config: ClusterConfig, count: int) -> tuple[float, float]:
         ConfigError: worker.device is "cuda", and there are not enough GPUs.
     """
     total = ray.cluster_resources()
-    gpus = total.get("GPU", 0.0)
-    if config.worker.device == "cuda" and gpus < count:
+    gpus, share = total.get("GPU", 0.0), config.worker.gpu_share
+    fits = int(1 / share) * int(gpus) >= count  # Ray does not divide a share between two GPUs
+    if config.worker.device == "cuda" and not fits:
         raise ConfigError(
-            f'worker.device is "cuda" and {count} workers need a GPU each, but Ray has {int(gpus)}. '
-            'Lower `workers`, or set worker.device to "auto" or "cpu".'
+            f'worker.device is "cuda" and {count} workers need {share:g} of a GPU each, but Ray has '
+            f'{int(gpus)}. Lower `workers` or worker.gpu_share, or set worker.device to "auto" or "cpu".'
         )
     # Without a GPU of its own Ray hides them all from an actor; with "auto" we take them when all fit.
-    wanted = config.worker.device == "cuda" or (config.worker.device == "auto" and gpus >= count)
+    wanted = config.worker.device == "cuda" or (config.worker.device == "auto" and fits)
     # A share of the CPUs each: all workers must fit, and one agent computes at a time in a chain.
-    return min(1.0, float(total.get("CPU", 1)) / (count + 1)), 1.0 if wanted else 0.0
+    return min(1.0, float(total.get("CPU", 1)) / (count + 1)), share if wanted else 0.0
 
 
 def bundles(config: ClusterConfig, count: int) -> list[dict[str, float]]:

@@ -21,9 +21,10 @@ from transport.errors import PipelineError
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
-Stream = Literal["off", "auto", "exact"]
+Stream = Literal["off", "auto", "exact", "relay"]
 """Whether prompts are prepared while their upstream agents still write: "auto" computes what the idle workers
-have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's."""
+have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's; "relay"
+computes none of it, but pulls the upstream agents' KV as it is made: the answers are the method's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,6 +168,27 @@ class GateReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateReport:
+    """A worker that an agent might have gone to, and what it was expected to wait for there: see
+    `relay_cluster.router.Candidate`."""
+
+    worker: str
+    expected_s: float
+    wait_s: float
+    pull_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementReport:
+    """Why an agent was answered where it was. candidates: the chosen worker first, then the best others."""
+
+    worker: str
+    reason: str
+    candidates: tuple[CandidateReport, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AgentReport:
     """One agent's request.
 
@@ -176,6 +197,7 @@ class AgentReport:
             parameter included.
         prompt_tokens: fresh_tokens + relayed_tokens.
         prefix_tokens: the part of fresh_tokens that came from the exact local prefix cache.
+        pulled_ahead_blocks, pulled_ahead_bytes: of what is relayed, came while upstream agents still wrote.
         prepared_tokens: the part of prefix_tokens that was computed while upstream agents still wrote.
         ahead: exact or relay, as was chosen meanwhile, and why; "" where nothing was to be prepared.
         reuse: share of the (token, layer) entries of relayed spans that were not recomputed; None without
@@ -195,6 +217,7 @@ class AgentReport:
         gate: what the quality gate did; None without one.
         pull_hidden_s: for how long bytes travelled while the worker computed with those that had come; the
             time for which it waited is stages.pull_s.
+        placement: why that worker; None where nobody chose.
     """
 
     agent: str
@@ -208,6 +231,8 @@ class AgentReport:
     prefix_tokens: int = 0
     prepared_tokens: int = 0
     ahead: str = ""
+    pulled_ahead_blocks: int = 0
+    pulled_ahead_bytes: int = 0
     reuse: float | None = None
     recomputed_entries: int = 0
     total_entries: int = 0
@@ -232,6 +257,7 @@ class AgentReport:
     healed_at_token: int | None = None
     gate: GateReport | None = None
     pull_hidden_s: float = 0.0
+    placement: PlacementReport | None = None
 
     @property
     def pulled_bytes(self) -> int:

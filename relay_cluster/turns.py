@@ -8,14 +8,17 @@ from relay_cluster.gate import Check, Decision, Edge, EdgeState, worst
 from relay_cluster.pipeline import Agent
 from relay_cluster.report import (
     AgentReport,
+    CandidateReport,
     CompareReport,
     FallbackReport,
     GateReport,
+    PlacementReport,
     PublishedReport,
     SpanCostReport,
     Stages,
     TransferReport,
 )
+from relay_cluster.router import Choice
 from workers.messages import Comparison, Reply, Request, ShadowCheck, SlotTransfer
 
 
@@ -37,6 +40,7 @@ def agent_report(
     compare: CompareReport | None = None,
     notes: tuple[str, ...] = (),
     gate: GateReport | None = None,
+    choice: Choice | None = None,
 ) -> AgentReport:
     """The public report of one turn."""
     reply = turn.reply
@@ -60,6 +64,8 @@ def agent_report(
         prefix_tokens=reply.prefix_tokens,
         prepared_tokens=reply.prepared_tokens,
         ahead=reply.ahead,
+        pulled_ahead_blocks=reply.ahead_blocks,
+        pulled_ahead_bytes=reply.ahead_bytes,
         reuse=reply.reuse,
         recomputed_entries=reply.recomputed_entries,
         total_entries=reply.relayed_entries,
@@ -86,6 +92,24 @@ def agent_report(
         healed_at_token=reply.healed_at_token,
         gate=gate,
         pull_hidden_s=reply.pull_hidden_s,
+        placement=None if choice is None else _placement(choice),
+    )
+
+
+def _placement(choice: Choice) -> PlacementReport:
+    return PlacementReport(
+        worker=choice.worker,
+        reason=choice.reason,
+        candidates=tuple(
+            CandidateReport(
+                worker=c.worker,
+                expected_s=c.total_s,
+                wait_s=c.wait_s,
+                pull_s=c.pull_s,
+                prefill_s=c.prefill_s,
+            )
+            for c in choice.candidates
+        ),
     )
 
 

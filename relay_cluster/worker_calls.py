@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import ray
@@ -24,7 +24,8 @@ from relay_cluster.executor import OnToken
 from relay_cluster.faulting import unwrapped
 from relay_cluster.following import Follower
 from relay_cluster.polling import Poll
-from relay_cluster.router import WorkerView
+from relay_cluster.rates import Rates
+from relay_cluster.router import Choice, Task, WorkerView, route
 from relay_cluster.watching import POLL_S, Watch, WorkerFrozen, awaited
 from transport.directory.client import DirectoryClient
 from transport.directory.operate import DirectoryOperator
@@ -81,7 +82,9 @@ class WorkerCalls:
     def __init__(self, config: ClusterConfig) -> None:
         self.config = config
         self._members: dict[WorkerId, Member] = {}
+        self.rates = Rates()
         self._placed: dict[str, WorkerId] = {}
+        self._choices: dict[str, Choice] = {}
         self._elsewhere: dict[str, WorkerId] = {}
         self._shards: dict[str, Any] = {}
         self._directory: DirectoryClient | None = None
@@ -107,9 +110,7 @@ class WorkerCalls:
             return worker
         member.lost = True
         model = member.spec.model
-        for other, others in self._members.items():
-            if other == worker or others.spec.model != model or others.frozen is not None:
-                continue
+        for other in self._others(agent, worker):
             if self._answers(other, _OTHER_ANSWERS_S):
                 self._placed[agent] = other
                 return other
@@ -118,6 +119,21 @@ class WorkerCalls:
             return worker
         how = "frozen" if member.frozen is not None else "gone"
         raise WorkerLost(f"worker {worker} is {how} and no other live worker hosts {model}.")
+
+    def _others(self, agent: str, worker: WorkerId) -> list[WorkerId]:
+        """Workers that can take the place of an agent's own, the one that is expected to answer first in
+        front; those that were lost before come last."""
+        model = self._members[worker].spec.model
+        able = [
+            w for w, m in self._members.items() if w != worker and m.spec.model == model and m.frozen is None
+        ]
+        views = [v for v in self.views() if v.worker in able]
+        if any(v.alive for v in views):
+            choice = route(self.rates.task(agent, model), views, self.rates.links())
+            self._choices[agent] = replace(choice, reason=f"{worker} does not answer; {choice.reason}")
+            able.sort(key=[c.worker for c in choice.candidates].__contains__, reverse=True)
+            able.sort(key=lambda w: w != choice.worker)
+        return able
 
     def _welcome_back(self) -> None:
         """Place agents again on workers that were frozen and have answered since."""
@@ -238,14 +254,17 @@ class WorkerCalls:
             `cancel` does that). Else what the worker raised.
         """
         stop = stop or threading.Event()
+        task = self._task(request, worker)
         while True:
             at = self._settled(worker, stop)
             begun = False
             if at != worker:
                 self._elsewhere[request.id] = at
+            self.rates.began(request.id, at, task, time.monotonic())
             try:
                 for item in self._stream(at, request, stop):
                     begun = True
+                    self._heard(request.id, item)
                     yield item
             except WorkerLost as error:
                 if begun or not self._left(at, error):
@@ -255,6 +274,22 @@ class WorkerCalls:
                 return
             finally:
                 self._elsewhere.pop(request.id, None)
+                self.rates.ended(request.id)
+
+    def _task(self, request: Request, worker: WorkerId) -> Task:
+        """What the request is for placement."""
+        return self.rates.task(
+            request.agent,
+            self._members[worker].spec.model,
+            values=request.values,
+            max_new_tokens=request.sampling.max_new_tokens,
+        )
+
+    def _heard(self, request_id: str, item: Token | Reply) -> None:
+        if isinstance(item, Reply):
+            self.rates.answered(item)
+        else:
+            self.rates.first_token(request_id, time.monotonic())
 
     def _stream(self, worker: WorkerId, request: Request, stop: threading.Event) -> Iterator[Token | Reply]:
         member = self._members[worker]
@@ -325,7 +360,11 @@ class WorkerCalls:
 
     def views(self) -> tuple[WorkerView, ...]:
         """The workers as placement sees them, in the order in which they were started."""
-        return tuple(WorkerView(w, m.spec.model, alive=not m.lost) for w, m in self._members.items())
+        views = [
+            WorkerView(w, m.spec.model, alive=not m.lost, node=str(m.info.node) if m.info else "")
+            for w, m in self._members.items()
+        ]
+        return tuple(self.rates.views(views, time.monotonic()))
 
     def compare(
         self, worker: WorkerId, request: Request, reply: Reply, base_method: str, repeats: int

@@ -21,7 +21,12 @@ PIPELINES = sorted((CONFIGS / "pipelines").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_shipped_file_is_valid(path: Path) -> None:
-    kinds = {"clusters": "cluster", "pipelines": "pipeline", "profiles": "profile"}
+    kinds = {
+        "clusters": "cluster",
+        "pipelines": "pipeline",
+        "profiles": "profile",
+        "simulations": "simulation",
+    }
     assert check_file(path) == kinds[path.parent.name]
 
 

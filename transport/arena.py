@@ -23,7 +23,7 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import xxhash
 
+from transport import checksums
 from transport.errors import ArenaFull, ConfigError
 from transport.memory import SharedMemory
 from transport.tokens import PullKey
@@ -46,6 +47,8 @@ ALIGN: Final = 64
 _MAGIC: Final = b"RELAYKV2"
 # magic, block index, generation, incarnation, payload bytes, digest of the parts' sizes; the rest is zero.
 _HEADER: Final = struct.Struct("<8sQQQQQ16x")
+
+_WORDS: Final = struct.Struct("<8q")  # a header as the device sees it
 
 _FREE, _USED, _QUARANTINED = 0, 1, 2
 _STATE_NAMES: Final = ("free", "used", "quarantined")
@@ -107,13 +110,15 @@ class Arena:
     Args:
         budget_bytes: hard limit of the buffer, headers included.
         block_nbytes: payload bytes of one block.
-        device: a torch device; "cuda" buffers are hashed and sent through a CPU copy.
+        device: a torch device. Blocks on "cuda" are checked where they lie, many in one launch; backends that
+            need CPU memory are given copies.
         incarnation: which life of the worker this is; written into every header. Default: now, in ns.
         parts: bytes of every part of the payload, in order; their sum is block_nbytes. Default: one part.
         shared: let readers of this host in (`transport.memory`), where the system has it; only on "cpu".
 
     Attributes:
         pull_key: secret of this life of the worker, with which tokens for its blocks are made.
+        on_device: whether the blocks lie elsewhere than in CPU memory.
 
     Raises:
         ConfigError: not even one block fits into the budget, or the parts do not make up a block.
@@ -147,18 +152,17 @@ class Arena:
         self.pull_key = PullKey.random()
         self.device = torch.device(device)
         self.nbytes = self.num_blocks * self.stride
-        self._is_cpu = self.device.type == "cpu"
-        self._shared = _share(self.nbytes) if shared and self._is_cpu else None
+        self.on_device = self.device.type != "cpu"
+        self._shared = _share(self.nbytes) if shared and not self.on_device else None
         self._buffer = _private(self.nbytes, self.device) if self._shared is None else _tensor(self._shared)
         # A flat byte view of CPU memory: sockets read and write it without a copy.
-        self._view = _bytes_of(self._buffer) if self._is_cpu else None
+        self._view = None if self.on_device else _bytes_of(self._buffer)
         self.faults: Faults | None = None  # only ever set in test mode
         self._lock = threading.Lock()
         self._state = bytearray(self.num_blocks)
         self._generation = [1] * self.num_blocks
         self._free = [BlockId(i) for i in reversed(range(self.num_blocks))]
-        for i in range(self.num_blocks):
-            self._write_header(BlockId(i))
+        self._write_headers(range(self.num_blocks))
 
     # -- allocation ------------------------------------------------------------------------------------
 
@@ -229,11 +233,22 @@ class Arena:
         Raises:
             ValueError: the block is not in use.
         """
-        checksums = tuple(self._checksum(block, part) for part in range(len(self.parts)))
+        return self.seal_all([block])[0]
+
+    def seal_all(self, blocks: Sequence[BlockId]) -> tuple[BlockRef, ...]:
+        """`seal` for many blocks: on a device as many launches as there are parts.
+
+        Raises:
+            ValueError: a block is not in use; none is sealed then.
+        """
+        columns = [self._checksums(blocks, part) for part in range(len(self.parts))]
         with self._lock:
-            self._expect([block], _USED, "seal")
-            self._write_header(block)
-            return BlockRef(block, self._generation[block], self.block_nbytes, checksums)
+            self._expect(blocks, _USED, "seal")
+            self._write_headers(blocks)
+            return tuple(
+                BlockRef(block, self._generation[block], self.block_nbytes, sums)
+                for block, sums in zip(blocks, zip(*columns, strict=True), strict=True)
+            )
 
     def generation(self, block: BlockId) -> int:
         """The current generation of a block."""
@@ -263,10 +278,17 @@ class Arena:
             PULLED, STALE (freed, reused or made by another life of the owner), CORRUPT (no header) or
             LAYOUT_MISMATCH (blocks of another size or in other parts).
         """
-        header = bytes(self.outgoing(block, 0, HEADER_NBYTES))
+        return next(iter(self.verify_headers([block], [ref], owner_incarnation)))
+
+    def verify_headers(
+        self, blocks: Sequence[BlockId], refs: Sequence[BlockRef], owner_incarnation: int
+    ) -> Iterator[Outcome]:
+        """`verify_header` for many blocks, in order; on a device all headers come over in one copy."""
+        headers = self._read_headers(blocks)
         with self._lock:
-            self._write_header(block)
-        return self.judge_header(header, ref, owner_incarnation)
+            self._write_headers(blocks)
+        for header, ref in zip(headers, refs, strict=True):
+            yield self.judge_header(header, ref, owner_incarnation)
 
     def judge_header(self, header: bytes, ref: BlockRef, owner_incarnation: int) -> Outcome:
         """Judge the first HEADER_NBYTES of a block, wherever they are: see `verify_header`."""
@@ -283,7 +305,34 @@ class Arena:
 
     def verify_part(self, block: BlockId, ref: BlockRef, part: int) -> Outcome:
         """Judge the bytes of one landed part: PULLED, or CORRUPT when they are not the sealed ones."""
-        return Outcome.PULLED if self._checksum(block, part) == ref.checksums[part] else Outcome.CORRUPT
+        sealed = ref.checksums[part]
+        found = checksums.again(self._part_bytes(block, part), sealed)
+        return Outcome.PULLED if found == sealed else Outcome.CORRUPT
+
+    def verify_landed(
+        self, blocks: Sequence[BlockId], refs: Sequence[BlockRef], part: int, owner_incarnation: int
+    ) -> Iterator[tuple[BlockRef, Outcome]]:
+        """Judge one landed part of many blocks, and with part 0 their headers; on a device in one launch.
+        There is a verdict on every header and on every part."""
+        if self._checks_on_device(part) and all(r.checksums[part] & checksums.WORDS_BIT for r in refs):
+            yield from self._verify_on_device(blocks, refs, part, owner_incarnation)
+            return
+        if part == 0:
+            yield from zip(refs, self.verify_headers(blocks, refs, owner_incarnation), strict=True)
+        for block, ref in zip(blocks, refs, strict=True):
+            yield ref, self.verify_part(block, ref, part)
+
+    def _verify_on_device(
+        self, blocks: Sequence[BlockId], refs: Sequence[BlockRef], part: int, owner_incarnation: int
+    ) -> Iterator[tuple[BlockRef, Outcome]]:
+        rows: list[tuple[int, ...]] = [(block,) for block in blocks]
+        if part == 0:
+            with self._lock:
+                rows = [(block, *_WORDS.unpack(self._header(block))) for block in blocks]
+        for ref, (found, *header) in zip(refs, self._sums(rows, part), strict=True):
+            if header:
+                yield ref, self.judge_header(_WORDS.pack(*header), ref, owner_incarnation)
+            yield ref, Outcome.PULLED if found == ref.checksums[part] else Outcome.CORRUPT
 
     def fits(self, ref: BlockRef) -> bool:
         """Whether a peer's block has as many bytes and as many parts as ours."""
@@ -373,22 +422,57 @@ class Arena:
         for i in ids:
             self._generation[i] += 1
             self._state[i] = _FREE
-            self._write_header(i)
+        self._write_headers(ids)
         self._free.extend(reversed(ids))
 
-    def _write_header(self, block: BlockId) -> None:
-        start = block * self.stride
+    def _header(self, block: BlockId | int) -> bytes:
         generation = self._generation[block]
-        fields = (_MAGIC, block, generation, self.incarnation, self.block_nbytes, self._parts_digest)
-        if self._view is not None:
-            _HEADER.pack_into(self._view, start, *fields)
-            return
-        host = torch.frombuffer(bytearray(_HEADER.pack(*fields)), dtype=torch.uint8)
-        self._buffer[start : start + HEADER_NBYTES].copy_(host)
+        return _HEADER.pack(
+            _MAGIC, block, generation, self.incarnation, self.block_nbytes, self._parts_digest
+        )
 
-    def _checksum(self, block: BlockId, part: int) -> int:
+    def _write_headers(self, blocks: Sequence[BlockId] | range) -> None:
+        if self._view is not None:
+            for block in blocks:
+                at = block * self.stride
+                self._view[at : at + HEADER_NBYTES] = self._header(block)
+        elif blocks:
+            headers = bytearray(b"".join(map(self._header, blocks)))
+            host = torch.frombuffer(headers, dtype=torch.uint8).view(-1, HEADER_NBYTES)
+            self._device_rows()[self._index(blocks), :HEADER_NBYTES] = host.to(self.device)
+
+    def _read_headers(self, blocks: Sequence[BlockId]) -> list[bytes]:
+        if self._view is not None:
+            return [bytes(self.outgoing(block, 0, HEADER_NBYTES)) for block in blocks]
+        found = self._device_rows()[self._index(blocks), :HEADER_NBYTES].cpu().numpy()
+        return [row.tobytes() for row in found]
+
+    def _device_rows(self) -> torch.Tensor:
+        return self._buffer.view(self.num_blocks, self.stride)
+
+    def _index(self, blocks: Sequence[BlockId] | range) -> torch.Tensor:
+        return torch.tensor(list(blocks), dtype=torch.int64, device=self.device)
+
+    def _part_bytes(self, block: BlockId, part: int) -> memoryview:
+        """A part's payload, without the header; see `outgoing`."""
         start, stop = self._ranges[part]
-        return xxhash.xxh3_64_intdigest(self.outgoing(block, max(start, HEADER_NBYTES), stop))
+        return self.outgoing(block, max(start, HEADER_NBYTES), stop)
+
+    def _checks_on_device(self, part: int) -> bool:
+        start, stop = self._ranges[part]
+        start = max(start, HEADER_NBYTES)
+        return checksums.serves_device(self.device, start, stop - start)
+
+    def _checksums(self, blocks: Sequence[BlockId], part: int) -> list[int]:
+        """Of one part of every block, of the kind that suits the device."""
+        if not self._checks_on_device(part):
+            return [checksums.of_bytes(self._part_bytes(block, part)) for block in blocks]
+        return [found for found, *_ in self._sums([(block,) for block in blocks], part)]
+
+    def _sums(self, rows: Sequence[Sequence[int]], part: int) -> list[list[int]]:
+        start, stop = self._ranges[part]
+        start = max(start, HEADER_NBYTES)
+        return checksums.on_device(self._buffer, rows, self.stride, start, stop - start)
 
     def _full_message(self, n: int) -> str:
         quarantined = self._state.count(_QUARANTINED)

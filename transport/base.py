@@ -2,7 +2,7 @@
 
 A pull is: lease -> read -> verify -> commit. `Transport.pull` takes a `Lease`, so an unleased pull cannot
 be written. Verify means: the block's generation (in the block's own header, read together with the payload)
-is the leased one, and xxh3 of every part of the payload equals the published checksum. Only then do the
+is the leased one, and the checksum of every part of the payload equals the published one. Only then do the
 destination blocks belong to the caller; after a timeout they are quarantined in the arena, because late
 writes are real.
 """
@@ -25,6 +25,7 @@ from transport.types import (
 
 if TYPE_CHECKING:  # the directory's clients and shards start without torch
     from transport.arena import Arena
+    from transport.directory.opening import News, Opened
 
 T = TypeVar("T")
 
@@ -139,6 +140,23 @@ class KVDirectory(Protocol):
 
     def drop_owner(self, worker: WorkerId, incarnation: int) -> None:
         """Forget a dead owner: its segments and every lease on them."""
+        ...
+
+    def advance(self, owner: Owner, update: Opened) -> str:
+        """Tell readers what is new of a segment that `owner` writes; "" or why nobody can follow. It is told
+        again to whoever missed it, until the segment ends. Raises WorkerLost."""
+        ...
+
+    def watch(
+        self, key: SegmentKey, *, life: int, after: int, holder: WorkerId, ttl_s: float, wait_s: float
+    ) -> News | None:
+        """Wait for what comes behind the first `after` blocks of an open segment, as that life of its
+        producer counts them (0: of any), for `wait_s` at most: None when nothing has come. ttl_s: of the
+        lease of what is told. Raises DirectoryUnavailable."""
+        ...
+
+    def unwatch(self, key: SegmentKey, *, holder: WorkerId) -> None:
+        """End the holder's watches of that segment now. Best effort, without waiting."""
         ...
 
     def stats(self) -> dict[str, float]:

@@ -146,8 +146,9 @@ def check_headers(arena: Arena, lease: Lease, into: Sequence[BlockId]) -> None:
         ReadFailed: STALE, CORRUPT or LAYOUT_MISMATCH.
     """
     owner = lease.located.owner
-    for block, ref in zip(into, lease.located.segment.blocks, strict=True):
-        expect_pulled(arena.verify_header(block, ref, owner.incarnation), ref, lease)
+    refs = lease.located.segment.blocks
+    for ref, verdict in zip(refs, arena.verify_headers(into, refs, owner.incarnation), strict=True):
+        expect_pulled(verdict, ref, lease)
 
 
 def _check_before(arena: Arena, lease: Lease, now: float, ends: float) -> None:
@@ -188,9 +189,12 @@ def landed_parts(
         ReadFailed: they are not, or the read failed.
     """
 
+    # A launch costs more than the sums of many blocks: on a device, a part is verified as a whole.
+    piecewise = verify and not arena.on_device
+
     def settle(landed: Landed) -> None:
         here = landed.fetched()
-        if verify:
+        if piecewise:
             _verify(arena, lease, into, here)
 
     ready = 0
@@ -204,6 +208,8 @@ def landed_parts(
             if landed.stop == len(into):
                 together(partial(settle, one) for one in fetchable)
                 fetchable.clear()
+                if verify and not piecewise:
+                    _verify(arena, lease, into, Landed(landed.part, 0, len(into)))
                 yield landed.part
                 ready += 1
     except TimeoutError as fault:  # of a `fetch`: nothing runs any more that could write
@@ -213,11 +219,10 @@ def landed_parts(
 
 
 def _verify(arena: Arena, lease: Lease, into: Sequence[BlockId], landed: Landed) -> None:
-    refs, incarnation = lease.located.segment.blocks, lease.located.owner.incarnation
-    for at in range(landed.first, landed.stop):
-        if landed.part == 0:
-            expect_pulled(arena.verify_header(into[at], refs[at], incarnation), refs[at], lease)
-        expect_pulled(arena.verify_part(into[at], refs[at], landed.part), refs[at], lease)
+    here = slice(landed.first, landed.stop)
+    blocks, refs = into[here], lease.located.segment.blocks[here]
+    for ref, verdict in arena.verify_landed(blocks, refs, landed.part, lease.located.owner.incarnation):
+        expect_pulled(verdict, ref, lease)
 
 
 def expect_pulled(verdict: Outcome, ref: BlockRef, lease: Lease) -> None:

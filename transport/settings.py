@@ -131,6 +131,10 @@ class DirectorySettings:
         replicas: shards that know each key; with 2 the death of one costs no hits.
         max_lease_s, max_pin_s: no lease of a reader, and no pin of an operator, is granted for longer.
         max_leases: live leases of one holder at one shard, and pins at one shard; more are refused.
+        max_open, max_open_blocks: open segments of one owner at one shard, and blocks of one of them; what is
+            more is not streamed.
+        max_watches: readers that wait for news of open segments at one shard, each on a thread of it; more
+            are refused, and pull what they need when their requests come.
     """
 
     shards: Annotated[int, Ge(1)] = 2
@@ -142,3 +146,6 @@ class DirectorySettings:
     max_lease_s: Annotated[float, Gt(0)] = 60.0
     max_pin_s: Annotated[float, Gt(0)] = 86_400.0
     max_leases: Annotated[int, Ge(1)] = 16_384
+    max_open: Annotated[int, Ge(1)] = 256
+    max_open_blocks: Annotated[int, Ge(1)] = 4_096
+    max_watches: Annotated[int, Ge(1), Le(1024)] = 128

@@ -48,8 +48,8 @@ class BlockRef:
         block: index in the owner's arena.
         generation: the arena's count for this block; it changes when the block is freed.
         nbytes: payload bytes (every block of an arena has the same size).
-        checksums: xxh3-64 over every part of the payload, in order (every block of an arena has the same
-            parts; most have one).
+        checksums: of every part of the payload, in order, as `transport.checksums` makes them (every block of
+            an arena has the same parts; most have one).
     """
 
     block: BlockId

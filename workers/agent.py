@@ -44,7 +44,15 @@ from workers.publishing import Publishing, input_masses
 from workers.pulled import SegmentLost
 from workers.sampling import Sampler
 from workers.scheduler import Sequence, StepLoop, decoded_mass
-from workers.segment import Prompt, PromptBuilder, PromptTemplate, special_token_ids, stop_token_ids
+from workers.segment import (
+    Prompt,
+    PromptBuilder,
+    PromptTemplate,
+    SlotValue,
+    open_key,
+    special_token_ids,
+    stop_token_ids,
+)
 from workers.settings import WorkerSettings
 from workers.shadow import Evidence, EvidenceBox, judge, relayed_positions
 from workers.store import SegmentStore
@@ -333,8 +341,17 @@ class AgentWorker:
         template = self._template(request)
         most = request.sampling.max_new_tokens + draft.room_tokens
         whole = self._builder.build(template, request.values, most, request.tenant)
-        known = self._builder.known(template, request.values, draft.open_slots)
-        relayable = parse_reuse(request.method, self.profile).method.uses_segments
+        # What is going to be relayed is pulled as it is published, and not computed.
+        self.store.following.follow(
+            request.id,
+            [open_key(self.loaded.space, request.tenant, writer) for writer in draft.follow.values()],
+            self.settings.request_timeout_s,
+        )
+        certain = {**request.values, **dict.fromkeys(draft.follow, SlotValue(token_ids=()))}
+        known = self._builder.known(template, certain, draft.open_slots | draft.follow.keys())
+        if not known:
+            return 0
+        relayable = not draft.follow and parse_reuse(request.method, self.profile).method.uses_segments
         coming = Coming(draft.room_tokens, draft.open_slots) if relayable else None
         arrival = Arrival(request, parse_reuse("exact_prefix"), whole, most)
         return self._preparing.advance(arrival, known, coming, draft.group)
@@ -342,6 +359,7 @@ class AgentWorker:
     def cancel(self, request_id: str) -> bool:
         """End a request at its next step, or as soon as it arrives, and what was prepared for it. Returns
         whether it was running."""
+        self.store.following.leave(request_id)
         prepared = self._preparing.discard(request_id)
         return self._admission.cancel(request_id) or prepared
 
@@ -427,8 +445,10 @@ class AgentWorker:
     def _end(self, turn: Turn) -> None:
         """Give everything back, whatever happened."""
         try:
+            self._publishing.end(turn)
             self._loading.measure(turn)
             self.store.release(turn.acquired)
+            self.store.following.leave(turn.request.id)
         finally:
             self._admission.end(turn)
 

@@ -148,8 +148,10 @@ class Answers:
             kept += 1
             if answer.found:
                 sequence.enough.set()
+            self._publishing.grew(turn, kept)
             if event.first:
                 turn.clock.first_token = event.at
+                self._publishing.open(turn)
                 if turn.request.publish:
                     self._publishing.remember(turn)
         if not answer.found:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -35,6 +35,7 @@ from transport.types import (
     Transfer,
     WorkerId,
 )
+from workers.following import Borrowed, Following
 from workers.holding import Blocks, Holding
 from workers.layout import KVLayout
 from workers.pulled import Arrival, PulledSegment
@@ -77,8 +78,10 @@ class Acquired:
         transfers: every pull that was tried and told how it ended, in the order of their ends.
         misses: keys that were wanted and are not there.
         keep: copies of what was pulled may stay.
+        token_ids: of what is wanted, as far as they are known; borrowed: leading blocks that had come ahead.
         lookup_s, lease_s: where the time went; pull_s: for how long the caller had to wait for bytes;
             moving_s: from the beginning of the first pull to the end of the last.
+        ahead_blocks, ahead_bytes: how much of it was used.
         leases, landing, pins: what is to be given back; lost: owners that did not answer, and how the pull
             ended; running: pulls that have not ended; unsettled: keys of which nothing is known yet;
             given_up: keys that nobody waits for any more, because their pull overran its deadline; closed,
@@ -91,6 +94,10 @@ class Acquired:
     transfers: list[tuple[Located, Transfer]] = field(default_factory=list[tuple[Located, Transfer]])
     misses: dict[SegmentKey, Miss] = field(default_factory=dict[SegmentKey, Miss])
     keep: bool = True
+    token_ids: Mapping[SegmentKey, Sequence[int]] = field(default_factory=dict[SegmentKey, Sequence[int]])
+    borrowed: list[Borrowed] = field(default_factory=list[Borrowed])
+    ahead_blocks: int = 0
+    ahead_bytes: int = 0
     lookup_s: float = 0.0
     lease_s: float = 0.0
     pull_s: float = 0.0
@@ -129,6 +136,7 @@ class Fetching:
         transport: AutoTransport,
         directory: KVDirectory,
         holding: Holding,
+        following: Following,
         *,
         pull_timeout_s: float,
         keep_pulled: bool = False,
@@ -140,6 +148,7 @@ class Fetching:
         self._transport = transport
         self._directory = directory
         self._holding = holding
+        self._following = following
         self._pull_timeout_s = pull_timeout_s
         self._leased = 0
         self._lock = threading.Lock()
@@ -244,14 +253,9 @@ class Fetching:
                 detail = gone or f"not tried: {worker} did not answer just before"
                 self._miss(pull, got, Miss(before or Outcome.PEER_GONE, detail))
                 return
-            blocks = self._holding.allocate(len(pull.lease.located.segment.blocks))
-            transfer = self._transport.pull(
-                pull.lease,
-                blocks,
-                timeout_s=self._pull_timeout_s,
-                lease_deadline=pull.asked_at + pull.lease.ttl_s,
-                on_part=lambda part: self._landed(pull, got, blocks, part),
-            )
+            lease = self._borrow(pull, got)
+            blocks = self._holding.allocate(len(lease.located.segment.blocks))
+            transfer = self._bring(lease, blocks, pull, got)
             # After a time-out the backend has quarantined them: late writes are real.
             ours = transfer.outcome is not Outcome.TIMED_OUT
             ours = self._ended(pull, got, blocks, transfer) and ours
@@ -267,9 +271,36 @@ class Fetching:
         finally:
             if ours:
                 self._holding.free(blocks)
+            if pull.ahead is not None:  # and nobody is going to release it
+                self._following.give_back(pull.ahead)
             self._count_down(pull, got)
         if pull.copy is not None:
             self._offer(pull.copy)
+
+    def _borrow(self, pull: _Pull, got: Acquired) -> Lease:
+        """What is left to bring of the leased segment, when some of it has come ahead."""
+        pull.ahead = self._following.borrow(pull.lease, got.token_ids.get(pull.key, ()))
+        if pull.ahead is None:
+            return pull.lease
+        pull.lease, pull.ahead_blocks = pull.ahead.lease, pull.ahead.blocks
+        return pull.lease.part(len(pull.ahead_blocks), len(pull.lease.located.segment.blocks))
+
+    def _bring(self, lease: Lease, blocks: Sequence[BlockId], pull: _Pull, got: Acquired) -> Transfer:
+        def landed(part: int) -> None:
+            self._landed(pull, got, blocks, part)
+
+        if not blocks:  # all of it has come ahead
+            for part in range(len(self._layout.part_layers)):
+                landed(part)
+            owner, here = lease.located.owner.worker, self._owner.worker
+            return Transfer(owner, here, "ahead", 0, 0, 0.0, Outcome.PULLED)
+        return self._transport.pull(
+            lease,
+            blocks,
+            timeout_s=self._pull_timeout_s,
+            lease_deadline=pull.asked_at + lease.ttl_s,
+            on_part=landed,
+        )
 
     def _of_the_living(self, lease: Lease, got: Acquired) -> Lease:
         """The lease without owners that did not answer just before; as it is when there is no other."""
@@ -292,7 +323,7 @@ class Fetching:
     def _enter(self, pull: _Pull, got: Acquired, blocks: Sequence[BlockId]) -> None:
         """The segment can be used. The caller holds `got.changed`."""
         got.hits[pull.key] = pull.lease.located
-        got.pulled[pull.key] = self._bytes(pull.lease, blocks, pull.arrival)
+        got.pulled[pull.key] = self._bytes(pull.lease, [*pull.ahead_blocks, *blocks], pull.arrival)
         got.unsettled.discard(pull.key)
         got.changed.notify_all()
 
@@ -316,7 +347,13 @@ class Fetching:
                     return True
                 if pull.key not in got.pulled:
                     self._enter(pull, got, blocks)
-                pull.copy = self._adopt(got, located.segment, blocks, transfer)
+                if pull.ahead is not None:
+                    got.borrowed.append(pull.ahead)
+                    got.ahead_blocks += len(pull.ahead_blocks)
+                    got.ahead_bytes += len(pull.ahead_blocks) * self._layout.block_nbytes
+                    pull.ahead = None
+                else:
+                    pull.copy = self._adopt(got, located.segment, blocks, transfer)
                 if pull.copy is None:
                     got.landing.extend(blocks)
                 else:
@@ -392,6 +429,9 @@ class Fetching:
             got.pulled.clear()
             landing, got.landing = got.landing, []
             pins, got.pins = got.pins, []
+            borrowed, got.borrowed = got.borrowed, []
+        for each in borrowed:
+            self._following.give_back(each)
         self._holding.free(landing)
         self._holding.unpin(pins)
 
@@ -427,7 +467,8 @@ class Fetching:
 @dataclass(slots=True)
 class _Pull:
     """One pull that runs. asked_at, begun: time.monotonic() before the lease request, and now; copy: what
-    this worker holds of it afterwards."""
+    this worker holds of it afterwards; ahead: what had come of it, as long as this has to give it back;
+    ahead_blocks: where."""
 
     lease: Lease
     asked_at: float
@@ -436,6 +477,8 @@ class _Pull:
     on_landed: Callable[[], None] | None
     arrival: Arrival = field(default_factory=Arrival)
     copy: Segment | None = None
+    ahead: Borrowed | None = None
+    ahead_blocks: tuple[BlockId, ...] = ()
 
     @property
     def key(self) -> SegmentKey:

@@ -81,6 +81,7 @@ class Holding:
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
         self._adopted = 0
+        self._open_blocks = 0
         self._copies: dict[SegmentKey, Segment] = {}
         settings = spill or SpillSettings()
         self._promote_timeout_s = settings.promote_timeout_s
@@ -98,6 +99,7 @@ class Holding:
         producer: str,
         variant: str = "",
         consumers: int = 0,
+        first: Blocks = (),
     ) -> Segment:
         """Let `fill` write the segment's blocks, seal them, then enter them in the directory. Publishing a
         key that this worker holds already changes nothing but the number of expected readers, unless what it
@@ -107,6 +109,8 @@ class Holding:
             fill: writes KV, checkpoint and mass of all tokens into the given blocks, and zeros behind them.
             start: position of the first token.
             consumers: readers that are expected; 0: unknown.
+            first: sealed blocks with which the segment begins, and which `fill` is not given; they are this
+                method's to hold or to free, however it ends.
 
         Raises:
             ArenaFull: no room even after eviction; nothing was published.
@@ -117,18 +121,22 @@ class Holding:
         with self._publishing:
             held = self._better(key, variant)
             if held is not None:
+                self.free([b.block for b in first])
                 return self._expect(held, consumers)
-            blocks = self._room_to_publish(self._layout.blocks_for(num_tokens))
+            blocks = [b.block for b in first]
             try:
-                payloads = [self._arena.payload(b) for b in blocks]
+                rest = self._room_to_publish(self._layout.blocks_for(num_tokens) - len(first))
+                blocks += rest
+                payloads = [self._arena.payload(b) for b in rest]
                 for payload in payloads:
                     self._layout.clear_gaps(payload)
-                fill([self._layout.views(payload) for payload in payloads])
+                if rest:
+                    fill([self._layout.views(payload) for payload in payloads])
                 segment = Segment(
                     key=key,
                     num_tokens=num_tokens,
                     start=start,
-                    blocks=tuple(self._arena.seal(b) for b in blocks),
+                    blocks=(*first, *(self._arena.seal_all(rest) if rest else ())),
                     variant=variant,
                     layout=self._layout.fingerprint,
                     producer=producer,
@@ -373,6 +381,11 @@ class Holding:
                 log.warning("a block was not given back: %s", error)
         return freed
 
+    def count_open(self, blocks: int) -> None:
+        """So many blocks more (or fewer) are of answers that are written, here or elsewhere."""
+        with self._lock:
+            self._open_blocks += blocks
+
     # -- reading here --------------------------------------------------------------------------------------
 
     def pin(self, segment: Segment) -> bool:
@@ -479,7 +492,8 @@ class Holding:
                 "pins": sum(self._pins.values()),
                 "held_blocks": held,
                 "doomed_blocks": doomed,
-                "landing_blocks": max(0, arena.used - held - doomed),
+                "open_blocks": self._open_blocks,
+                "landing_blocks": max(0, arena.used - held - doomed - self._open_blocks),
                 "quarantined_blocks": arena.quarantined,
                 "evictions": {cause.value: self._evictions[cause] for cause in Cause},
                 "backpressure": self._backpressure,

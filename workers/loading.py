@@ -100,14 +100,16 @@ class Loading:
         request, prompt = turn.request, turn.prompt
         method = turn.reuse.method
         wanted: dict[SegmentKey, int] = {}
+        tokens: dict[SegmentKey, tuple[int, ...]] = {}
         if method.uses_segments:
             known = self._prefixes.match(prompt.token_ids, request.tenant) if request.prefix_first else 0
             known = max(known, turn.prepared)
             for span in prompt.spans:
-                if span.stop <= known or _nearly_prepared(turn, span):
+                if span.stop <= known or nearly_prepared(turn.prepared, span):
                     continue  # it is here already, exact
                 if span.key is not None and (request.only_keys is None or span.key in request.only_keys):
                     wanted[span.key] = max(len(span), wanted.get(span.key, 0))
+                    tokens[span.key] = prompt.tokens_of(span)
         # A prompt that is repeated relays what it relayed before, whatever was measured since.
         free = self._break_even and request.only_keys is None
         turn.acquired = self._store.acquire(
@@ -117,6 +119,7 @@ class Loading:
             pipelined=pipelined and not isinstance(method, KVComm),
             on_landed=self._loop.wake,
             keep=request.publish,
+            token_ids=tokens,
         )
         self._start(turn)
 
@@ -263,11 +266,11 @@ class Loading:
             )
 
 
-def _nearly_prepared(turn: Turn, span: Span) -> bool:
-    """Whether so much of a span has been computed ahead that relaying the whole of it would not be less
-    work: a pull and its rectification cost about a seventh of computing it."""
-    rest = span.stop - turn.prepared
-    return span.start < turn.prepared and rest <= max(LITTLE_ROWS, len(span) // WORTH_A_PULL)
+def nearly_prepared(prepared: int, span: Span) -> bool:
+    """Whether so much of a span has been computed ahead, of `prepared` leading tokens, that relaying the
+    whole of it would not be less work: a pull and its rectification cost about a seventh of computing it."""
+    rest = span.stop - prepared
+    return span.start < prepared and rest <= max(LITTLE_ROWS, len(span) // WORTH_A_PULL)
 
 
 def prefill_model(loaded: LoadedModel, profile: ModelProfile) -> PrefillModel:

@@ -58,6 +58,7 @@ class Request:
         prefix_limit: most tokens to take from the prefix cache (None: no limit).
         consumers: requests that are expected to relay the answer (0: unknown); once they have, its segment is
             the first to be evicted.
+        open_answer: let others follow the answer while it is written.
         shadow_tokens: keep what `AgentWorker.shadow` needs to judge so many first tokens (0: nothing).
         traceparent: W3C context of the caller's trace, for the log; "" where there is none.
     """
@@ -78,6 +79,7 @@ class Request:
     prefix_first: bool = False
     prefix_limit: int | None = None
     consumers: int = 0
+    open_answer: bool = False
     shadow_tokens: int = 0
     traceparent: str = ""
 
@@ -94,12 +96,15 @@ class Draft:
         open_slots: whose values may still grow.
         room_tokens: most tokens that they may still get together.
         group: whose work it is; groups share what time a worker has.
+        follow: slot -> id of the request whose answer fills it, for slots whose KV is to be relayed: they are
+            not computed ahead, but pulled as it is published.
     """
 
     request: Request
     open_slots: frozenset[str]
     room_tokens: int
     group: str = ""
+    follow: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +202,7 @@ class Reply:
             answer where only its KV became exact; None where healing was off or did not get so far.
         pull_hidden_s: for how long bytes travelled while the engine computed with those that had come;
             `stages.pull_s` is the rest, for which the request waited.
+        ahead_blocks, ahead_bytes: pulled while upstream agents still wrote; `transfers` are what was left.
         full_prefill_s: what the time to first token was predicted to be with full prefill, from this worker's
             prefills before; None while it has made too few.
     """
@@ -237,6 +243,8 @@ class Reply:
     pull_hidden_s: float = 0.0
     prepared_tokens: int = 0
     ahead: str = ""
+    ahead_blocks: int = 0
+    ahead_bytes: int = 0
     full_prefill_s: float | None = None
 
     @property

@@ -13,17 +13,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 from transport.errors import ArenaFull, DirectoryUnavailable, RelayError, WorkerLost
-from transport.types import SegmentKey, WorkerId
+from transport.types import BlockRef, Segment, SegmentKey, WorkerId
 from workers.anchoring import Anchoring, OnEngine
 from workers.attention import MassSpan
 from workers.kv_cache import copy_out
+from workers.layout import BlockViews
 from workers.messages import Published
 from workers.methods.base import RectifyPlan
 from workers.methods.kvcomm import KVComm
+from workers.opening import OpenAnswer
 from workers.prefix_cache import PrefixCache
-from workers.segment import SlotValue, digest_tokens, tenant_space
+from workers.segment import SlotValue, digest_tokens, open_key, tenant_space
 from workers.store import SegmentStore
 from workers.turn import Turn
 
@@ -71,6 +74,37 @@ class Publishing:
         with self._lock:
             return dict(self._unpublished)
 
+    def open(self, turn: Turn) -> None:
+        """At the first token: let others follow the answer, if they want to."""
+        sequence = turn.sequence
+        assert sequence is not None  # it has drawn a token
+        if not turn.request.open_answer or not turn.request.publish:
+            return
+        start = len(turn.prompt.token_ids)
+
+        def copy(first: int, count: int, blocks: Sequence[BlockViews]) -> None:
+            self._on_engine(lambda: copy_out(turn.cache, start + first, count, blocks))
+
+        turn.opened = self._store.opening.begin(
+            OpenAnswer(
+                open_key(self._space, turn.request.tenant, turn.request.id),
+                start,
+                f"{turn.request.agent}@{self._worker}",
+                sequence.tokens,
+                copy,
+            )
+        )
+
+    def grew(self, turn: Turn, tokens: int) -> None:
+        """The answer has so many tokens now."""
+        if turn.opened is not None:
+            self._store.opening.grew(turn.opened, tokens)
+
+    def end(self, turn: Turn) -> None:
+        """The turn is over: whoever follows an answer that was not published is told. Idempotent."""
+        if turn.opened is not None:
+            self._store.opening.abort(turn.opened, "ended")
+
     def remember(self, turn: Turn) -> None:
         """After the first token: keep the exact prefix, learn anchors, publish inputs computed here."""
         assert turn.prefill is not None  # there is a first token
@@ -108,8 +142,13 @@ class Publishing:
             assert output.token_ids is not None  # an answer is made of ids
             space = tenant_space(self._space, turn.request.tenant)
             key = SegmentKey(space, digest_tokens(output.token_ids[: output.kv_tokens]))
-            readers = turn.request.consumers
-            self._publish(turn, key, len(turn.prompt.token_ids), output.kv_tokens, None, readers)
+            readers, start = turn.request.consumers, len(turn.prompt.token_ids)
+            first: tuple[BlockRef, ...] = ()
+            if turn.opened is not None:
+                first = self._store.opening.stop(turn.opened, output.token_ids[: output.kv_tokens])
+            segment = self._publish(turn, key, start, output.kv_tokens, None, readers, first)
+            if turn.opened is not None and segment is not None:
+                self._store.opening.closed(turn.opened, segment)
 
     def _inputs(self, turn: Turn, *, held_back: bool) -> None:
         """Publish shared inputs that were computed here.
@@ -135,12 +174,24 @@ class Publishing:
                 self._publish(turn, span.key, span.start, len(span), span.slot)
 
     def _publish(
-        self, turn: Turn, key: SegmentKey, start: int, tokens: int, slot: str | None, consumers: int = 0
-    ) -> None:
+        self,
+        turn: Turn,
+        key: SegmentKey,
+        start: int,
+        tokens: int,
+        slot: str | None,
+        consumers: int = 0,
+        first: tuple[BlockRef, ...] = (),
+    ) -> Segment | None:
+        """first: sealed blocks with which it begins. None, and a note, where that fails."""
+        done = len(first) * self._store.block_tokens
         try:
             segment = self._store.publish(
                 key,
-                lambda blocks: self._on_engine(lambda: copy_out(turn.cache, start, tokens, blocks)),
+                lambda blocks: self._on_engine(
+                    lambda: copy_out(turn.cache, start + done, tokens - done, blocks)
+                ),
+                first=first,
                 start=start,
                 num_tokens=tokens,
                 producer=f"{turn.request.agent}@{self._worker}",
@@ -154,8 +205,9 @@ class Publishing:
             what = f"slot {slot}" if slot else "the answer"
             log.warning("%s not published: %s", what, error, extra={"request": turn.request.id})
             turn.notes.append(f"{what} was not published ({type(error).__name__}): {error}")
-            return
+            return None
         turn.published.append(Published(slot, key, tokens, len(segment.blocks), segment.nbytes))
+        return segment
 
 
 def _reason(error: RelayError) -> str:

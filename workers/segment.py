@@ -123,6 +123,12 @@ def digest_tokens(token_ids: Sequence[int]) -> bytes:
     return hashlib.blake2b(_DIGEST_TAG + body, digest_size=_DIGEST_BYTES).digest()
 
 
+def open_key(space: str, tenant: str, request_id: str) -> SegmentKey:
+    """Of the answer to a request while it is written: nobody can know the ids that it will have."""
+    body = b"open answer\0" + request_id.encode()
+    return SegmentKey(tenant_space(space, tenant), hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest())
+
+
 # -- control tokens --
 
 

@@ -23,6 +23,7 @@ class WorkerSettings:
 
     Attributes:
         device: "auto" takes cuda where there is one.
+        gpu_share: of one GPU, for each worker: 1 gives every worker a GPU of its own, 0.5 lets two share one.
         profile: file of the model's profile, as `relay profile --out` writes it, on every node; None: the one
             that ships with the project, or else the generic one.
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on CUDA.
@@ -48,6 +49,7 @@ class WorkerSettings:
     """
 
     device: Device = "auto"
+    gpu_share: Annotated[float, Gt(0), Le(1)] = 1.0
     profile: str | None = None
     dtype: DType = "auto"
     threads: Annotated[int, Ge(0)] = 0

@@ -18,10 +18,12 @@ from transport.auto import AutoTransport
 from transport.base import Answers, KVDirectory
 from transport.errors import RelayError
 from transport.settings import SpillSettings
-from transport.types import Lease, Located, Outcome, Owner, Segment, SegmentKey
+from transport.types import BlockRef, Lease, Located, Outcome, Owner, Segment, SegmentKey
 from workers.fetching import Acquired, Fetching, Granted, Life, Miss
+from workers.following import Following
 from workers.holding import Holding
 from workers.layout import BlockViews, KVLayout
+from workers.opening import Opening
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,17 @@ class SegmentStore:
         self._lease_ttl_s = lease_ttl_s
         self._ask_owner = ask_owner
         self.holding = Holding(owner, layout, arena, directory, spill)
+        self.opening = Opening(owner, layout, arena, directory, self.holding)
+        self.following = Following(
+            owner,
+            layout,
+            arena,
+            transport,
+            directory,
+            self.holding,
+            lease_ttl_s=lease_ttl_s,
+            pull_timeout_s=pull_timeout_s,
+        )
         self._fetching = Fetching(
             owner,
             layout,
@@ -68,9 +81,15 @@ class SegmentStore:
             transport,
             directory,
             self.holding,
+            self.following,
             pull_timeout_s=pull_timeout_s,
             keep_pulled=keep_pulled,
         )
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a full block."""
+        return self._layout.block_tokens
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -82,6 +101,7 @@ class SegmentStore:
         pipelined: bool = False,
         on_landed: Callable[[], None] | None = None,
         keep: bool = True,
+        token_ids: Mapping[SegmentKey, Sequence[int]] | None = None,
     ) -> Acquired:
         """Lease and pull segments. Never raises for a fault of the cluster: what could not be had is in
         `misses`, and the caller computes it.
@@ -93,8 +113,9 @@ class SegmentStore:
             pipelined: return when every segment has begun to come; `PulledSegment.arrival` tells the rest.
             on_landed: called, on another thread, whenever more layers have come, or will not.
             keep: leave copies behind for others, where this store does that.
+            token_ids: of what is wanted: compared with those of what was pulled ahead.
         """
-        got = Acquired(keep=keep)
+        got = Acquired(keep=keep, token_ids=token_ids or {})
         if not wanted:
             return got
         try:
@@ -105,7 +126,8 @@ class SegmentStore:
             if worth is not None and usable:
                 chosen = worth({k: found[k] for k in usable})
                 # Leases of the others go back with the rest, unread.
-                usable = [k for k in usable if k in chosen]
+                # What has come ahead costs nothing any more.
+                usable = [k for k in usable if k in chosen or self.following.has(found[k])]
             leases = [granted[k] for k in usable if k not in spilled]
             leases += self._lease_spilled([spilled[k] for k in usable if k in spilled], got)
             begin = time.perf_counter()
@@ -246,6 +268,7 @@ class SegmentStore:
         producer: str,
         variant: str = "",
         consumers: int = 0,
+        first: tuple[BlockRef, ...] = (),
     ) -> Segment:
         """See `Holding.publish`."""
         return self.holding.publish(
@@ -256,6 +279,7 @@ class SegmentStore:
             producer=producer,
             variant=variant,
             consumers=consumers,
+            first=first,
         )
 
     def withdraw(self, key: SegmentKey) -> None:
@@ -276,9 +300,15 @@ class SegmentStore:
 
     def stats(self) -> dict[str, Any]:
         """See `Holding.stats`; and leases: those that this worker has now, as a reader."""
-        return {**self.holding.stats(), "leases": self._fetching.leased}
+        return {
+            **self.holding.stats(),
+            "leases": self._fetching.leased,
+            "opening": self.opening.stats(),
+            "following": self.following.stats(),
+        }
 
     def close(self) -> None:
         """Begin no more pulls, and forget what was spilled. Idempotent."""
+        self.following.close()
         self._fetching.close()
         self.holding.close()

@@ -19,6 +19,7 @@ from workers.heal import Heal
 from workers.kv_cache import SequenceCache
 from workers.messages import Fallback, Published, Reply, Request, SlotTransfer, SpanCost, StageTimes
 from workers.methods.base import Reuse, Span
+from workers.opening import OpenAnswer
 from workers.prefill import Prefill
 from workers.scheduler import Sequence
 from workers.segment import Prompt, SlotValue
@@ -54,6 +55,7 @@ class Turn:
         ahead: what was chosen while upstream agents wrote, and why.
         urgency: of its rows; group: whose work it is, among those that can wait.
         prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
+        opened: the answer, where others may follow it while it is written.
     """
 
     request: Request
@@ -76,6 +78,7 @@ class Turn:
     urgency: Urgency = Urgency.NOW
     group: str = ""
     ahead: str = ""
+    opened: OpenAnswer | None = None
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:
@@ -134,6 +137,8 @@ def build_reply(
         prefix_tokens=turn.prefill.prefix_tokens,
         prepared_tokens=min(turn.prepared, turn.prefill.prefix_tokens),
         ahead=turn.ahead,
+        ahead_blocks=turn.acquired.ahead_blocks,
+        ahead_bytes=turn.acquired.ahead_bytes,
         fresh_entries=counts.fresh,
         recomputed_entries=counts.rectified,
         relayed_entries=counts.relayed,

@@ -28,6 +28,7 @@ from relay_cluster.bench.chain_stream_rows import ChainStreamRow
 from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.kernel_rows import KernelRow
 from relay_cluster.bench.pull_rows import PullRow
 from relay_cluster.bench.serve_rows import ServeRow
 from relay_cluster.bench.stream_fault_rows import StreamFaultRow
@@ -225,6 +226,7 @@ ROWS: Mapping[str, type] = {
     "faults": FaultRow,
     "link": LinkRow,
     "decode": DecodeRow,
+    "kernels": KernelRow,
     "pull": PullRow,
     "stream": StreamRow,
     "stream_faults": StreamFaultRow,
@@ -241,6 +243,7 @@ Row = (
     | FaultRow
     | LinkRow
     | DecodeRow
+    | KernelRow
     | PullRow
     | StreamRow
     | StreamFaultRow

@@ -16,6 +16,7 @@ from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, Li
 from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
+from relay_cluster.bench.kernel_rows import KERNEL_COLUMNS, KernelRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
 from relay_cluster.bench.serve_rows import SERVE_COLUMNS, ServeRow
 from relay_cluster.bench.stream_fault_rows import STREAM_FAULT_COLUMNS, StreamFaultRow
@@ -50,6 +51,8 @@ def _method(row: Row) -> tuple[str, str]:
         return row.backend, row.path
     if isinstance(row, DecodeRow):
         return f"batch {row.batch}", ""
+    if isinstance(row, KernelRow):
+        return row.kernel, ""
     if isinstance(row, PullRow):
         return row.backend, ""
     if isinstance(row, StreamRow | ChainStreamRow):
@@ -121,6 +124,7 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     DirectoryRow: DIRECTORY_COLUMNS,
     LinkRow: _LINK,
     DecodeRow: DECODE_COLUMNS,
+    KernelRow: KERNEL_COLUMNS,
     PullRow: PULL_COLUMNS,
     StreamRow: STREAM_COLUMNS,
     StreamFaultRow: STREAM_FAULT_COLUMNS,
@@ -162,8 +166,9 @@ def show_document(document: Document, out: Console | None = None) -> None:
     out = out or console.output()
     out.print(document_table(document))
     settings = document.settings
-    data = ", ".join(settings.get("data", ()))
-    out.print(
-        Text(f"{settings.get('model')}, data {data}, seed {settings.get('seed')}", style="dim"),
-        soft_wrap=True,
+    facts = (
+        settings.get("model") or settings.get("gpu"),
+        f"data {', '.join(settings['data'])}" if settings.get("data") else "",
+        f"seed {settings['seed']}" if "seed" in settings else "",
     )
+    out.print(Text(", ".join(filter(None, facts)), style="dim"), soft_wrap=True)

@@ -2,7 +2,7 @@
 
 Every backend over every path it has is measured in processes of its own (`transfer_case`), each beside what
 the machine itself can do with the same bytes at the same time: a copy by one thread (shm), one raw TCP
-connection (tcp). Absolute rates of a shared machine drift; ratios drift less.
+connection (tcp), a copy within the device (cuda). Absolute rates of a shared machine drift; ratios less.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, cast
 
+import torch
+
 from relay_cluster.bench.common import Document, progress
 from relay_cluster.bench.transfer_rows import TransferRow
 from transport.auto import available_backends
 from transport.errors import ConfigError, TransportError
 
-PATHS: Final = {"shm": ("shm",), "nixl": ("shm", "tcp"), "ucx": ("shm", "tcp"), "tcp": ("tcp",)}
-"""Backend -> the paths that it is measured over."""
+PATHS: Final = {
+    "shm": ("shm",),
+    "nixl": ("shm", "tcp", "cuda"),
+    "ucx": ("shm", "tcp"),
+    "tcp": ("tcp", "cuda"),
+}
+"""Backend -> the paths that it is measured over; "cuda" where there is a device."""
 DEFAULT_SIZES: Final = "4KiB,64KiB,1MiB,64MiB"
 _UNITS: Final = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 _SIZE: Final = re.compile(r"(\d+)\s*([A-Za-z]*)")
@@ -97,7 +104,8 @@ def run_transfer(settings: TransferSettings) -> Document:
     Raises:
         TransportError: a backend failed.
     """
-    cases = [(name, path) for name in settings.backends for path in PATHS[name]]
+    device = torch.cuda.is_available()
+    cases = [(name, path) for name in settings.backends for path in PATHS[name] if device or path != "cuda"]
     rows: list[TransferRow] = []
     with progress("transfer", len(cases)) as advance:
         for backend, path in cases:
@@ -106,7 +114,8 @@ def run_transfer(settings: TransferSettings) -> Document:
     facts = {
         **asdict(settings),
         "rounds": {str(size): settings.rounds(size) for size in settings.sizes},
-        "baseline": "memcpy: numpy.copyto by one thread; socket: one TCP connection, recv_into one buffer",
+        "baseline": "memcpy: numpy.copyto by one thread; socket: one TCP connection, recv_into one buffer; "
+        "device copy: one copy within the GPU's memory",
         "ratio": "median seconds of the baseline / median seconds of the backend, same rounds",
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
@@ -142,7 +151,8 @@ def _environment(path: str) -> dict[str, str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # UCX takes the fastest way that both processes share, unless it is told to stay away from it.
     if path == "tcp":
-        env["UCX_TLS"] = "tcp"
+        # With a GPU in sight, NIXL insists on being able to reach its memory.
+        env["UCX_TLS"] = "tcp,cuda_copy" if torch.cuda.is_available() else "tcp"
     else:
         env.pop("UCX_TLS", None)
     return env

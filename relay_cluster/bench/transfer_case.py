@@ -19,9 +19,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from relay_cluster.bench.common import median, quantile
 from relay_cluster.bench.transfer_owner import HOST, KEY, LEASE_S, READER, WANT, private_stdout
@@ -67,6 +68,11 @@ class Case:
     sizes: tuple[int, ...]
     rounds: tuple[int, ...]
     parts: int = 1
+
+    @property
+    def device(self) -> str:
+        """Where both arenas lie."""
+        return "cuda" if self.path == "cuda" else "cpu"
 
 
 class _OwnerProcess:
@@ -114,8 +120,10 @@ def _target(case: Case, size: int, ask: Callable[..., dict[str, Any]]) -> Iterat
     block_nbytes = min(size, LARGEST_BLOCK)
     blocks = -(-size // block_nbytes)
     parts = _parts(block_nbytes, case.parts)
-    answer = ask(backend=case.backend, block_nbytes=block_nbytes, parts=parts, blocks=blocks)
-    arena = Arena(blocks * (block_nbytes + 128), block_nbytes, parts=parts)
+    answer = ask(
+        backend=case.backend, device=case.device, block_nbytes=block_nbytes, parts=parts, blocks=blocks
+    )
+    arena = Arena(blocks * (block_nbytes + 128), block_nbytes, case.device, parts=parts)
     transport = make_backend(case.backend, TransportSettings(), worker=f"reader{size}", host=HOST)
     transport.register(arena)
     addresses = {name: base64.b64decode(text) for name, text in answer["addresses"].items()}
@@ -149,6 +157,14 @@ class _Target:
             pass
 
 
+class _Baseline(Protocol):
+    """What the machine can do with the same bytes."""
+
+    @property
+    def name(self) -> str: ...
+    def move(self, size: int) -> None: ...
+
+
 class _Memcpy:
     """One thread, from one buffer to another, both touched before."""
 
@@ -160,6 +176,20 @@ class _Memcpy:
 
     def move(self, size: int) -> None:
         np.copyto(self._target[:size], self._source[:size])
+
+
+class _DeviceCopy:
+    """One copy within the device's memory."""
+
+    name = "device copy"
+
+    def __init__(self, largest: int) -> None:
+        self._source = torch.randint(256, (largest,), dtype=torch.uint8, device="cuda")
+        self._target = torch.zeros_like(self._source)
+
+    def move(self, size: int) -> None:
+        self._target[:size].copy_(self._source[:size])
+        torch.cuda.synchronize()
 
 
 class _Socket:
@@ -199,7 +229,9 @@ def measure(case: Case) -> list[TransferRow]:
         stack.callback(owner.close)
         largest = max(case.sizes)
         if case.path == "shm":
-            baseline: _Memcpy | _Socket = _Memcpy(largest)
+            baseline: _Baseline = _Memcpy(largest)
+        elif case.path == "cuda":
+            baseline = _DeviceCopy(largest)
         else:
             baseline = _Socket(largest, int(owner.ask(socket=largest)["port"]))
             stack.callback(baseline.close)
@@ -211,7 +243,7 @@ def measure(case: Case) -> list[TransferRow]:
     return rows
 
 
-def _samples(target: _Target, baseline: _Memcpy | _Socket, size: int, rounds: int) -> dict[str, list[float]]:
+def _samples(target: _Target, baseline: _Baseline, size: int, rounds: int) -> dict[str, list[float]]:
     """Seconds of every round, the first one (which connects) left out."""
     work: dict[str, Callable[[], None]] = {
         "baseline": lambda: baseline.move(size),

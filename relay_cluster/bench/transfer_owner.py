@@ -3,7 +3,7 @@
 It reads requests from standard input and answers on standard output, one JSON object a line, until standard
 input ends:
 
-    {"backend": ..., "block_nbytes": ..., "parts": [...], "blocks": ...}
+    {"backend": ..., "device": ..., "block_nbytes": ..., "parts": [...], "blocks": ...}
         -> {"addresses": {name: base64}, "incarnation": ..., "refs": [[block, generation, nbytes, [sum]]],
             "token": base64}
     {"socket": bytes} -> {"port": ...}    a server that sends as many bytes as it is asked for, at most these
@@ -22,13 +22,14 @@ import time
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 
 from transport.arena import Arena
 from transport.auto import make_backend
 from transport.base import Transport
 from transport.directory.granting import Granter, blocks_digest
 from transport.settings import TransportSettings
-from transport.types import BlockRef, Segment, SegmentKey, WorkerId
+from transport.types import Segment, SegmentKey, WorkerId
 
 WANT = struct.Struct("<Q")
 """What a reader of the raw socket sends: the number of bytes it wants."""
@@ -43,17 +44,17 @@ def publish(request: dict[str, Any]) -> tuple[Transport, dict[str, Any]]:
     """Blocks of random bytes behind the backend, and what a reader must know of them."""
     block_nbytes, blocks = int(request["block_nbytes"]), int(request["blocks"])
     parts = [int(n) for n in request["parts"]]
-    arena = Arena(blocks * (block_nbytes + 128), block_nbytes, parts=parts)
+    arena = Arena(blocks * (block_nbytes + 128), block_nbytes, str(request["device"]), parts=parts)
     backend = str(request["backend"])
     transport = make_backend(backend, TransportSettings(), worker=f"owner{block_nbytes}", host=HOST)
     transport.register(arena)
     noise = np.random.default_rng(0)
-    refs: list[BlockRef] = []
-    for block in arena.allocate(blocks):
-        arena.payload(block).numpy()[:] = np.frombuffer(noise.bytes(block_nbytes), dtype=np.uint8)
-        refs.append(arena.seal(block))
+    wanted = arena.allocate(blocks)
+    for block in wanted:
+        arena.payload(block).copy_(torch.frombuffer(bytearray(noise.bytes(block_nbytes)), dtype=torch.uint8))
+    refs = arena.seal_all(wanted)
     addresses = {backend: base64.b64encode(transport.address()).decode()}
-    segment = Segment(KEY, 1, 0, tuple(refs))
+    segment = Segment(KEY, 1, 0, refs)
     # What a directory would do.
     granter = Granter(arena.incarnation, arena.pull_key, int(time.monotonic() * 1e3), 0.0)
     token = granter.token(segment, blocks_digest(segment), READER, 0.0, LEASE_S)

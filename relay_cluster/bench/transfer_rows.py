@@ -11,14 +11,15 @@ class TransferRow:
 
     Attributes:
         backend: "shm", "nixl", "ucx" or "tcp".
-        path: "shm" (processes of one machine that share memory) or "tcp" (loopback).
+        path: "shm" (processes of one machine that share memory), "tcp" (loopback) or "cuda" (both arenas
+            on one CUDA device).
         size_bytes: payload bytes of one pull.
         blocks: in how many blocks; parts: in how many parts each.
         samples: timed pulls.
         seconds_p50, seconds_p90: of one pull.
         gb_s: size / seconds_p50, in 1e9 bytes per second.
         baseline: what the same bytes were moved with in the same rounds: "memcpy" (one thread, numpy) on shm,
-            "socket" (one raw TCP connection between the same two processes) on tcp.
+            "socket" (one raw TCP connection between the same two processes) on tcp, "device copy" on cuda.
         baseline_gb_s: its median rate.
         ratio: gb_s / baseline_gb_s.
         verified: True: a whole pull, as the product does it, with lease check, generations and checksums;

@@ -12,22 +12,25 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Protocol
 
-from relay_cluster.router import WorkerView, place_next
+from relay_cluster.rates import Rates
+from relay_cluster.router import Task, WorkerView, route
 from transport.errors import DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
-from workers.messages import Reply, Request, Token
+from workers.messages import Draft, Reply, Request, Token
 
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 5.0
 _CONTROL_THREADS = 4
+_AHEAD_THREADS = 8
+"""Drafts on their way at a time. Others wait, and say more when their turn comes."""
 
 
 class Workers(Protocol):
@@ -41,11 +44,14 @@ class Workers(Protocol):
         self, worker: WorkerId, request: Request, stop: threading.Event
     ) -> Iterator[Token | Reply]: ...
 
+    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int: ...
+
     def cancel(self, worker: WorkerId, request_id: str) -> None: ...
 
 
 class Answering:
-    """Runs requests on the workers of a cluster, each agent's on the worker that it had before.
+    """Runs requests on the workers of a cluster, each agent's on the worker that it had before, unless
+    another one is expected to answer sooner.
 
     Args:
         workers: the cluster.
@@ -56,12 +62,12 @@ class Answering:
 
     def __init__(self, workers: Workers, *, threads: int, max_agents: int, max_retries: int) -> None:
         self._workers = workers
-        self._max_agents = max_agents
         self._max_retries = max_retries
-        self._placed: OrderedDict[tuple[str, str], WorkerId] = OrderedDict()
+        self._rates = Rates(max_agents=max_agents)
         self._running: Counter[WorkerId] = Counter()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="answer")
         self._control = ThreadPoolExecutor(_CONTROL_THREADS, thread_name_prefix="control")
+        self._ahead = ThreadPoolExecutor(_AHEAD_THREADS, thread_name_prefix="ahead")
         self._open: set[Future[None]] = set()
         self._looked = float("-inf")
         self.on_retry: Callable[[], None] = lambda: None
@@ -72,27 +78,62 @@ class Answering:
         """Requests on each worker, those that are being cancelled included."""
         return {worker: count for worker, count in self._running.items() if count}
 
-    def worker_for(self, agent: str, model: str) -> WorkerId:
-        """The agent's worker; for a new agent, or one whose worker is gone, the one with least to do.
+    def worker_for(self, agent: str, model: str, request: Request | None = None) -> WorkerId:
+        """The worker that is expected to have the agent's first token first: see `relay_cluster.router`.
+
+        Args:
+            request: its request, whose segments count then.
 
         Raises:
             WorkerLost: no live worker hosts the model.
         """
-        key = (agent, model)
         views = self._workers.views()
         self._look_again(views)
         if not any(v.alive and v.model == model for v in views):
             raise WorkerLost(f"no worker of model {model} answers now. Try again later.")
-        worker = self._placed.get(key)
-        if worker is None or not any(v.worker == worker and v.alive for v in views):
-            agents = Counter(self._placed.values())
-            load = {v.worker: self._running[v.worker] + agents[v.worker] / self._max_agents for v in views}
-            worker = place_next(agent, model, views, load)
-        self._placed[key] = worker
-        self._placed.move_to_end(key)
-        while len(self._placed) > self._max_agents:
-            self._placed.popitem(last=False)
+        task = self._task(agent, model, request)
+        choice = route(task, self._rates.views(views, time.monotonic()), self._rates.links())
+        if task.homes and choice.worker != task.homes[0]:
+            log.info("agent %s goes from %s to %s: %s", agent, task.homes[0], choice.worker, choice.reason)
+        self._rates.placed(agent, model, choice.worker)
+        return choice.worker
+
+    def _task(self, agent: str, model: str, request: Request | None) -> Task:
+        if request is None:
+            return self._rates.task(agent, model)
+        most = request.sampling.max_new_tokens
+        return self._rates.task(agent, model, values=request.values, max_new_tokens=most)
+
+    def preparer_for(self, agent: str, model: str, writer: WorkerId) -> WorkerId:
+        """Who prepares the agent's next prompt while `writer` writes: its own worker, but not the writer's,
+        which has no idle step meanwhile, where another one does nothing.
+
+        Raises:
+            WorkerLost: no live worker hosts the model.
+        """
+        known = bool(self._task(agent, model, None).homes)
+        worker = self.worker_for(agent, model)
+        if worker == writer:
+            views = self._workers.views()
+            idle = (v.worker for v in views if v.alive and v.model == model and not self._running[v.worker])
+            worker = next((w for w in idle if w != writer), worker)
+            if not known:  # one that is known has its prefix where it was
+                self._rates.placed(agent, model, worker)
         return worker
+
+    async def prepare(self, worker: WorkerId, draft: Draft) -> int:
+        """Compute what is known of a draft; how many tokens stand ready.
+
+        Raises:
+            RelayError: see Cluster.prepare_ahead.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._ahead, self._workers.prepare_ahead, worker, draft)
+
+    def give_up(self, worker: WorkerId, request_id: str) -> None:
+        """Cancel what a worker does for a request, without waiting for it."""
+        with suppress(RuntimeError):  # closed: the worker drops it by itself
+            self._control.submit(self._cancel, worker, request_id)
 
     def _look_again(self, views: Sequence[WorkerView]) -> None:
         """Ask workers that were lost whether they are back, now and then, without waiting for it."""
@@ -103,8 +144,13 @@ class Answering:
             for worker in lost:
                 self._control.submit(self._workers.is_up, worker, timeout_s=_LOOK_AGAIN_S)
 
-    async def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Reply, None]:
+    async def stream(
+        self, request: Request, model: str, at: WorkerId | None = None
+    ) -> AsyncGenerator[Token | Reply, None]:
         """Tokens as they are drawn, and at last the reply. Close it when it is left early.
+
+        Args:
+            at: worker that has prepared the request; tried first, if it lives.
 
         Raises:
             WorkerLost: its worker died after the first token, or too often before. Else what the worker
@@ -113,10 +159,16 @@ class Answering:
         for attempt in range(self._max_retries + 1):
             # A new id for each try: the old one may still run on a worker that was only unreachable.
             again = replace(request, id=f"{request.id}-{attempt}") if attempt else request
-            worker = self.worker_for(request.agent, model)
+            worker = self.worker_for(request.agent, model, again)
+            if (
+                at is not None
+                and not attempt
+                and any(v.worker == at and v.alive for v in self._workers.views())
+            ):
+                worker = at
             begun = False
             try:
-                async with aclosing(self._once(worker, again)) as items:
+                async with aclosing(self._once(worker, again, model)) as items:
                     async for item in items:
                         begun = True
                         yield item
@@ -129,12 +181,15 @@ class Answering:
             else:
                 return
 
-    async def _once(self, worker: WorkerId, request: Request) -> AsyncGenerator[Token | Reply, None]:
+    async def _once(
+        self, worker: WorkerId, request: Request, model: str
+    ) -> AsyncGenerator[Token | Reply, None]:
         pipe = _Pipe()
         self._running[worker] += 1
+        self._rates.began(request.id, worker, self._task(request.agent, model, request), time.monotonic())
         task = self._threads.submit(pipe.pump, lambda stop: self._workers.stream(worker, request, stop))
         self._open.add(task)
-        task.add_done_callback(lambda _: pipe.tell(self._done, worker, task))
+        task.add_done_callback(lambda _: pipe.tell(self._done, worker, request.id, task))
         finished = False
         try:
             while not finished:
@@ -144,14 +199,19 @@ class Answering:
                     finished = not isinstance(item, (WorkerLost, DeadlineExceeded))
                     raise item
                 finished = isinstance(item, Reply)
+                if isinstance(item, Reply):
+                    self._rates.answered(item)
+                else:
+                    self._rates.first_token(request.id, time.monotonic())
                 yield item
         finally:
             if not finished:
                 pipe.stop.set()
-                self._control.submit(self._cancel, worker, request.id)
+                self.give_up(worker, request.id)
 
-    def _done(self, worker: WorkerId, task: Future[None]) -> None:
+    def _done(self, worker: WorkerId, request_id: str, task: Future[None]) -> None:
         self._running[worker] -= 1
+        self._rates.ended(request_id)
         self._open.discard(task)
 
     def _cancel(self, worker: WorkerId, request_id: str) -> None:
@@ -164,6 +224,7 @@ class Answering:
     def close(self) -> None:
         """Let the threads go. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._ahead.shutdown(wait=False, cancel_futures=True)
         self._control.shutdown(wait=True)
 
 

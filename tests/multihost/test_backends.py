@@ -26,10 +26,12 @@ TIMEOUT_S = 3.0
 SLACK_S = 4.0  # of a busy machine
 TRIES = 5
 
+ONE_HOST = ("inprocess", "shm")  # a process, or a host, has to be shared
+
 BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(not works, reason=why))
     for name, (works, why) in available_backends().items()
-    if name != "inprocess"
+    if name not in ONE_HOST
 ]
 
 
@@ -65,7 +67,7 @@ def _suites(name: str) -> dict[str, type]:
 
 
 for _name in available_backends():
-    if _name != "inprocess":
+    if _name not in ONE_HOST:
         globals().update(_suites(_name))
 
 

@@ -133,6 +133,8 @@ def test_json_has_every_field_of_the_schema() -> None:
             "prefix_tokens",
             "prepared_tokens",
             "ahead",
+            "pulled_ahead_blocks",
+            "pulled_ahead_bytes",
             "reuse",
             "recomputed_entries",
             "total_entries",
@@ -150,7 +152,7 @@ def test_json_has_every_field_of_the_schema() -> None:
             "tokens",
         ),
         *("retries", "compare", "resolved_method", "healed_entries", "healed_at_token", "gate"),
-        *("flop_ratio_predicted", "flop_ratio", "span_costs", "pull_hidden_s"),
+        *("flop_ratio_predicted", "flop_ratio", "span_costs", "pull_hidden_s", "placement"),
     }
     assert set(entry["stages"]) == {
         f"{stage}_s"

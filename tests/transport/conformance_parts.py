@@ -32,7 +32,7 @@ class PartsConformance(Conformance):
             first = sum(self.PARTS[:part])
             for at in (0, n // 2, n - 1):
                 wanted = content(BLOCK, n + at)[first : first + self.PARTS[part]]
-                landed = reader.arena.payload(into[at]).numpy()[first : first + self.PARTS[part]]
+                landed = reader.arena.payload(into[at]).cpu().numpy()[first : first + self.PARTS[part]]
                 assert np.array_equal(landed, wanted), f"part {part} of block {at}"
 
         transfer, into = reader.pull(side, refs, on_part=check)
@@ -107,7 +107,7 @@ class PartsConformance(Conformance):
     @pytest.mark.parametrize("parts", [(), (20_000, 20_000), (9_001, 3, 20_996, 10_000)])
     def test_other_parts_are_another_layout(self, side: OwnerSide, parts: tuple[int, ...]) -> None:
         refs = side.publish(1, seed=5)
-        other = Reader(self.backend, parts=parts)
+        other = Reader(self.backend, parts=parts, device=self.reader_device)
         try:
             assert other.outcome(side, refs) is Outcome.LAYOUT_MISMATCH
         finally:
@@ -131,7 +131,7 @@ class RemotePartsConformance(PartsConformance):
         # Parts of 16 MiB: more than the kernel's buffers hold, so that later ones cannot have been sent.
         side = self.make_owner(80 << 20, 1 << 20, self.QUARTERS)
         assert isinstance(side, RemoteOwner)
-        reader = Reader(self.backend, 80 << 20, 1 << 20, self.QUARTERS)
+        reader = Reader(self.backend, 80 << 20, 1 << 20, self.QUARTERS, device=self.reader_device)
         try:
             refs = side.publish(64, seed=1)
             handed: list[int] = []

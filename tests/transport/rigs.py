@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import psutil
+import torch
 
 from transport.arena import Arena
 from transport.auto import make_transport
@@ -54,7 +55,7 @@ def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) 
 
 def fill(arena: Arena, block: BlockId, seed: int, valid: int | None = None) -> None:
     """Random payload from `seed`; bytes from `valid` on are zero (a ragged tail)."""
-    arena.payload(block).numpy()[:] = content(arena.block_nbytes, seed, valid)
+    arena.payload(block).copy_(torch.from_numpy(content(arena.block_nbytes, seed, valid)))
 
 
 def content(nbytes: int, seed: int, valid: int | None = None) -> np.ndarray:
@@ -111,8 +112,9 @@ class LocalOwner:
         incarnation: int = 7,
         name: str = "owner",
         host: str = "127.0.0.1",
+        device: str = "cpu",
     ) -> None:
-        self.arena = Arena(budget, block_nbytes, incarnation=incarnation, parts=parts)
+        self.arena = Arena(budget, block_nbytes, device, incarnation, parts)
         settings = TransportSettings(backend=backend)  # type: ignore[arg-type]
         self.transport = make_transport(settings, worker=name, host=host)
         self.transport.register(self.arena)
@@ -172,9 +174,10 @@ class RemoteOwner:
         env: dict[str, str],
         parts: Sequence[int] = (),
         name: str = "owner",
+        device: str = "cpu",
     ) -> None:
         self._conn, theirs = _context().Pipe()
-        args = (backend, budget, block_nbytes, parts, 7, name)
+        args = (backend, budget, block_nbytes, parts, 7, name, "127.0.0.1", device)
         self.process = _context().Process(target=_serve, args=(theirs, env, args), daemon=True)
         self.process.start()
         theirs.close()

@@ -15,12 +15,22 @@ from hypothesis import strategies as st
 
 from tests.transport.directory_rigs import ME, segment
 from tests.transport.hostile import VALUES
-from transport.directory import wire
+from transport.directory import wire, wire_open
 from transport.directory.catalogue import Filter
+from transport.directory.opening import Opened
 from transport.directory.shard import Shard
 from transport.settings import DirectorySettings
-from transport.types import Incarnation, WorkerId
+from transport.types import Incarnation, SegmentKey, WorkerId
 
+OPENED = Opened(
+    key=SegmentKey("s", b"open"),
+    start=7,
+    layout="l",
+    producer="p",
+    block_tokens=2,
+    blocks=segment(1).blocks,
+    token_ids=(3, 4),
+)
 CALLS: dict[str, list[Any]] = {
     "announce": [wire.pack_announcing(ME, 5)],
     "publish": [wire.pack_announcing(ME, 5), wire.pack_segments([segment(1), segment(2)])],
@@ -33,6 +43,9 @@ CALLS: dict[str, list[Any]] = {
     "retire": [wire.OWNER.pack(ME), wire.pack_copies([(segment(1).key, "")])],
     "retract": [wire.OWNER.pack(ME), wire.pack_segments([segment(1)])],
     "drop_owner": ["w0", 1],
+    "advance": [wire.pack_announcing(ME, 5), wire_open.pack_opened([OPENED])],
+    "watch": wire_open.pack_watch(OPENED.key, 1, 0, "w1", 5.0, 0.0),
+    "unwatch": [wire.pack_keys([OPENED.key]), "w1"],
     "page": [wire.FILTER.pack(Filter()), None, 10],
     "wish": ["w0", wire.pack_copies([(segment(1).key, "")])],
     "pin": [wire.FILTER.pack(Filter()), "p", 5.0, None, 10],
@@ -83,7 +96,8 @@ def _spoilt(draw: Callable[[st.SearchStrategy[Any]], Any], value: Any) -> Any:
 def test_any_call_is_answered_or_refused_and_the_shard_lives(method: str, data: st.DataObject) -> None:
     """A right call with something spoilt in it, to a shard that holds something."""
     shard = Shard("a", DirectorySettings())
-    shard.serve("publish", wire.pack_request(0, CALLS["publish"]))
+    for held in ("publish", "advance"):
+        shard.serve(held, wire.pack_request(0, CALLS[held]))
     try:
         wire.unpack_reply(shard.serve(method, wire.pack(_spoilt(data.draw, [0, CALLS[method]]))))
     except wire.MalformedMessage:
@@ -108,6 +122,9 @@ def test_any_reply_of_a_shard_is_read_or_refused(data: bytes) -> None:
         wire.unpack_announcing,
         lambda r: wire.unpack_segments(r, packed=False),
         wire.SETTINGS.unpack,
+        lambda r: wire_open.unpack_advanced(r, 1),
+        lambda r: wire_open.unpack_news(r, keys[0], WorkerId("w")),
+        wire_open.unpack_opened,
     ]
     try:
         result = wire.unpack(data)
@@ -134,6 +151,8 @@ def test_a_lease_cannot_be_made_to_last_for_ever(seconds: float) -> None:
     for method, arguments in (
         ("lease", [keys, "w1", seconds, 1]),
         ("renew", [["a:1:1"], seconds]),
+        ("watch", wire_open.pack_watch(OPENED.key, 1, 0, "w1", seconds, 0.0)),
+        ("watch", wire_open.pack_watch(OPENED.key, 1, 0, "w1", 5.0, seconds)),
         ("pin", [wire.FILTER.pack(Filter()), "p", seconds, None, 10]),
         ("pin_copies", ["w0", wire.pack_copies([(segment(1).key, "")]), "p", seconds]),
     ):

@@ -3,10 +3,11 @@ network."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from transport.directory.local import LocalDirectory
 from transport.settings import TransportSettings
@@ -15,7 +16,7 @@ from workers.messages import Request
 from workers.model import LoadedModel, load_model
 from workers.profile import load_profile
 from workers.segment import SlotValue
-from workers.settings import DEFAULT_MODEL, SamplingSettings, WorkerSettings
+from workers.settings import DEFAULT_MODEL, Device, SamplingSettings, WorkerSettings
 
 __all__ = ["QUESTION", "Desk", "desk", "load", "request", "two_desks"]
 
@@ -25,13 +26,17 @@ QUESTION = (
 )
 
 
+DEVICE = cast("Device", os.environ.get("RELAY_TEST_DEVICE", "cpu"))
+"""Where the real model of these tests computes; `make test-gpu` sets it to cuda."""
+
+
 def load() -> LoadedModel:
     """The embedded model with its own profile's checkpoint layer."""
     profile = load_profile(DEFAULT_MODEL, 30)
     return load_model(
         DEFAULT_MODEL,
         checkpoint_layer=profile.checkpoint_layer,
-        device="cpu",
+        device=DEVICE,
         layer_groups=TransportSettings().layer_groups,
     )
 

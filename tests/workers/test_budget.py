@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -83,7 +84,7 @@ def test_steps_alone_are_measured_again_and_again() -> None:
     """The context grows, and others may come to the machine: what a step takes is not settled once."""
     rows = run(RideAlong(0.5, 128), 1.0, 0.01, 200)
     gaps = [i for i, n in enumerate(rows) if n == 0]
-    assert all(b - a <= 17 for a, b in zip(gaps, gaps[1:], strict=False))
+    assert all(b - a <= 17 for a, b in itertools.pairwise(gaps))
 
 
 def test_a_machine_that_becomes_slower_carries_less() -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from transport.base import Answers
-from transport.directory import wire
+from transport.directory import wire, wire_open
 from transport.directory.fleet import Calls, Fleet
+from transport.directory.opening import News, Opened
 from transport.directory.owning import OnEvicted, OwnerSide
-from transport.errors import RelayError
+from transport.errors import DirectoryUnavailable, RelayError
 from transport.settings import DirectorySettings
 from transport.types import Lease, LeaseId, Located, Owner, Segment, SegmentKey, WorkerId
 
@@ -107,6 +108,37 @@ class DirectoryClient:
             "republished": self._own.republished,
             "latencies": self.fleet.latencies.snapshot(),
         }
+
+    # -- open segments ---------------------------------------------------------------------------------
+
+    def advance(self, owner: Owner, update: Opened) -> str:
+        """See KVDirectory. Raises WorkerLost."""
+        return self._own.opens.advance(owner, update)
+
+    def watch(
+        self, key: SegmentKey, *, life: int, after: int, holder: WorkerId, ttl_s: float, wait_s: float
+    ) -> News | None:
+        """See KVDirectory. Asks the first replica that answers.
+
+        Raises:
+            DirectoryUnavailable: none did.
+        """
+        message = wire_open.pack_watch(key, life, after, holder, ttl_s, wait_s)
+        limit_s = wait_s + self._settings.call_timeout_s
+        for _ in range(self._settings.replicas + _MOVES):
+            name = next((n for n in self.fleet.replicas(key) if not self.fleet.is_down(n)), None)
+            if name is None:
+                break
+            asked = self.fleet.ask({name: message}, "watch", timeout_s=limit_s)
+            if name in asked:
+                return wire_open.unpack_news(asked[name].result, key, holder)
+            self.fleet.refresh()
+        raise DirectoryUnavailable("watch: no shard that knows the open segment answers.")
+
+    def unwatch(self, key: SegmentKey, *, holder: WorkerId) -> None:
+        """See KVDirectory."""
+        for name in self.fleet.replicas(key):
+            self.fleet.send(name, "unwatch", (wire.pack_keys([key]), holder))
 
     # -- owning ----------------------------------------------------------------------------------------
 

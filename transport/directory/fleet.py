@@ -76,7 +76,8 @@ class RayCalls:
         if not ray.is_initialized():  # a call would start a Ray of its own
             raise ShardFailed("this process has left Ray")
         try:
-            return shard.serve.remote(method, request)
+            # A watch may take long, and must not keep the shard from other calls.
+            return shard.watch.remote(request) if method == "watch" else shard.serve.remote(method, request)
         except ray.exceptions.RayError as fault:
             raise ShardFailed(str(fault)) from fault
 
@@ -235,7 +236,7 @@ class Fleet:
                 out[name] = Answer(reply.incarnation, reply.result)
             else:
                 out.moved.add(name)
-        if pending:
+        if pending and method != "watch":  # which takes as long as there is no news
             self.latencies.observe(method, time.monotonic() - begin)
         return out
 

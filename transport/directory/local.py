@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from transport.base import Answers
-from transport.directory.table import Announced, Table
+from transport.directory.opening import News, Opened, OpenTable
+from transport.directory.table import Announced
 from transport.errors import WorkerLost
 from transport.settings import DirectorySettings
 from transport.types import Lease, Located, Owner, Segment, SegmentKey, WorkerId
@@ -53,9 +54,11 @@ class LocalDirectory:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         timeout = (settings or DirectorySettings()).owner_timeout_s if drop_silent else math.inf
-        self._table = Table(owner_timeout_s=timeout, lease_prefix="local:")
+        self._table = OpenTable(owner_timeout_s=timeout, lease_prefix="local:")
         self._clock = clock
         self._lock = threading.Lock()
+        self._news = threading.Condition(self._lock)
+        self._watching: dict[tuple[SegmentKey, WorkerId], int] = {}  # how many do
 
     def announce(self, owner: Owner) -> None:
         """See KVDirectory. Raises WorkerLost when `owner` is fenced."""
@@ -106,6 +109,42 @@ class LocalDirectory:
         """See KVDirectory."""
         with self._lock:
             self._table.drop_owner(worker, incarnation, self._clock())
+
+    def advance(self, owner: Owner, update: Opened) -> str:
+        """See KVDirectory. Raises WorkerLost when `owner` is fenced."""
+        with self._lock:
+            (found,) = self._table.advance(owner, [update], self._clock(), clock_ms=_owner_clock_ms())
+            if self._table.take_changed():
+                self._news.notify_all()
+        refuse_fenced(owner, Announced(found.fenced_by, known=True))
+        return "" if found.verdict == "taken" else found.verdict
+
+    def watch(
+        self, key: SegmentKey, *, life: int, after: int, holder: WorkerId, ttl_s: float, wait_s: float
+    ) -> News | None:
+        """See KVDirectory."""
+        deadline, me = time.monotonic() + wait_s, (key, holder)
+        with self._lock:
+            self._watching[me] = self._watching.get(me, 0) + 1
+            while True:
+                news = self._table.watch(
+                    key, life=life, after=after, holder=holder, now=self._clock(), ttl_s=ttl_s
+                )
+                left_s = deadline - time.monotonic()
+                if me not in self._watching:
+                    return news  # dismissed
+                if news is not None or left_s <= 0:
+                    self._watching[me] -= 1
+                    if not self._watching[me]:
+                        del self._watching[me]
+                    return news
+                self._news.wait(left_s)
+
+    def unwatch(self, key: SegmentKey, *, holder: WorkerId) -> None:
+        """See KVDirectory."""
+        with self._lock:
+            self._watching.pop((key, holder), None)
+            self._news.notify_all()
 
     def stats(self) -> dict[str, float]:
         """See KVDirectory."""

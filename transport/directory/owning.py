@@ -23,6 +23,7 @@ from typing import Any, Final
 from transport.directory import wire
 from transport.directory.fleet import Asked, Fleet
 from transport.directory.local import refuse_fenced
+from transport.directory.producing import OpenLogs
 from transport.directory.table import Announced, Candidate, CopyId
 from transport.errors import DirectoryUnavailable, RelayError
 from transport.types import Owner, Segment, WorkerId
@@ -47,6 +48,7 @@ class OwnerSide:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self.opens = OpenLogs(fleet)
         # Guards publishing again against evicting: what was evicted meanwhile must not come back.
         self._lock = threading.RLock()
         self._epochs: dict[str, int] = {}  # shard -> its incarnation that holds all our segments
@@ -339,6 +341,7 @@ class OwnerSide:
                 self._republish(owner, stale, asked)
             self._sweep(owner)
         self._grant_wishes(owner, verdicts)
+        self.opens.refresh(owner)
         return bool(asked)
 
     def _republish(self, owner: Owner, stale: set[str], asked: Asked) -> None:

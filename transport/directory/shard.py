@@ -20,8 +20,8 @@ import ray
 import ray.exceptions
 import ray.util
 
-from transport.directory import wire
-from transport.directory.operating import OperatedTable
+from transport.directory import wire, wire_open
+from transport.directory.opening import News, OpenTable
 from transport.directory.view import View
 from transport.settings import DirectorySettings
 from transport.types import LeaseId, WorkerId
@@ -59,7 +59,9 @@ class Shard:
         self.view = View(0, tuple(first))
         self._settings = settings
         self._clock = clock
-        self._table = OperatedTable(
+        self._table = OpenTable(
+            max_open=settings.max_open,
+            max_open_blocks=settings.max_open_blocks,
             owner_timeout_s=settings.owner_timeout_s,
             lease_prefix=f"{name}:{self.incarnation}:",
             max_lease_s=settings.max_lease_s,
@@ -78,6 +80,9 @@ class Shard:
             "retire": self._retire,
             "retract": self._retract,
             "drop_owner": self._drop_owner,
+            "advance": self._advance,
+            "watch": self._watch,
+            "unwatch": self._unwatch,
             "page": self._page,
             "wish": self._wish,
             "pin": self._pin,
@@ -163,6 +168,29 @@ class Shard:
         name = WorkerId(wire.expect(worker, str))
         self._table.drop_owner(name, wire.expect(incarnation, int), self._clock())
 
+    def _advance(self, owner: Any, updates: Any) -> Any:
+        told, clock_ms = wire.unpack_announcing(owner)
+        opened = wire_open.unpack_opened(updates)
+        return wire_open.pack_advanced(self._table.advance(told, opened, self._clock(), clock_ms=clock_ms))
+
+    def _watch(self, key: Any, life: Any, after: Any, holder: Any, ttl_s: Any, wait_s: Any) -> Any:
+        """What there is now; how it is waited for is the business of whoever runs this (`watching`)."""
+        wanted, seen, behind, who, ttl, _ = wire_open.unpack_watch((key, life, after, holder, ttl_s, wait_s))
+        news = self._table.watch(
+            wanted, life=seen, after=behind, holder=WorkerId(who), now=self._clock(), ttl_s=ttl
+        )
+        return wire_open.pack_news(news)
+
+    def _refused(self) -> bytes:
+        """The reply to one watch too many."""
+        return self._reply(wire.OK, None, wire_open.pack_news(News(state="refused")))
+
+    def _unwatch(self, keys: Any, holder: Any) -> int:
+        """Nobody waits at a plain object."""
+        wire_open.unpack_key(keys)
+        wire.expect(holder, str)
+        return 0
+
     def _page(self, chosen: Any, after: Any, limit: Any) -> Any:
         rows, where = wire.FILTER.unpack(chosen), wire.unpack_cursor(after)
         return wire.pack_page(self._table.page(rows, self._clock(), after=where, limit=_limit(limit)))
@@ -203,7 +231,7 @@ class Shard:
 
     def _stats(self) -> dict[str, float]:
         grown = max(0, resident_bytes() - self._resident_at_start)
-        return {**self._table.stats(self._clock()), "memory_bytes": grown}
+        return {**self._table.stats(self._clock()), "memory_bytes": grown, "watches": 0}
 
     def _tell_settings(self) -> Any:
         return wire.SETTINGS.pack(self._settings)
@@ -264,7 +292,11 @@ def create_shard(
         detached: outlive the driver that starts it.
         options: further actor options, for example scheduling.
     """
-    actor: Any = ray.remote(Shard)
+    from transport.directory.watching import WATCH, WatchedShard  # which is a Shard
+
+    remote: Any = ray.remote  # its stubs do not know concurrency groups
+    # Some threads more than may wait: those that are refused need one as well.
+    actor: Any = remote(concurrency_groups={WATCH: settings.max_watches + 8})(WatchedShard)
     chosen: dict[str, Any] = {
         "name": name,
         "get_if_exists": True,

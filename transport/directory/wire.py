@@ -37,7 +37,7 @@ MAX_MESSAGE_BYTES: Final = 32 << 20
 OK: Final = 0
 MOVED: Final = 1
 """The caller's view is older than the shard's: nothing was done, and the reply carries the newer view."""
-PLACED: Final = frozenset({"lookup", "lease", "publish", "candidates", "evict_copies"})
+PLACED: Final = frozenset({"lookup", "lease", "publish", "candidates", "evict_copies", "advance", "watch"})
 """Calls whose caller has chosen the shard by its list of shards, which must not be an old one."""
 
 

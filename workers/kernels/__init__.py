@@ -3,7 +3,7 @@
     reference   plain torch, written to be read: the oracle
     cpu         torch's blocked CPU kernel
     triton      CUDA, and the Triton interpreter in tests
-    flash-attn  CUDA, dense rows in half precision, where it is installed
+    flash       CUDA, dense rows in half precision: flash-attn where it is installed, else torch's own
 
 Which one serves is decided here, by the device of the tensors: CUDA tensors go to Triton, and nothing falls
 back silently. No knowledge of models, caches or plans.
@@ -93,18 +93,21 @@ def flash_attn_installed() -> bool:
 
 
 def flash_serves(query: torch.Tensor) -> bool:
-    """flash-attn needs CUDA and half precision."""
-    return query.is_cuda and query.dtype != torch.float32 and flash_attn_installed()
+    """Whether `flash_causal` takes rows [heads, rows, head_dim]: on CUDA, half precision, heads up to 256."""
+    dim = query.shape[-1]
+    return query.is_cuda and query.dtype != torch.float32 and dim <= 256 and dim % 8 == 0
 
 
 def flash_causal(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, window: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """flash-attn for the last rows of one sequence.
+    """FlashAttention-2 (arXiv 2307.08691) for the last rows of one sequence.
 
     Returns:
         out: [heads, rows, head_dim]; lse: [heads, rows] float32.
     """
+    if not flash_attn_installed():
+        return _torch_flash(query, keys, values, scaling, window)
     from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
 
     out, lse, _ = flash_attn_func(
@@ -117,3 +120,26 @@ def flash_causal(
         return_attn_probs=True,
     )
     return out[0].transpose(0, 1), lse[0].float()
+
+
+def _torch_flash(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float, window: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The FlashAttention-2 that torch is built with: as scaled_dot_product_attention calls it, but heads that
+    share keys are not copied out, the last row sees the last key, and the log-sum-exp comes along."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(  # noqa: SLF001
+        query.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        None,
+        None,
+        query.shape[1],
+        keys.shape[1],
+        0.0,
+        True,
+        False,
+        scale=scaling,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )
+    return out[0].transpose(0, 1), lse[0]
