@@ -186,14 +186,17 @@ class _Bench:
             other = replace(self._request(_WRITER, given, BASE), sampling=sampling, shadow_tokens=0)
             with other_request(self._cluster, self._reader, other) as tokens:
                 if prepares:
-                    sample = self._followed(given, mode)
+                    # The check of the reader's logits waits until nobody wants the engine.
+                    sample = self._followed(given, mode, tokens.end)
                 else:
                     self._write(given, lambda *_: None)
                 medians.append(median(tokens.intervals(*self._writing)))
         assert sample is not None  # the second time
         return replace(sample, other_ratio=medians[1] / medians[0])
 
-    def _followed(self, given: Mapping[str, SlotValue], mode: str) -> _Sample:
+    def _followed(
+        self, given: Mapping[str, SlotValue], mode: str, asked: Callable[[], None] = lambda: None
+    ) -> _Sample:
         """The reader is prepared while the writer writes, by the code that pipelines use."""
         room = self._settings.streamed_tokens
         empty = self._request(_READER, {**given, "writer": SlotValue(token_ids=())}, _METHOD[mode])
@@ -217,7 +220,7 @@ class _Bench:
             ahead.writing.answered(_WRITER.name, written.output)
             ahead.asked(_READER.name, self._reader)
             request = replace(empty, values={**empty.values, "writer": written.output})
-            return self._ask(request, ended, rate, before)
+            return self._ask(request, ended, rate, before, asked)
         finally:
             ahead.close()
 
@@ -242,12 +245,21 @@ class _Bench:
         self._writing = (begin, last)
         return reply, (len(reply.token_ids) - 1) / reply.decode_s, last
 
-    def _ask(self, request: Request, ended: float, rate: float, before: int | None = None) -> _Sample:
-        """The reader's first token, and how far its logits are from full prefill's."""
+    def _ask(
+        self,
+        request: Request,
+        ended: float,
+        rate: float,
+        before: int | None = None,
+        asked: Callable[[], None] = lambda: None,
+    ) -> _Sample:
+        """The reader's first token, and how far its logits are from full prefill's. asked: called between
+        the two."""
         before = self._row_layers() if before is None else before
         first: list[float] = []
         reply, _ = self._cluster.generate(self._reader, request, lambda *_: first.append(time.perf_counter()))
         work = self._row_layers() - before
+        asked()
         check = self._cluster.shadow(self._reader, request, reply.token_ids, None, _JUDGE_TIMEOUT_S)
         return _Sample(first[0] - ended, reply, work, check.logits_max_diff, check.kl_first, rate)
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from relay_cluster.cluster import Cluster
-from transport.errors import Cancelled, RelayError
+from transport.errors import RelayError
 from transport.types import WorkerId
 from workers.messages import Request
 
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 60.0
+_LONGEST_S = 3600.0
 
 
 @dataclass(slots=True)
@@ -23,6 +24,11 @@ class Other:
     """A request that decodes. instants: time.perf_counter of its tokens at the caller."""
 
     instants: list[float] = field(default_factory=list[float])
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def end(self) -> None:
+        """It has decoded long enough."""
+        self.over.set()
 
     def intervals(self, begin: float, end: float) -> list[float]:
         """Seconds between its tokens, of those that came between two instants."""
@@ -51,16 +57,23 @@ def other_request(cluster: Cluster, worker: WorkerId, request: Request) -> Itera
             ended.append(error)
         begun.set()
 
+    def cancel() -> None:
+        other.over.wait(_LONGEST_S)
+        if not ended:
+            cluster.cancel(worker, request.id)
+
     thread = threading.Thread(target=run, name="other-request", daemon=True)
+    watch = threading.Thread(target=cancel, name="other-request-end", daemon=True)
     thread.start()
+    watch.start()
     try:
         if not begun.wait(_START_TIMEOUT_S) or ended:
             raise RelayError(f"the other request did not begin: {ended or 'no token'}")
         yield other
-        if ended:
+        if ended and not other.over.is_set():
             raise RelayError(f"the other request ended too soon: {ended[0] or 'it was answered'}")
     finally:
-        stop.set()
+        other.over.set()
+        watch.join(_END_TIMEOUT_S)
         thread.join(_END_TIMEOUT_S)
-        if ended and isinstance(ended[0], Cancelled):
-            cluster.cancel(worker, request.id)
+        stop.set()  # for a worker that does not hear
