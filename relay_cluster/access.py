@@ -35,6 +35,8 @@ MAKE_ONE: Final = (
     "Make a token with `ray get-auth-token --generate`, give every machine the same one (the file "
     f"~/.ray/auth_token, or {TOKEN_ENV}), start Ray there with {MODE_ENV}=token, and set ray.auth: token"
 )
+_JOB_ENV: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the process of a submitted job, beside RAY_ADDRESS."""
 OPEN: Final = "whoever reaches Ray's ports runs code on every machine of the cluster"
 
 
@@ -44,6 +46,11 @@ class Access:
 
     mode: Mode
     warning: str = ""
+
+
+def inside_job(environment: Mapping[str, str]) -> bool:
+    """Whether this process is a submitted job (`ray job submit`, `relay submit`)."""
+    return _JOB_ENV in environment
 
 
 def users_home() -> Path:

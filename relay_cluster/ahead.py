@@ -29,6 +29,9 @@ as for eight; what has not been sent when the last token comes is computed with 
 NO_CHUNKS = 1 << 40
 """No number of new tokens is worth a draft: their KV is pulled, which needs none."""
 _WAKE_S = 1.0
+_GRACE_S = 0.02
+"""A draft is held back so long: after a writer's last token its reader's request comes in this time, and
+would otherwise find its worker busy with those few tokens alone."""
 
 
 class Workers(Protocol):
@@ -119,7 +122,8 @@ class Writing:
             # Woken by every token; the limit is for `stop`, which nobody notifies of.
             while not (self._closed or stop.is_set() or enough()):
                 self._changed.wait(_WAKE_S)
-            return not (self._closed or stop.is_set())
+        stop.wait(_GRACE_S)
+        return not (self._closed or stop.is_set())
 
 
 @dataclass(eq=False, slots=True)

@@ -33,6 +33,7 @@ from relay_cluster import (
     cli_random,
     cli_serve,
     cli_stream,
+    cli_stream_faults,
     cli_submit,
     cli_transfer,
     cli_up,
@@ -82,6 +83,7 @@ bench_app.command("faults", epilog=cli_faults.EPILOG)(cli_faults.faults)
 bench_app.command("link", epilog=cli_link.EPILOG)(cli_link.link)
 bench_app.command("pull", epilog=cli_pull.EPILOG)(cli_pull.pull)
 bench_app.command("stream", epilog=cli_stream.EPILOG)(cli_stream.stream)
+bench_app.command("stream-faults", epilog=cli_stream_faults.EPILOG)(cli_stream_faults.stream_faults)
 bench_app.command("serve", epilog=cli_bench_serve.EPILOG)(cli_bench_serve.serve)
 model_app.command("random", epilog=cli_random.EPILOG)(cli_random.model_random)
 app.command("profile", epilog=cli_profile.EPILOG)(cli_profile.profile)
@@ -149,12 +151,12 @@ _MetricsFile = Annotated[
 ]
 _Plot = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw the result.")]
 _Stream = Annotated[
-    Literal["off", "auto", "exact", "relay"],
+    Literal["off", "auto", "exact", "relay"] | None,
     typer.Option(
         "--stream",
-        help="Prepare prompts while the agents that they contain still write. auto: compute what idle "
-        "workers have time for, relay the rest; exact: relay nothing, the answers are full prefill's; relay: "
-        "pull what is to be relayed as it is made, the answers are the method's.",
+        help="Prepare prompts while the agents that they contain still write [the file's, or off]. "
+        "auto: compute what idle workers have time for, relay the rest; exact: relay nothing, the answers "
+        "are full prefill's; relay: pull what is to be relayed as it is made, the answers are the method's.",
     ),
 ]
 
@@ -181,7 +183,7 @@ def run(
     repeats: _Repeats = 3,
     max_new_tokens: _MaxNewTokens = None,
     seed: _Seed = None,
-    stream: _Stream = "off",
+    stream: _Stream = None,
     json_file: JsonOption = None,
     plot: _Plot = None,
     metrics_port: _MetricsPort = None,

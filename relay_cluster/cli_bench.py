@@ -132,6 +132,7 @@ def ttft(
         "relay bench chain --quick",
         "relay bench chain --methods exact_prefix,relay_caching,auto:fast,auto --agents 5 --repeats 3",
         "relay bench chain --data gsm8k_test.jsonl --json docs/results/chain.json",
+        "relay bench chain --stream off,exact,auto --threads 1 --output-tokens 128 --repeats 1",
     )
 )
 @command
@@ -157,6 +158,15 @@ def chain(
         ),
     ] = None,
     no_fidelity: Annotated[bool, typer.Option("--no-fidelity", help="Measure times only.")] = False,
+    stream: Annotated[
+        str | None,
+        typer.Option(
+            "--stream",
+            metavar="A,B,...",
+            help="Run whole pipelines instead, full_prefill beside off, exact and auto: readers get ready "
+            "while writers write. --methods then names the one of off and auto.",
+        ),
+    ] = None,
     data: _Data = None,
     model: _Model = DEFAULT_MODEL,
     seed: _Seed = 0,
@@ -170,22 +180,45 @@ def chain(
     from relay_cluster.bench.common import method_list
     from relay_cluster.config import ClusterConfig
 
-    chosen = method_list(methods or (QUICK_FEW_METHODS if quick else None))
+    if stream is None:
+        chosen, modes = method_list(methods or (QUICK_FEW_METHODS if quick else None)), ()
+    else:
+        from relay_cluster.bench.chain_stream import parse_modes
+
+        chosen, modes = _one_method(methods), parse_modes(stream)
     config = _cluster_config(ClusterConfig.load(cluster) if cluster else None, model, threads)
     tasks = prepare_tasks(data, json_file, plot, config.model)
+    shape: dict[str, int] = {
+        "agents": agents or (3 if quick else 5),
+        "prefix_tokens": prefix_tokens or (64 if quick else 512),
+        "input_tokens": input_tokens or (200 if quick else 1000),
+        "output_tokens": output_tokens or (48 if quick else 512),
+        "seed": seed,
+    }
+    if modes:
+        from relay_cluster.bench.chain_stream import ChainStreamSettings, run_chain_stream
+
+        whole = ChainStreamSettings(
+            modes=modes, method=chosen[0], repeats=repeats or (1 if quick else 3), cold=not quick, **shape
+        )
+        deliver(run_chain_stream(whole, tasks, config), json_file, plot)
+        return
     from relay_cluster.bench.chain import ChainSettings, run_chain
 
     settings = ChainSettings(
-        methods=chosen,
-        agents=agents or (3 if quick else 5),
-        prefix_tokens=prefix_tokens or (64 if quick else 512),
-        input_tokens=input_tokens or (200 if quick else 1000),
-        output_tokens=output_tokens or (48 if quick else 512),
-        repeats=repeats or (2 if quick else 3),
-        seed=seed,
-        fidelity=not no_fidelity,
+        methods=chosen, repeats=repeats or (2 if quick else 3), fidelity=not no_fidelity, **shape
     )
     deliver(run_chain(settings, tasks, config), json_file, plot)
+
+
+def _one_method(methods: str | None) -> tuple[str, ...]:
+    """Raises ConfigError: several, or one that cannot be parsed."""
+    from workers.methods import parse_reuse
+
+    if "," in (methods or ""):
+        raise ConfigError(f'--methods "{methods}": with --stream there is one method, that of off and auto.')
+    parse_reuse(methods or "auto")
+    return (methods or "auto",)
 
 
 def _cluster_config(given: ClusterConfig | None, model: str, threads: int) -> ClusterConfig:
@@ -345,7 +378,8 @@ def prepare_tasks(data: list[Path] | None, json_file: Path | None, plot: Path | 
 
 
 def deliver(document: Document, json_file: Path | None, plot: Path | None) -> None:
-    """Tables on standard output, unless the JSON goes there; files where they were asked for."""
+    """Tables on standard output, unless the JSON goes there; files where they were asked for. The JSON is
+    written first: minutes of measuring are not to be lost with a table."""
     from relay_cluster.bench.common import write_document
     from relay_cluster.bench.show import show_document
 
@@ -353,9 +387,9 @@ def deliver(document: Document, json_file: Path | None, plot: Path | None) -> No
     if json_file and str(json_file) == "-":
         write_json(value, json_file)
     else:
-        show_document(document)
         if json_file:
             write_document(value, json_file)
+        show_document(document)
     if plot:
         from relay_cluster.bench.plots import plot_document
 

@@ -9,9 +9,11 @@ import typer
 
 from relay_cluster.cli_bench import deliver
 from relay_cluster.cli_common import DebugOption, JsonOption, check_writable, command, examples
+from transport.errors import ConfigError
 
 EPILOG = examples(
     "relay bench serve --quick",
+    "relay bench serve --parts overhead,next",
     "relay bench serve --concurrency 1,4,8 --pipelines 20 --json runs/serve.json --plot runs/serve.png",
     "relay bench serve --url http://127.0.0.1:8000 --api-key KEY",
 )
@@ -19,6 +21,12 @@ EPILOG = examples(
 
 @command
 def serve(
+    parts: Annotated[
+        str | None,
+        typer.Option(
+            "--parts", metavar="NAME,...", help="Of overhead, next, pipelines and matching [all of them]."
+        ),
+    ] = None,
     concurrency: Annotated[
         str | None, typer.Option("--concurrency", metavar="N,...", help="Pipelines at a time [1,4,8].")
     ] = None,
@@ -64,17 +72,22 @@ def serve(
     from contextlib import nullcontext
 
     from relay_cluster.bench.common import int_list
-    from relay_cluster.bench.serve import ServeBenchSettings, run_serve
+    from relay_cluster.bench.serve import PARTS, ServeBenchSettings, run_serve
     from relay_cluster.bench.serve_client import ServiceClient, own_service, served_model
     from relay_cluster.bench.texts import load_tasks
 
+    chosen = tuple(filter(None, map(str.strip, (parts or ",".join(PARTS)).split(","))))
+    if unknown := set(chosen) - set(PARTS):
+        raise ConfigError(f"--parts: there is no {', '.join(sorted(unknown))}. Parts: {', '.join(PARTS)}.")
     settings = ServeBenchSettings(
+        parts=chosen,
         concurrency=int_list(concurrency or ("1,2" if quick else "1,4,8"), "--concurrency"),
         pipelines=pipelines or (2 if quick else 20),
         seconds=seconds,
         document_chars=document_chars or (900 if quick else 2400),
         answer_tokens=answer_tokens or (12 if quick else 64),
         overhead_requests=40 if quick else 200,
+        next_pairs=2 if quick else 8,
         matching_rounds=50 if quick else 200,
         seed=seed,
     )

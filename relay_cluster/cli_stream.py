@@ -23,9 +23,10 @@ def stream(
         typer.Option(
             "--modes",
             metavar="A,B,...",
-            help="full_prefill and relay begin when the writer has ended; exact and auto are prepared.",
+            help="full_prefill and relay begin when the writer has ended; exact and auto are prepared; busy: "
+            "as exact, while the reader's worker decodes another request.",
         ),
-    ] = "full_prefill,relay,exact,auto",
+    ] = "full_prefill,relay,exact,auto,busy",
     known_tokens: Annotated[
         int | None,
         typer.Option("--known-tokens", min=16, metavar="N", help="Before the writer begins [1000]."),

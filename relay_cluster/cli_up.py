@@ -7,7 +7,7 @@ Exit status of `status`: 0 healthy, 3 down, 4 degraded.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from relay_cluster import console
 from relay_cluster.cli_common import DebugOption, JsonOption, command, examples, write_json
 from relay_cluster.config import ClusterConfig
 from relay_cluster.console import StepProgress
+from relay_cluster.unchanged import WORKER_FACTS, unchanged
 from transport.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 DOWN: Final = 3
 DEGRADED: Final = 4
-_WHO: Final = ("worker", "node", "device", "pid", "incarnation")
 
 _File = Annotated[
     Path | None,
@@ -79,6 +79,11 @@ def up(
     """Bring a cluster up that stays: Ray (where the file names none), directory and workers. Again: repair
     what is missing, and say in what it differs from the file."""
     config = ClusterConfig.load(cluster) if cluster else ClusterConfig()
+    if not restart and (same := unchanged(config)) is not None:
+        assert same.made is not None  # else it would not be known to be unchanged
+        facts = {**_facts(same, same.made.workers), "differences": []}
+        _show_up(facts, json_file)
+        return
     _fetch_model(config)
     with StepProgress(f'cluster "{config.name}"') as progress:
         from relay_cluster import lifecycle
@@ -91,8 +96,7 @@ def up(
                 drain_timeout_s=_patience(config, drain_timeout_s),
                 tell=progress,
             )
-    # Since the command was started: what its user has waited for.
-    _report(done, cluster, time.time() - psutil.Process().create_time(), json_file)
+    _report(done, cluster, json_file)
 
 
 @contextmanager
@@ -127,30 +131,48 @@ def _fetch_model(config: ClusterConfig) -> None:
         raise ConfigError(str(refusal))
 
 
-def _report(done: Up, cluster: Path | None, seconds: float, json_file: Path | None) -> None:
-    raised, record = done.raised, done.record
-    facts: dict[str, Any] = {
-        "name": record.name,
-        "address": record.address,
-        "dashboard": record.head.dashboard if record.head else "",
+def _report(done: Up, cluster: Path | None, json_file: Path | None) -> None:
+    raised = done.raised
+    workers = [{key: getattr(i, key) for key in WORKER_FACTS} for i in raised.workers]
+    facts = {
+        **_facts(done.record, workers),
         "new_head": done.new_head,
-        "workers": [{key: getattr(i, key) for key in _WHO} for i in raised.workers],
         "started": list(raised.started),
         "replaced": list(raised.replaced),
         "differences": [{**asdict(d), "up": str(d.up), "wanted": str(d.wanted)} for d in raised.differences],
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(time.process_time(), 2),  # of this command alone, whatever else the machine does
     }
+    _show_up(facts, json_file)
+    if not json_file or str(json_file) != "-":
+        _advise(done, cluster)
+
+
+def _facts(record: Record, workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a cluster to which nothing was done."""
+    return {
+        "name": record.name,
+        "address": record.address,
+        "dashboard": record.head.dashboard if record.head else "",
+        "new_head": False,
+        "workers": list(workers),
+        "started": [],
+        "replaced": [],
+    }
+
+
+def _show_up(facts: Mapping[str, Any], json_file: Path | None) -> None:
+    # Since the command was started: what its user has waited for.
+    seconds = time.time() - psutil.Process().create_time()
+    # Of this command alone, whatever else the machine does.
+    times = {"seconds": round(seconds, 2), "cpu_seconds": round(time.process_time(), 2)}
     if json_file:
-        write_json(facts, json_file)
+        write_json({**facts, **times}, json_file)
     if json_file and str(json_file) == "-":
         return
-    out = console.output()
-    nodes = len({i.node for i in raised.workers})
-    what = f"{len(raised.started)} started" if raised.started else "nothing to do"
-    size = f"{len(raised.workers)} workers on {nodes} node(s)"
-    out.print(Text(f'"{record.name}" is up: {size}, {what}, {seconds:.1f} s'), soft_wrap=True)
-    _advise(done, cluster)
+    nodes = len({one["node"] for one in facts["workers"]})
+    what = f"{len(facts['started'])} started" if facts["started"] else "nothing to do"
+    size = f"{len(facts['workers'])} workers on {nodes} node(s)"
+    line = f'"{facts["name"]}" is up: {size}, {what}, {seconds:.1f} s'
+    console.output().print(Text(line), soft_wrap=True)
 
 
 def _advise(done: Up, cluster: Path | None) -> None:

@@ -25,14 +25,14 @@ from ray.exceptions import RayError
 from relay_cluster import standing
 from relay_cluster.config import ClusterConfig
 from relay_cluster.doctor import this_machine
-from relay_cluster.executor import Executor, Observer, RunOptions, Stream
+from relay_cluster.executor import Executor, Observer, RunOptions
 from relay_cluster.faulting import unwrapped
 from relay_cluster.gate import Edge, EdgeState, Gate, QualitySettings
 from relay_cluster.heads import settled
 from relay_cluster.joining import join
 from relay_cluster.links import choose_wire
 from relay_cluster.nodes import affinities, shares
-from relay_cluster.pipeline import Pipeline
+from relay_cluster.pipeline import Pipeline, Stream
 from relay_cluster.report import AgentReport, ClusterReport, RowReport, RunReport
 from relay_cluster.router import place, worker_models
 from relay_cluster.turns import agent_report
@@ -329,7 +329,7 @@ class Cluster(WorkerCalls):
         repeats: int = 3,
         max_new_tokens: int = 256,
         seed: int = 0,
-        stream: Stream = "off",
+        stream: Stream | None = None,
         on_event: OnEvent | None = None,
         **more_inputs: str,
     ) -> Result:
@@ -342,7 +342,8 @@ class Cluster(WorkerCalls):
             repeats: TTFT samples of each method for `compare`.
             max_new_tokens: of agents that name no limit.
             seed: of sampled decoding.
-            stream: prepare prompts while the agents that they contain still write; see executor.Stream.
+            stream: prepare prompts while the agents that they contain still write, see pipeline.Stream; None:
+                the pipeline's, or else the cluster's.
             on_event: called with ("agent_started", agent, worker), ("token", agent, n), ("agent_done", agent)
                 and ("compare", agent, text).
 
@@ -358,7 +359,7 @@ class Cluster(WorkerCalls):
             max_new_tokens=max_new_tokens,
             seed=seed,
             max_retries=self.config.runtime.max_retries,
-            stream=stream,
+            stream=stream or pipeline.stream or self.config.stream,
         )
         for name in filter(None, (options.method, compare, *(a.method for a in pipeline.agents))):
             parse_method(name)

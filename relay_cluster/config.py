@@ -24,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from relay_cluster.gate import QualitySettings, Role
-from relay_cluster.pipeline import Agent, Pipeline, did_you_mean, find_problems
+from relay_cluster.pipeline import Agent, Pipeline, Stream, did_you_mean, find_problems
 from relay_cluster.serving.settings import ServeSettings
 from relay_cluster.telemetry import TelemetrySettings
 from transport.errors import ConfigError
@@ -113,6 +113,11 @@ def _worker_count(value: object) -> object:
     return value
 
 
+def _off_is_a_word(value: object) -> object:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
+
+
 class ClusterConfig(BaseModel):
     """One cluster file.
 
@@ -122,6 +127,8 @@ class ClusterConfig(BaseModel):
         model: of agents and pipelines that name none.
         nodes: Ray nodes that the workers are put on in turn, the first agent's worker on the first one:
             addresses, host names, or custom resources that a node offers. Empty leaves it to Ray.
+        stream: of pipelines that say nothing else; needs cores of their own for workers that share a machine
+            (worker.threads).
     """
 
     model_config = _STRICT
@@ -130,6 +137,7 @@ class ClusterConfig(BaseModel):
     description: str = ""
     workers: Annotated[int | Literal["auto"], BeforeValidator(_worker_count)] = "auto"
     model: str = DEFAULT_MODEL
+    stream: Annotated[Stream, BeforeValidator(_off_is_a_word)] = "off"
     nodes: list[str] = Field(default_factory=list)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)
@@ -186,6 +194,8 @@ class PipelineConfig(BaseModel):
         sampling: of agents that say nothing else.
         examples: inputs to try the pipeline with (`relay run --example`).
         quality: error budget of reuse; where given, even empty, the quality gate watches every edge.
+        stream: prepare prompts while upstream agents still write, "off", "auto" or "exact"; null leaves it to
+            the cluster.
     """
 
     model_config = _STRICT
@@ -199,6 +209,7 @@ class PipelineConfig(BaseModel):
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
     examples: list[dict[str, str]] = Field(default_factory=list)
     quality: QualitySettings | None = None
+    stream: Annotated[Stream | None, BeforeValidator(_off_is_a_word)] = None
 
     def pipeline(self) -> Pipeline:
         """The pipeline of the Python API, with `sampling` for agents that name no temperature or top_p."""
@@ -216,6 +227,7 @@ class PipelineConfig(BaseModel):
             model=self.model,
             declared_inputs=self.inputs,
             quality=self.quality,
+            stream=self.stream,
         )
 
     @staticmethod

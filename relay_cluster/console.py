@@ -285,7 +285,8 @@ def row_table(row: RowReport, *, wide: bool = True) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if wide else 0, 0, 0), pad_edge=False)
     table.add_column("agent", style="bold", no_wrap=True)
     table.add_column("worker", no_wrap=True)
-    for name in ("prompt", "relayed", "reuse", "TTFT"):
+    ahead = any(agent.ahead for agent in row.agents)
+    for name in ("prompt", *(("prepared",) if ahead else ()), "relayed", "reuse", "TTFT"):
         table.add_column(name, justify="right", no_wrap=True)
     if base:
         for name in (base.replace("_", " "), "speed-up", "top-1", "KL"):
@@ -293,17 +294,18 @@ def row_table(row: RowReport, *, wide: bool = True) -> Table:
     table.add_column("pulled", justify="right", no_wrap=True)
     table.add_column("tok/s", justify="right", no_wrap=True)
     for agent in row.agents:
-        table.add_row(*_agent_cells(agent, compare=base is not None, wide=wide))
+        table.add_row(*_agent_cells(agent, compare=base is not None, ahead=ahead, wide=wide))
     return table
 
 
-def _agent_cells(agent: AgentReport, *, compare: bool, wide: bool) -> list[str | Text]:
+def _agent_cells(agent: AgentReport, *, compare: bool, ahead: bool, wide: bool) -> list[str | Text]:
     other = agent.compare
     ttft = other.ttft_s if other else agent.ttft_s
     cells: list[str | Text] = [
         escape(agent.agent),
         escape(agent.worker),
         str(agent.prompt_tokens),
+        *((str(agent.prepared_tokens),) if ahead else ()),
         str(agent.relayed_tokens),
         "-" if agent.reuse is None else f"{agent.reuse:.2f}",
         _seconds(ttft),

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from relay_cluster.ahead import CHUNK_TOKENS, NO_CHUNKS, Ahead, Written
 from relay_cluster.gate import Check, Decision, Edge, EdgeState, Gate
-from relay_cluster.pipeline import Agent, Pipeline
+from relay_cluster.pipeline import Agent, Pipeline, Stream
 from relay_cluster.report import CompareReport, GateReport
 from relay_cluster.turns import Turn, compare_report, gate_report, verdict
 from transport.errors import Cancelled, RelayError, WorkerLost
@@ -29,10 +29,6 @@ log = logging.getLogger(__name__)
 
 OnEvent = Callable[..., None]
 OnToken = Callable[[int, Token], None]
-Stream = Literal["off", "auto", "exact", "relay"]
-"""Whether prompts are prepared while their upstream agents still write: "auto" computes what the idle workers
-have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's; "relay"
-computes none of it, but pulls the upstream agents' KV as it is made: the answers are the method's."""
 
 
 class Workers(Protocol):
@@ -216,6 +212,7 @@ class Executor:
             open_slots=frozenset(growing),
             room_tokens=room,
             follow=follow,
+            group=self._run_id,
         )
 
     def _follows(self, agent: Agent, upstream: str) -> bool:

@@ -62,6 +62,21 @@ class Head:
 
 
 @dataclass(frozen=True, slots=True)
+class Made:
+    """A standing cluster as an `up` has left it, with nothing missing or different; see unchanged.py.
+
+    Attributes:
+        digest: of the cluster file's settings.
+        workers: facts of each: worker, node, device, pid, incarnation.
+        shards: names of the directory's, sorted.
+    """
+
+    digest: str
+    workers: tuple[dict[str, Any], ...]
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A standing cluster, as this user has started it.
 
@@ -70,6 +85,7 @@ class Record:
         file: cluster file that it was started from; "" for the defaults.
         auth: of Ray; where we have started it, what we have chosen then.
         head: None where somebody else has started Ray.
+        made: None where nobody knows, or something is not as the file says.
     """
 
     name: str
@@ -78,6 +94,7 @@ class Record:
     file: str = ""
     auth: Literal["auto", "disabled", "token"] = "auto"
     head: Head | None = None
+    made: Made | None = None
 
 
 def slug(name: str) -> str:
@@ -135,8 +152,10 @@ def _read(path: Path) -> Record | None:
 def _record(data: dict[str, Any]) -> Record:
     if data.pop("schema") != SCHEMA:
         raise ValueError("of another version")
-    head = data.pop("head")
-    return Record(**data, head=None if head is None else Head(**head))
+    head, made = data.pop("head"), data.pop("made", None)
+    if made is not None:
+        made = Made(str(made["digest"]), tuple(made["workers"]), tuple(made["shards"]))
+    return Record(**data, head=None if head is None else Head(**head), made=made)
 
 
 def settled(config: ClusterConfig) -> RaySettings:

@@ -14,21 +14,21 @@ from typing import Any, Final
 import ray
 from ray.exceptions import RayError
 
-from relay_cluster.access import decide, ensure_token, start_options, use, users_home, warn_of
+from relay_cluster.access import (
+    decide,
+    ensure_token,
+    inside_job,
+    start_options,
+    use,
+    users_home,
+    warn_of,
+)
 from relay_cluster.config import RaySettings
 from transport.errors import ConfigError, RelayError
 
 log = logging.getLogger(__name__)
 
-_JOB_ENV: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray in the process of a submitted job, beside RAY_ADDRESS."""
-
 Tell = Callable[[str], None]
-
-
-def inside_job(environment: Mapping[str, str]) -> bool:
-    """Whether this process is a submitted job (`ray job submit`, `relay submit`)."""
-    return _JOB_ENV in environment
 
 
 def meant(settings: RaySettings, environment: Mapping[str, str]) -> RaySettings:

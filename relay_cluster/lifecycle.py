@@ -20,11 +20,13 @@ import ray
 from filelock import FileLock, Timeout
 
 from relay_cluster import heads, standing
+from relay_cluster.access import inside_job
 from relay_cluster.config import ClusterConfig, RaySettings
 from relay_cluster.heads import Record
-from relay_cluster.joining import inside_job, join, visiting
+from relay_cluster.joining import join, visiting
 from relay_cluster.raising import Raised, Raising, Tell
 from relay_cluster.standing import Seen
+from relay_cluster.unchanged import made
 from transport.directory.operate import DirectoryOperator
 from transport.errors import ConfigError, DirectoryUnavailable, RelayError
 
@@ -91,9 +93,12 @@ def up(
         try:
             with _joined(config, record, tell):
                 here = config.ray.address is None and record.head is not None
-                raising = Raising(config, worker_count(config), here=here, tell=tell)
+                folder = record.head.folder if here and record.head else ""
+                raising = Raising(config, worker_count(config), here=here, tell=tell, pulses=folder)
                 raised = raising.up() if new_head or not restart else _restarted(raising, drain_timeout_s)
-                record = replace(record, address=_address())
+                record = replace(
+                    record, address=_address(), made=made(config, raised.workers, raising.shards)
+                )
         except BaseException:
             if new_head and record.head is not None:
                 heads.end_head(record.head)

@@ -198,6 +198,12 @@ TABLE: Final = (
            ("tenant", "kind")),
     Metric("relay_requests_running", G, _SERVICE, "requests", "Requests that run."),
     Metric("relay_requests_waiting", G, _SERVICE, "requests", "Requests in the queue."),
+    Metric("relay_requests_expected", G, _SERVICE, "requests",
+           "Requests that are expected now, whose prompts are prepared."),
+    Metric("relay_expected_requests_total", C, _SERVICE, "requests",
+           "Requests that were expected (asked: by a hint of the client; learnt: from earlier ones), by what "
+           "became of them: came, expired, cancelled (the answer was not finished), displaced or failed.",
+           ("source", "outcome")),
     Metric("relay_matching_seconds", H, _SERVICE, "seconds",
            "Finding remembered texts in a prompt.", (), MATCH_S),
     Metric("relay_found_texts_total", C, _SERVICE, "texts",

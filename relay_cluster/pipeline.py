@@ -13,11 +13,18 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from relay_cluster.gate import STRICT_ROLES, QualitySettings, Role
 from transport.errors import PipelineError
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+
+
+Stream = Literal["off", "auto", "exact", "relay"]
+"""Whether prompts are prepared while their upstream agents still write: "auto" computes what the idle workers
+have time for and relays the rest; "exact" relays nothing, so that answers are full prefill's; "relay"
+computes none of it, but pulls the upstream agents' KV as it is made: the answers are the method's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +236,7 @@ class Pipeline:
         declared_inputs: where given, a slot that is neither an agent nor one of these is an error.
         quality: error budget of reuse, kept by a gate that makes an edge stricter where it is exceeded; None
             lets every agent use its method unwatched.
+        stream: whether prompts are prepared while others still write; None leaves it to the cluster.
 
     Raises:
         PipelineError: everything that is wrong with the graph, one line each.
@@ -240,6 +248,7 @@ class Pipeline:
     model: str | None = None
     declared_inputs: Sequence[str] | None = None
     quality: QualitySettings | None = None
+    stream: Stream | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "agents", tuple(self.agents))

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import ray
 import ray.util
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -71,15 +71,24 @@ class Raising:
         count: workers.
         here: all of it runs on this machine.
         tell: hears of progress.
+        pulses: folder of the workers' sockets; "": none.
     """
 
-    def __init__(self, config: ClusterConfig, count: int, *, here: bool, tell: Tell) -> None:
+    def __init__(
+        self, config: ClusterConfig, count: int, *, here: bool, tell: Tell, pulses: str = ""
+    ) -> None:
         self._config = config
         self._names = standing.numbered(count)
         self._here = here
         self._tell = tell
         self._transport = config.transport
         self._shards: tuple[str, ...] = ()
+        self._pulses = pulses
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Names of the directory's shards, once it is up."""
+        return self._shards
 
     # -- up ------------------------------------------------------------------------------------------------
 
@@ -185,7 +194,7 @@ class Raising:
         while True:
             try:
                 return remote_worker(
-                    spec,
+                    replace(spec, pulses=self._pulses),
                     name=standing.worker_name(self._config.name, worker),
                     num_cpus=held.get("CPU", 0.0),
                     num_gpus=held.get("GPU", 0.0),
@@ -217,6 +226,10 @@ class Raising:
             one = pending.pop(done[0])
             try:
                 info: WorkerInfo = ray.get(done[0])
+            except ActorUnavailableError:  # it has died, and Ray starts it again
+                time.sleep(_POLL_S)
+                pending[one.handle.info.remote()] = one
+                continue
             except RayError as error:
                 raise unwrapped(error, f"worker {one.worker} could not start") from None
             infos[one.worker] = info

@@ -178,6 +178,7 @@ class AgentReport:
         prefix_tokens: the part of fresh_tokens that came from the exact local prefix cache.
         pulled_ahead_blocks, pulled_ahead_bytes: of what is relayed, came while upstream agents still wrote.
         prepared_tokens: the part of prefix_tokens that was computed while upstream agents still wrote.
+        ahead: exact or relay, as was chosen meanwhile, and why; "" where nothing was to be prepared.
         reuse: share of the (token, layer) entries of relayed spans that were not recomputed; None without
             such spans.
         recomputed_entries: (token, layer) entries of relayed spans that were recomputed, of total_entries.
@@ -209,6 +210,7 @@ class AgentReport:
     prepared_tokens: int = 0
     pulled_ahead_blocks: int = 0
     pulled_ahead_bytes: int = 0
+    ahead: str = ""
     reuse: float | None = None
     recomputed_entries: int = 0
     total_entries: int = 0

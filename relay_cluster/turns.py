@@ -61,6 +61,7 @@ def agent_report(
         prepared_tokens=reply.prepared_tokens,
         pulled_ahead_blocks=reply.ahead_blocks,
         pulled_ahead_bytes=reply.ahead_bytes,
+        ahead=reply.ahead,
         reuse=reply.reuse,
         recomputed_entries=reply.recomputed_entries,
         total_entries=reply.relayed_entries,

@@ -48,6 +48,8 @@ _MAGIC: Final = b"RELAYKV2"
 # magic, block index, generation, incarnation, payload bytes, digest of the parts' sizes; the rest is zero.
 _HEADER: Final = struct.Struct("<8sQQQQQ16x")
 
+_WORDS: Final = struct.Struct("<8q")  # a header as the device sees it
+
 _FREE, _USED, _QUARANTINED = 0, 1, 2
 _STATE_NAMES: Final = ("free", "used", "quarantined")
 
@@ -116,6 +118,7 @@ class Arena:
 
     Attributes:
         pull_key: secret of this life of the worker, with which tokens for its blocks are made.
+        on_device: whether the blocks lie elsewhere than in CPU memory.
 
     Raises:
         ConfigError: not even one block fits into the budget, or the parts do not make up a block.
@@ -149,11 +152,11 @@ class Arena:
         self.pull_key = PullKey.random()
         self.device = torch.device(device)
         self.nbytes = self.num_blocks * self.stride
-        self._is_cpu = self.device.type == "cpu"
-        self._shared = _share(self.nbytes) if shared and self._is_cpu else None
+        self.on_device = self.device.type != "cpu"
+        self._shared = _share(self.nbytes) if shared and not self.on_device else None
         self._buffer = _private(self.nbytes, self.device) if self._shared is None else _tensor(self._shared)
         # A flat byte view of CPU memory: sockets read and write it without a copy.
-        self._view = _bytes_of(self._buffer) if self._is_cpu else None
+        self._view = None if self.on_device else _bytes_of(self._buffer)
         self.faults: Faults | None = None  # only ever set in test mode
         self._lock = threading.Lock()
         self._state = bytearray(self.num_blocks)
@@ -306,16 +309,30 @@ class Arena:
         found = checksums.again(self._part_bytes(block, part), sealed)
         return Outcome.PULLED if found == sealed else Outcome.CORRUPT
 
-    def verify_parts(
-        self, blocks: Sequence[BlockId], refs: Sequence[BlockRef], part: int
-    ) -> Iterator[Outcome]:
-        """`verify_part` for many blocks, in order; on a device in one launch."""
+    def verify_landed(
+        self, blocks: Sequence[BlockId], refs: Sequence[BlockRef], part: int, owner_incarnation: int
+    ) -> Iterator[tuple[BlockRef, Outcome]]:
+        """Judge one landed part of many blocks, and with part 0 their headers; on a device in one launch.
+        There is a verdict on every header and on every part."""
         if self._checks_on_device(part) and all(r.checksums[part] & checksums.WORDS_BIT for r in refs):
-            for found, ref in zip(self._checksums(blocks, part), refs, strict=True):
-                yield Outcome.PULLED if found == ref.checksums[part] else Outcome.CORRUPT
+            yield from self._verify_on_device(blocks, refs, part, owner_incarnation)
             return
+        if part == 0:
+            yield from zip(refs, self.verify_headers(blocks, refs, owner_incarnation), strict=True)
         for block, ref in zip(blocks, refs, strict=True):
-            yield self.verify_part(block, ref, part)
+            yield ref, self.verify_part(block, ref, part)
+
+    def _verify_on_device(
+        self, blocks: Sequence[BlockId], refs: Sequence[BlockRef], part: int, owner_incarnation: int
+    ) -> Iterator[tuple[BlockRef, Outcome]]:
+        rows: list[tuple[int, ...]] = [(block,) for block in blocks]
+        if part == 0:
+            with self._lock:
+                rows = [(block, *_WORDS.unpack(self._header(block))) for block in blocks]
+        for ref, (found, *header) in zip(refs, self._sums(rows, part), strict=True):
+            if header:
+                yield ref, self.judge_header(_WORDS.pack(*header), ref, owner_incarnation)
+            yield ref, Outcome.PULLED if found == ref.checksums[part] else Outcome.CORRUPT
 
     def fits(self, ref: BlockRef) -> bool:
         """Whether a peer's block has as many bytes and as many parts as ours."""
@@ -408,22 +425,19 @@ class Arena:
         self._write_headers(ids)
         self._free.extend(reversed(ids))
 
+    def _header(self, block: BlockId | int) -> bytes:
+        generation = self._generation[block]
+        return _HEADER.pack(
+            _MAGIC, block, generation, self.incarnation, self.block_nbytes, self._parts_digest
+        )
+
     def _write_headers(self, blocks: Sequence[BlockId] | range) -> None:
-        headers = bytearray()
-        for block in blocks:
-            fields = (
-                _MAGIC,
-                block,
-                self._generation[block],
-                self.incarnation,
-                self.block_nbytes,
-                self._parts_digest,
-            )
-            if self._view is not None:
-                _HEADER.pack_into(self._view, block * self.stride, *fields)
-            else:
-                headers += _HEADER.pack(*fields)
-        if headers:
+        if self._view is not None:
+            for block in blocks:
+                at = block * self.stride
+                self._view[at : at + HEADER_NBYTES] = self._header(block)
+        elif blocks:
+            headers = bytearray(b"".join(map(self._header, blocks)))
             host = torch.frombuffer(headers, dtype=torch.uint8).view(-1, HEADER_NBYTES)
             self._device_rows()[self._index(blocks), :HEADER_NBYTES] = host.to(self.device)
 
@@ -453,10 +467,12 @@ class Arena:
         """Of one part of every block, of the kind that suits the device."""
         if not self._checks_on_device(part):
             return [checksums.of_bytes(self._part_bytes(block, part)) for block in blocks]
+        return [found for found, *_ in self._sums([(block,) for block in blocks], part)]
+
+    def _sums(self, rows: Sequence[Sequence[int]], part: int) -> list[list[int]]:
         start, stop = self._ranges[part]
         start = max(start, HEADER_NBYTES)
-        starts = [self._offset(block) + start for block in blocks]
-        return checksums.on_device(self._buffer, starts, stop - start)
+        return checksums.on_device(self._buffer, rows, self.stride, start, stop - start)
 
     def _full_message(self, n: int) -> str:
         quarantined = self._state.count(_QUARANTINED)

@@ -52,18 +52,27 @@ def again(data: Any, sealed: int) -> int:
     return of_words(data) if sealed & WORDS_BIT and len(data) % WORD_NBYTES == 0 else of_bytes(data)
 
 
-def on_device(buffer: torch.Tensor, starts: Sequence[int], nbytes: int) -> list[int]:
-    """Sums over words of ranges of CUDA memory, all in one launch.
+def on_device(
+    buffer: torch.Tensor, rows: Sequence[Sequence[int]], stride: int, first: int, nbytes: int
+) -> list[list[int]]:
+    """Sums over words of one range of every block of CUDA memory, in one launch; with headers, each block's
+    is exchanged for the one that is given.
 
     Args:
-        buffer: flat uint8, 8-byte aligned.
-        starts: of each range, in bytes, multiples of 8; nbytes: of every range, a multiple of 8.
-    """
-    from transport.checksums_triton import sum_words
+        buffer: flat uint8, 8-byte aligned, blocks of `stride` bytes that begin with a header of 64.
+        rows: of every block its number, or its number and 8 words of its new header (signed).
+        first, nbytes: the range, in bytes from the start of a block, both multiples of 8.
 
-    at = torch.tensor(starts, dtype=torch.int64).to(buffer.device, non_blocking=True)
-    sums = sum_words(buffer.view(torch.int64), at // WORD_NBYTES, nbytes // WORD_NBYTES)
-    return [value & _MASK | WORDS_BIT for value in sums.tolist()]
+    Returns:
+        of every block [checksum], or [checksum, 8 words of the header that it had].
+    """
+    from transport.checksums_triton import check
+
+    given = torch.tensor(rows, dtype=torch.int64).to(buffer.device)
+    found = check(
+        buffer.view(torch.int64), given, stride // WORD_NBYTES, first // WORD_NBYTES, nbytes // WORD_NBYTES
+    )
+    return [[total & _MASK | WORDS_BIT, *header] for total, *header in found.tolist()]
 
 
 def serves_device(device: torch.device, start: int, nbytes: int) -> bool:

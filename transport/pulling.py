@@ -189,9 +189,12 @@ def landed_parts(
         ReadFailed: they are not, or the read failed.
     """
 
+    # A launch costs more than the sums of many blocks: on a device, a part is verified as a whole.
+    piecewise = verify and not arena.on_device
+
     def settle(landed: Landed) -> None:
         here = landed.fetched()
-        if verify:
+        if piecewise:
             _verify(arena, lease, into, here)
 
     ready = 0
@@ -205,6 +208,8 @@ def landed_parts(
             if landed.stop == len(into):
                 together(partial(settle, one) for one in fetchable)
                 fetchable.clear()
+                if verify and not piecewise:
+                    _verify(arena, lease, into, Landed(landed.part, 0, len(into)))
                 yield landed.part
                 ready += 1
     except TimeoutError as fault:  # of a `fetch`: nothing runs any more that could write
@@ -216,11 +221,7 @@ def landed_parts(
 def _verify(arena: Arena, lease: Lease, into: Sequence[BlockId], landed: Landed) -> None:
     here = slice(landed.first, landed.stop)
     blocks, refs = into[here], lease.located.segment.blocks[here]
-    if landed.part == 0:
-        verdicts = arena.verify_headers(blocks, refs, lease.located.owner.incarnation)
-        for ref, verdict in zip(refs, verdicts, strict=True):
-            expect_pulled(verdict, ref, lease)
-    for ref, verdict in zip(refs, arena.verify_parts(blocks, refs, landed.part), strict=True):
+    for ref, verdict in arena.verify_landed(blocks, refs, landed.part, lease.located.owner.incarnation):
         expect_pulled(verdict, ref, lease)
 
 

@@ -22,6 +22,7 @@ from transport.errors import DeadlineExceeded, RelayError, WorkerDraining
 from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, SegmentKey, WorkerId
 from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck
+from workers.pulse import Pulse, start_pulse
 from workers.settings import DEFAULT_MODEL, WorkerSettings
 
 if TYPE_CHECKING:  # the driver handles these classes without loading torch
@@ -50,6 +51,7 @@ class WorkerSpec:
         directory_shards: names of the shard actors.
         namespace: Ray namespace of the actors.
         host: address on which peers reach this worker; None = the node's own.
+        pulses: folder for the socket over which it tells that it lives (see pulse.py); "" = none.
     """
 
     worker: WorkerId
@@ -61,6 +63,7 @@ class WorkerSpec:
     directory_shards: tuple[str, ...] = ()
     namespace: str = "relay"
     host: str | None = None
+    pulses: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ class Worker:
         self._fault: RelayError | None = None
         self._spec = spec
         self._calls = _Calls()
+        self._pulse: Pulse | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="load") as loader:
             try:
                 loader.submit(self._start, spec).result()
@@ -186,6 +190,18 @@ class Worker:
             block_nbytes=loaded.layout.block_nbytes,
             load_s=time.perf_counter() - begin,
         )
+        self._pulse = start_pulse(spec.pulses, spec.worker, self._pulse_facts)
+
+    def _pulse_facts(self) -> dict[str, Any]:
+        """That this process takes requests, and reaches the directory."""
+        shards = self._directory.fleet.shards
+        return {
+            "worker": self._info.worker,
+            "incarnation": self._info.incarnation,
+            "accepting": not self._calls.draining,
+            "shards": sorted(shards),
+            "shards_up": int(self._directory.stats()["shards_up"]),
+        }
 
     @property
     def store(self) -> SegmentStore:
@@ -323,6 +339,8 @@ class Worker:
     @ray.method(concurrency_group=CONTROL)
     def close(self) -> None:
         """Stop threads and sockets."""
+        if self._pulse is not None:
+            self._pulse.close()
         self._agent.close()
         self._store.close()
         self._directory.close()

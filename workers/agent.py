@@ -23,9 +23,11 @@ from typing import Any, TypeVar
 from transport.errors import CacheFull, RelayError
 from transport.types import NodeId, WorkerId
 from workers.admission import Admission, Arrival
+from workers.ahead_choice import Coming
 from workers.anchoring import Anchoring, template_contexts
 from workers.answers import Answers, OnToken
 from workers.break_even import Speeds
+from workers.budget import Urgency
 from workers.compare import compare_methods
 from workers.engine import Engine
 from workers.heal import Heal, chunk_rows
@@ -90,7 +92,10 @@ class AgentWorker:
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.store = store
         self._loop = StepLoop(
-            self.engine, max_rows=settings.max_rows_per_step, checkpoint_layer=profile.checkpoint_layer
+            self.engine,
+            max_rows=settings.max_rows_per_step,
+            checkpoint_layer=profile.checkpoint_layer,
+            ahead_share=settings.ahead_share,
         )
         self._builder = PromptBuilder(
             loaded.tokenizer,
@@ -227,9 +232,10 @@ class AgentWorker:
             shadow_tokens=0,
         )
         turn = self._begin(again, count - 1, background_s=timeout_s)
+        turn.urgency = Urgency.IDLE
         try:
             self._loading.load(turn)
-            sequence = self._submit(turn, None, 0, forced=answer[: count - 1], background=True)
+            sequence = self._submit(turn, None, 0, forced=answer[: count - 1])
             self._answers.wait(turn, sequence)
             if probe is not None:
                 return self.on_engine(lambda: judge(sequence.scored, kept.logits, (), (), probe))
@@ -343,9 +349,13 @@ class AgentWorker:
         )
         certain = {**request.values, **dict.fromkeys(draft.follow, SlotValue(token_ids=()))}
         known = self._builder.known(template, certain, draft.open_slots | draft.follow.keys())
+        relayable = not draft.follow and parse_reuse(request.method, self.profile).method.uses_segments
+        coming = Coming(draft.room_tokens, draft.open_slots) if relayable else None
+        arrival = Arrival(request, parse_reuse("exact_prefix"), whole, most)
         if not known:
             return 0
-        return self._preparing.advance(Arrival(request, parse_reuse("exact_prefix"), whole, most), known)
+        reason = "relay: as asked; what is written is pulled as it is published" if draft.follow else ""
+        return self._preparing.advance(arrival, known, coming, draft.group, reason=reason)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at its next step, or as soon as it arrives, and what was prepared for it. Returns
@@ -369,6 +379,8 @@ class AgentWorker:
             "fallbacks": self._loading.fallbacks,
             "healed_entries": self._loop.healed_entries,
             "healing_steps": self._loop.healing_steps,
+            "rode_rows": self._loop.rode_rows,
+            "steps_given_up": self._loop.steps_given_up,
             "evidence_bytes": self._evidence.nbytes,
             "unpublished": self._publishing.unpublished,
             "memory": self.store.stats(),
@@ -393,10 +405,9 @@ class AgentWorker:
         arrival = self._arrival(request, answer_tokens)
         if background_s is not None:
             return self._admission.admit([arrival], background_s)[0]
-        turn = self._preparing.take(arrival)
-        if turn is not None:
-            return turn
-        return self._admit([arrival])[0]
+        turn = self._preparing.take(arrival) or self._admit([arrival])[0]
+        turn.ahead = self._preparing.why(request.id)
+        return turn
 
     def _admit(self, arrivals: list[Arrival]) -> list[Turn]:
         """Wait for room; what is only prepared makes room first."""
@@ -478,8 +489,6 @@ class AgentWorker:
         sampler: Sampler | None,
         max_new_tokens: int,
         forced: tuple[int, ...] = (),
-        *,
-        background: bool = False,
     ) -> Sequence:
         assert turn.prefill is not None  # loaded before
         sequence = Sequence(
@@ -492,7 +501,8 @@ class AgentWorker:
             capture_mass=turn.request.publish,
             heal=self._heal(turn),
             evidence=self._new_evidence(turn),
-            background=background,
+            urgency=turn.urgency,
+            group=turn.group,
             cancelled=turn.cancelled,
         )
         turn.clock.submitted = time.perf_counter()
@@ -511,4 +521,4 @@ class AgentWorker:
     def _prefill(self, turn: Turn) -> None:
         """Compute the turn's prompt while nobody else wants the engine."""
         self._loading.load(turn)
-        self._answers.wait(turn, self._submit(turn, None, 0, background=True))
+        self._answers.wait(turn, self._submit(turn, None, 0))

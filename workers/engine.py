@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,10 @@ class _Rows:
         return torch.nonzero((self.enter <= layer) & (self.exit > layer)).flatten()
 
 
+class StepGivenUp(Exception):
+    """Somebody else needs the engine sooner than the step's rows are needed."""
+
+
 class Engine:
     """Runs ragged steps on one model. One step at a time; callers on several threads are serialised."""
 
@@ -130,16 +134,24 @@ class Engine:
         self.counters = EngineCounters()
 
     @torch.inference_mode()
-    def step(self, parts: Sequence[Part]) -> list[PartResult]:
+    def step(self, parts: Sequence[Part], give_up: Callable[[float], bool] | None = None) -> list[PartResult]:
         """Compute every row of every part in its layers.
 
         Side effects: keys and values (and checkpoints, masses, probes where asked) are written to the parts'
             caches.
+
+        Args:
+            give_up: asked before every layer, with the share of the layers that are done.
+
+        Raises:
+            StepGivenUp: it said so. Keys, values and checkpoints of the parts' rows are then of no use.
         """
         with self._lock:
-            return self._step(parts)
+            return self._step(parts, give_up)
 
-    def _step(self, parts: Sequence[Part]) -> list[PartResult]:
+    def _step(
+        self, parts: Sequence[Part], give_up: Callable[[float], bool] | None = None
+    ) -> list[PartResult]:
         rows = self._gather(parts)
         # Layers at which the set of rows changes; between them nothing is rebuilt.
         changes = rows.changes()
@@ -148,6 +160,8 @@ class Engine:
         hidden, index = rows.hidden, slice(0, 0)
         rotary: dict[str, RotaryTables] = {}
         for layer in range(changes[0], changes[-1]):
+            if give_up is not None and give_up(layer / self.num_layers):
+                raise StepGivenUp
             if layer in changes:
                 if active is not None:
                     rows.hidden[index] = hidden

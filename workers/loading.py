@@ -20,9 +20,11 @@ import torch
 
 from transport.errors import DeadlineExceeded
 from transport.types import Located, Outcome, SegmentKey, WorkerId
+from workers.ahead_choice import LITTLE_ROWS, WORTH_A_PULL
 from workers.anchoring import Anchoring
 from workers.anchors import Match
 from workers.break_even import Speeds, estimate_relays
+from workers.budget import Urgency
 from workers.costs import model_costs
 from workers.heal import first_stale
 from workers.messages import Request
@@ -39,9 +41,6 @@ from workers.store import SegmentStore
 from workers.turn import Turn, fallbacks, log_costs
 
 log = logging.getLogger(__name__)
-
-_LITTLE_ROWS = 64
-_WORTH_A_PULL = 6
 
 
 class Loading:
@@ -150,7 +149,11 @@ class Loading:
         self._count_fallbacks(turn)
         plan = self._plan(turn, hits, pulled)
         try:
-            prefill = self._loop.call(lambda: self._scatter(turn, plan, pulled), timeout_s=turn.remaining_s)
+            prefill = self._loop.call(
+                lambda: self._scatter(turn, plan, pulled),
+                timeout_s=turn.remaining_s,
+                polite=turn.urgency is not Urgency.NOW,
+            )
         except SegmentLost:
             self.load_again(turn)  # a segment less each time
             return
@@ -267,7 +270,7 @@ def _nearly_prepared(turn: Turn, span: Span) -> bool:
     """Whether so much of a span has been computed ahead that relaying the whole of it would not be less
     work: a pull and its rectification cost about a seventh of computing it."""
     rest = span.stop - turn.prepared
-    return span.start < turn.prepared and rest <= max(_LITTLE_ROWS, len(span) // _WORTH_A_PULL)
+    return span.start < turn.prepared and rest <= max(LITTLE_ROWS, len(span) // WORTH_A_PULL)
 
 
 def prefill_model(loaded: LoadedModel, profile: ModelProfile) -> PrefillModel:

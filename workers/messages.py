@@ -97,12 +97,14 @@ class Draft:
         room_tokens: most tokens that they may still get together.
         follow: slot -> id of the request whose answer fills it, for slots whose KV is to be relayed: they are
             not computed ahead, but pulled as it is published.
+        group: whose work it is; groups share what time a worker has.
     """
 
     request: Request
     open_slots: frozenset[str]
     room_tokens: int
     follow: dict[str, str] = field(default_factory=dict[str, str])
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,6 +244,7 @@ class Reply:
     prepared_tokens: int = 0
     ahead_blocks: int = 0
     ahead_bytes: int = 0
+    ahead: str = ""
     full_prefill_s: float | None = None
 
     @property

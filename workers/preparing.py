@@ -23,9 +23,11 @@ from itertools import takewhile
 
 from transport.errors import CacheFull, Cancelled, DeadlineExceeded
 from workers.admission import Admission, Arrival
+from workers.ahead_choice import Coming, Outlook, Pace, choose_mode
+from workers.budget import Urgency
+from workers.choosing import BACKGROUND_ROWS
 from workers.methods.base import Span
 from workers.prefix_cache import PrefixCache
-from workers.scheduler import BACKGROUND_ROWS
 from workers.segment import Prompt
 from workers.turn import Clock, Turn
 
@@ -42,12 +44,14 @@ class _Preparation:
     Attributes:
         turn: holds its slot and its cache.
         ids: computed so far; computed: how many of them were not in the prefix cache.
+        begun: instant (time.monotonic) of the first draft, and the most tokens that were to be written then.
         stop: nobody wants more of it; lock: of whoever computes or ends it.
     """
 
     turn: Turn
     ids: tuple[int, ...] = ()
     computed: int = 0
+    begun: tuple[float, int] | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     touched: float = field(default_factory=time.monotonic)
@@ -78,6 +82,8 @@ class Preparing:
         self._open: OrderedDict[str, _Preparation] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
+        self._reasons: OrderedDict[str, str] = OrderedDict()
+        self._pace = Pace()
         self._used = self._wasted = self._dropped = self._refused = 0
 
     def stats(self) -> dict[str, int]:
@@ -92,13 +98,25 @@ class Preparing:
                 "preparations_refused": self._refused,
             }
 
-    def advance(self, arrival: Arrival, known: tuple[int, ...]) -> int:
+    def advance(
+        self,
+        arrival: Arrival,
+        known: tuple[int, ...],
+        coming: Coming | None = None,
+        group: str = "",
+        *,
+        reason: str = "",
+    ) -> int:
         """Compute what is known of a request's prompt and not yet computed; returns early once the request
         itself, or somebody in greater need of the room, comes.
 
         Args:
             arrival: how much room it will need in the end.
             known: leading token ids of its prompt, certain or likely.
+            coming: what is still to be written, where the relay could serve as well: all of `known` is
+                computed only while this worker has the time. None: always.
+            group: whose work it is.
+            reason: why all of `known` is computed, for people, where `coming` is None.
 
         Returns:
             How many leading tokens of `known` stand ready; 0 also where there is no room.
@@ -109,14 +127,52 @@ class Preparing:
         found = self._find(arrival)
         if found is None:
             return 0
+        found.turn.group = group
         with found.lock:
             self._rewind(found, known)
+            known = known[: self._worth(found, arrival, len(known), coming, reason)]
             while len(found.ids) < len(known) and not found.stop.is_set():
                 try:
                     self._piece(found, known)
                 except Cancelled:
                     break
             return len(found.ids)
+
+    def why(self, request_id: str) -> str:
+        """What was chosen for a request, and the reason; "" of one that was not prepared. Forgets it."""
+        with self._lock:
+            return self._reasons.pop(request_id, "")
+
+    def _note(self, request_id: str, reason: str) -> None:
+        with self._lock:
+            self._reasons[request_id] = reason
+            while len(self._reasons) > _MOST_ENDED:
+                self._reasons.popitem(last=False)
+
+    def _worth(
+        self, found: _Preparation, arrival: Arrival, known: int, coming: Coming | None, reason: str
+    ) -> int:
+        """How many of the `known` leading tokens are to be computed ahead."""
+        request_id = arrival.request.id
+        if coming is None:
+            self._note(request_id, reason or "exact: the request relays nothing")
+            return known
+        now = time.monotonic()
+        at, room = found.begun = found.begun or (now, coming.room_tokens)
+        written, took_s = room - coming.room_tokens, now - at
+        left_s = coming.room_tokens * took_s / written if written > 0 and took_s > 0 else None
+        fresh = next((s.start for s in arrival.prompt.spans if s.key or s.slot in coming.slots), None)
+        choice = choose_mode(
+            Outlook(
+                missing=max(0, known - len(found.ids)),
+                coming=coming.room_tokens,
+                rate=self._pace.rate(now),
+                left_s=left_s,
+                relayable=fresh is not None,
+            )
+        )
+        self._note(request_id, choice.reason)
+        return known if choice.exact or fresh is None else min(known, max(fresh, len(found.ids)))
 
     def take(self, arrival: Arrival) -> Turn | None:
         """The turn of a request that was prepared; None when there is nothing to begin with."""
@@ -154,6 +210,7 @@ class Preparing:
         self.discard(oldest)
         with self._lock:
             self._dropped += 1
+            self._reasons[oldest] = "relay: what was prepared made room for another request"
             # It may be prepared again, once there is room.
             self._ended.pop(oldest, None)
         return True
@@ -183,6 +240,7 @@ class Preparing:
                 (turn,) = self._admission.admit([arrival], background_s=self._timeout_s)
             except CacheFull:
                 self._refused += 1
+                self._reasons[request_id] = "relay: there was no room to prepare it"
                 return None
             found = self._open[request_id] = _Preparation(turn)
             return found
@@ -208,14 +266,26 @@ class Preparing:
             deadline=time.monotonic() + self._timeout_s,
             cancelled=found.stop,
             clock=Clock(),
+            urgency=Urgency.AHEAD,
         )
+        begin = time.monotonic()
         try:
             self._compute(turn)
+        except Cancelled:
+            if turn.prefill is not None:  # its rows may have come a few in a step
+                self._done(found, known[: stop - turn.prefill.rows_left], turn.prefill.prefix_tokens)
+            raise
         finally:
             found.turn.sequence = turn.sequence  # who ends the turn waits for it
         assert turn.prefill is not None  # it was computed
-        found.computed += stop - turn.prefill.prefix_tokens
-        found.ids = known[:stop]
+        self._done(found, known[:stop], turn.prefill.prefix_tokens)
+        now = time.monotonic()
+        self._pace.took(stop - turn.prefill.prefix_tokens, now - begin, now)
+
+    def _done(self, found: _Preparation, ids: tuple[int, ...], before: int) -> None:
+        """`ids` stand ready, all but the first `before` of them computed just now."""
+        found.computed += len(ids) - before
+        found.ids = ids
 
     def _close(self, request_id: str) -> _Preparation | None:
         """Nobody may add to it any more, and nobody does when this returns.

@@ -1,9 +1,6 @@
-"""Continuous batching on one worker: which rows go into the next ragged step, and the thread that runs the
-steps.
+"""Continuous batching on one worker: the thread that runs ragged steps.
 
-    choose()   pure: decode rows first, then healing chunks, then prefill rows by age, within the cap of rows
-               per step
-    StepLoop   one thread: choose -> Engine.step -> hand every sequence its result -> again
+    StepLoop   one thread: choose (choosing.py) -> Engine.step -> hand every sequence its result -> again
 
 Sequences join and leave between steps. All other tensor work of a worker (scatter, publish copies) is
 `call`ed onto the same thread, because decoding slowed down as soon as a second thread had run parallel
@@ -14,23 +11,25 @@ The loop knows nothing of prompts, segments or transport.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from transport.errors import Cancelled, DeadlineExceeded, RelayError
 from workers.attention import MassSpan
-from workers.engine import Engine, Part, PartResult
+from workers.budget import RideAlong, Turns, Urgency
+from workers.choosing import BACKGROUND_ROWS, Share, choose
+from workers.engine import Engine, Part, PartResult, StepGivenUp
 from workers.heal import Heal
 from workers.methods.base import HealMode
 from workers.prefill import Prefill
@@ -43,8 +42,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STALL_POLL_S = 0.05
-BACKGROUND_ROWS = 128
-"""Cap on the rows of a step that is made of background sequences only."""
+_ROWS_PER_PASS = 20
+"""Rows whose arithmetic takes as long as a pass over the weights; measured for SmolLM2 on a core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +59,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class FinishedEvent:
-    """The sequence ended. reason: "stop", "length" or "scored"."""
+    """The sequence ended. reason: "stop", "length", "scored" or "prepared"."""
 
     reason: str
 
@@ -86,7 +85,8 @@ class Sequence:
         deadline: time.monotonic() instant.
         heal: recomputes stale entries between decode steps; None where nothing is to be healed.
         evidence: what is kept for a shadow check; None when this request is not sampled.
-        background: gets rows only in steps in which nobody else wants any.
+        urgency: NOW where somebody waits for it; else see `workers/budget.py`.
+        group: whose work it is, among those that can wait and share the room.
         enough: set by whoever reads the answer when its text has reached a stop text.
         ending: why the answer ended, while its last stale entries are still being healed; else "".
         stalled_s: seconds for which its prefill could not go on because layers had yet to arrive;
@@ -102,7 +102,8 @@ class Sequence:
     capture_mass: bool = True
     heal: Heal | None = None
     evidence: Evidence | None = None
-    background: bool = False
+    urgency: Urgency = Urgency.NOW
+    group: str = ""
     events: queue.SimpleQueue[Event] = field(default_factory=queue.SimpleQueue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     enough: threading.Event = field(default_factory=threading.Event)
@@ -147,67 +148,31 @@ class Sequence:
         return self.forced[: self.fed] if self.forced else tuple(self.tokens[: self.fed])
 
 
-class Share(NamedTuple):
-    """A sequence's rows of the next step: prefill or decode rows, and stale entries to heal."""
+class _Job(NamedTuple):
+    """Work for the engine's thread; see StepLoop.call."""
 
-    sequence: Sequence
-    rows: int
-    heal_rows: int = 0
-
-
-def choose(sequences: Seq[Sequence], max_rows: int) -> list[Share]:
-    """Rows of the next step: one for every decoding sequence, then healing chunks, then prefill rows in order
-    of arrival.
-
-    Decode rows are never held back. Healing takes at most half of what is left while somebody waits for a
-    first token. Prefill fills the rest and gets at least 16 rows, so that it goes on even when many sequences
-    decode. Background sequences get rows only when there are no others.
-    """
-    active = [s for s in sequences if not s.background]
-    if not active:
-        # Small steps: whoever comes next waits for the one that runs.
-        active, max_rows = list(sequences), min(max_rows, BACKGROUND_ROWS)
-    decoding = [s for s in active if s.decoding]
-    prefilling = [s for s in active if not s.decoding]
-    rows = [len(s.following) for s in decoding]
-    room = max_rows - sum(rows)
-    healing = _healing_rows(decoding, room // 2 if prefilling else room, quiet=not prefilling)
-    chosen = [Share(s, n, h) for s, n, h in zip(decoding, rows, healing, strict=True) if n or h]
-    room = max(16, room - sum(healing))
-    for sequence in prefilling:
-        part_rows = min(room, sequence.prefill.rows_left)
-        if part_rows > 0:
-            chosen.append(Share(sequence, part_rows))
-            room -= part_rows
-    return chosen
-
-
-def _healing_rows(decoding: Seq[Sequence], room: int, *, quiet: bool) -> list[int]:
-    """Stale entries to heal of each sequence, the oldest first. quiet: nobody waits for a first token."""
-    out: list[int] = []
-    alone = len(decoding) == 1
-    for sequence in decoding:
-        heal, rows = sequence.heal, 0
-        if heal is not None and (quiet or heal.mode is HealMode.ALWAYS):
-            # Nobody's token is held up by the last chunks of an answer that is out.
-            wanted = room if sequence.ending and alone else heal.rows
-            rows = max(0, min(wanted, sequence.stale, room))
-            room -= rows
-        out.append(rows)
-    return out
+    work: Callable[[], object]
+    future: Future[Any]
+    polite: bool
 
 
 class StepLoop:
     """Owns the engine thread. `submit` from any thread; events come back on the sequence's queue."""
 
-    def __init__(self, engine: Engine, *, max_rows: int, checkpoint_layer: int) -> None:
+    def __init__(
+        self, engine: Engine, *, max_rows: int, checkpoint_layer: int, ahead_share: float = 0.1
+    ) -> None:
         self._engine = engine
+        self._ride = RideAlong(ahead_share, BACKGROUND_ROWS)
+        self._turns = Turns()
+        self.rode_rows = 0
+        self.steps_given_up = 0
         self._max_rows = max_rows
         self._checkpoint_layer = checkpoint_layer
         self.healed_entries = 0
         self.healing_steps = 0
         self._sequences: list[Sequence] = []
-        self._jobs: list[tuple[Callable[[], object], Future[Any]]] = []
+        self._jobs: list[_Job] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._holds = 0
@@ -245,9 +210,9 @@ class StepLoop:
             self._woken = True
             self._changed.notify()
 
-    def call(self, job: Callable[[], T], *, timeout_s: float = 60.0) -> T:
+    def call(self, job: Callable[[], T], *, timeout_s: float = 60.0, polite: bool = False) -> T:
         """Run `job` on the engine's thread between two steps, and return what it returns or raise what it
-        raises.
+        raises. polite: no step is given up for it.
 
         Raises:
             RelayError: the loop was stopped. DeadlineExceeded: not done within `timeout_s`.
@@ -258,7 +223,7 @@ class StepLoop:
         with self._changed:
             if self._stopping:
                 raise RelayError("the worker is shutting down and takes no new requests.")
-            self._jobs.append((job, future))
+            self._jobs.append(_Job(job, future, polite))
             self._changed.notify()
         try:
             return future.result(timeout=timeout_s)
@@ -288,8 +253,8 @@ class StepLoop:
                     leftovers, self._sequences = self._sequences, []
                     break
                 batch = [] if self._holds else [s for s in self._sequences if not self._gave_up(s)]
-            for job, future in jobs:
-                _do(job, future)
+            for job in jobs:
+                _do(job.work, job.future)
             ready = [s for s in batch if _absorb(s)]
             if ready:
                 self._step(ready)
@@ -299,8 +264,8 @@ class StepLoop:
                     # All wait for layers to arrive. Whoever joins, cancels or brings them wakes the loop; the
                     # limit is for deadlines.
                     self._changed.wait(_STALL_POLL_S)
-        for _, future in jobs:
-            future.cancel()
+        for job in jobs:
+            job.future.cancel()
         for sequence in leftovers:
             _fail(sequence, RelayError("the worker shut down before the request was finished."))
 
@@ -325,15 +290,60 @@ class StepLoop:
     def _step(self, batch: list[Sequence]) -> None:
         begin = time.perf_counter()
         work: list[tuple[Sequence, Part]] = []
-        for share in choose(batch, self._max_rows):
+        shares = self._shares(batch)
+        for share in shares:
             with _failing(share.sequence):
                 work += [(share.sequence, part) for part in self._parts(share)]
-        results = self._compute(work)
+        try:
+            results = self._compute(work)
+        except StepGivenUp:
+            self.steps_given_up += 1
+            return  # the same rows come again
         seconds = time.perf_counter() - begin
+        self._learn(shares, seconds)
         for (sequence, part), result in zip(work, results, strict=True):
             if result is not None and not sequence.finished:
                 with _failing(sequence):
                     self._advance(sequence, part, result, seconds)
+
+    def _wanted(self, work: list[tuple[Sequence, Part]], before: set[int], done: float) -> bool:
+        """Whether a step of prefill ahead, of which a share is `done`, shall be given up: for a request that
+        has come meanwhile at once; for the one that is prepared, where computing these rows again, with its
+        last ones, is less than what is left of the step. before: who was there when it began."""
+        if self._woken or any(not job.polite for job in self._jobs):
+            return True
+        if any(s.urgency is Urgency.NOW and id(s) not in before for s in self._sequences):
+            return True
+        rows = sum(part.rows for _, part in work)
+        again = rows / (rows + _ROWS_PER_PASS)
+        return done < 1 - again and all(sequence.cancelled.is_set() for sequence, _ in work)
+
+    def _shares(self, batch: list[Sequence]) -> list[Share]:
+        """Rows of the next step."""
+        later = [s for s in batch if s.urgency is not Urgency.NOW]
+        if not later and not any(s.stale for s in batch):
+            return choose(batch, self._max_rows)
+        urgent = [s for s in batch if s.urgency is Urgency.NOW]
+        ride = (
+            self._ride.rows(sum(len(s.following) for s in urgent)) if all(s.decoding for s in urgent) else 0
+        )
+        in_turn = [later[i] for i in self._turns.order(s.group for s in later)]
+        return choose([*urgent, *in_turn], self._max_rows, ride)
+
+    def _learn(self, shares: list[Share], seconds: float) -> None:
+        """Take in what a step took, and who had rows in it."""
+        rode = sum(s.rows for s in shares if s.sequence.urgency is not Urgency.NOW)
+        for share in shares:
+            if share.sequence.urgency is not Urgency.NOW:
+                self._turns.took(share.sequence.group, share.rows)
+        urgent = [s for s in shares if s.sequence.urgency is Urgency.NOW]
+        if not urgent or not all(s.sequence.decoding for s in urgent):
+            return  # nobody's next token was held up by what rode along
+        self.rode_rows += rode
+        healed = [s for s in urgent if s.heal_rows]
+        if all(s.sequence.heal is not None and s.sequence.heal.mode is HealMode.IDLE for s in healed):
+            extra = rode + sum(s.heal_rows for s in healed)
+            self._ride.observe(sum(s.rows for s in urgent), extra, seconds)
 
     def _compute(self, work: list[tuple[Sequence, Part]]) -> list[PartResult | None]:
         """Results of all parts; None for a sequence that failed. When a step breaks, its parts are run one by
@@ -354,7 +364,12 @@ class StepLoop:
         masses = [_row_masses(part) for _, part in work if part.masses] if len(work) > 1 else []
         before = [mass.clone() for mass in masses]
         try:
+            if all(sequence.urgency is Urgency.AHEAD for sequence, _ in work):
+                give_up = functools.partial(self._wanted, work, set(map(id, self._sequences)))
+                return list(self._engine.step([part for _, part in work], give_up))
             return list(self._engine.step([part for _, part in work]))
+        except StepGivenUp:
+            raise
         except Exception as error:
             if len(work) == 1:
                 _fail(work[0][0], error)
@@ -368,6 +383,9 @@ class StepLoop:
     def _parts(self, share: Share) -> list[Part]:
         """A healing chunk goes before the decode row, so that the row already sees what it healed."""
         sequence = share.sequence
+        if sequence.urgency is Urgency.AHEAD:
+            # Nobody draws a token from it: the head's pass over its weights is left out.
+            return [replace(sequence.prefill.next_part(share.rows), logits_rows=())]
         if not sequence.decoding:
             return [sequence.prefill.next_part(share.rows)]
         if not share.heal_rows:
@@ -413,6 +431,9 @@ class StepLoop:
             sequence.prefill_entries[1] + rectified,
         )
         sequence.prefill_seconds += seconds
+        if sequence.urgency is Urgency.AHEAD and not sequence.prefill.rows_left:
+            _finish(sequence, "prepared")
+            return
         if not sequence.prefill.finished:
             return
         sequence.first_logits_at = time.perf_counter()

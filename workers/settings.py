@@ -40,6 +40,8 @@ class WorkerSettings:
         break_even: compute a span where a pull is predicted to take longer, from what pulls and prefills of
             this worker took so far; false relays whatever can be relayed.
         request_timeout_s: deadline of one request, queueing included.
+        ahead_share: by how much of its time a decode step of other requests may grow for work that can wait
+            (prefill ahead, then heal=idle), as measured; 0: it takes only steps that nobody else wants.
         heal_finish_rows: with heal=always, an answer that ends with at most so many stale cache entries is
             kept until they are healed, so that its KV is published as exact; the tokens are out by then, only
             the reply waits. With more of them left it is published as what it is, rectified. 0: never wait.
@@ -59,6 +61,7 @@ class WorkerSettings:
     min_segment_tokens: Annotated[int, Ge(1)] = 16
     break_even: bool = True
     request_timeout_s: Annotated[float, Gt(0)] = 600.0
+    ahead_share: Annotated[float, Ge(0), Le(1)] = 0.1
     heal_finish_rows: Annotated[int, Ge(0)] = 512
     shadow_bytes: Annotated[int, Ge(0)] = 64 * MIB
 

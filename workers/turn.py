@@ -12,6 +12,7 @@ import torch
 from transport.types import NodeId, SegmentKey, WorkerId
 from workers.anchors import Match
 from workers.break_even import Estimate, Speeds
+from workers.budget import Urgency
 from workers.costs import span_flops
 from workers.fetching import Acquired
 from workers.heal import Heal
@@ -51,6 +52,8 @@ class Turn:
         estimates: what relaying was predicted to take, for segments of which enough is known.
         counted: fallbacks that are in the worker's counts already.
         matches: relayed spans beside the anchors of `kvcomm`, until the prefill has taught what it can.
+        ahead: what was chosen while upstream agents wrote, and why.
+        urgency: of its rows; group: whose work it is, among those that can wait.
         prepared: leading tokens whose KV stands in `cache` from the beginning, exact; see preparing.py.
         opened: the answer, where others may follow it while it is written.
     """
@@ -73,6 +76,9 @@ class Turn:
     estimates: dict[SegmentKey, Estimate] = field(default_factory=dict[SegmentKey, Estimate])
     prepared: int = 0
     opened: OpenAnswer | None = None
+    urgency: Urgency = Urgency.NOW
+    group: str = ""
+    ahead: str = ""
 
     @property
     def skipped(self) -> frozenset[SegmentKey]:
@@ -132,6 +138,7 @@ def build_reply(
         prepared_tokens=min(turn.prepared, turn.prefill.prefix_tokens),
         ahead_blocks=turn.acquired.ahead_blocks,
         ahead_bytes=turn.acquired.ahead_bytes,
+        ahead=turn.ahead,
         fresh_entries=counts.fresh,
         recomputed_entries=counts.rectified,
         relayed_entries=counts.relayed,

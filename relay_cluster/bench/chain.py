@@ -13,7 +13,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from relay_cluster.bench.common import BASE, Document, TimingRow, learners, median, progress, rounds
 from relay_cluster.bench.texts import Tasks, TextPool
@@ -56,8 +56,17 @@ class ChainSettings:
     fidelity: bool = True
 
 
+class ChainShape(Protocol):
+    """What the prompts of a chain depend on; see ChainSettings."""
+
+    @property
+    def agents(self) -> int: ...
+    @property
+    def prefix_tokens(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Role:
+class Role:
     """One agent of the chain: its template, and the length of its fixed prefix in tokens."""
 
     agent: Agent
@@ -142,14 +151,14 @@ def _tokenizer(model: str) -> Any:
     return AutoTokenizer.from_pretrained(str(resolve(model)))
 
 
-def make_roles(settings: ChainSettings, tokenizer: Any, pool: TextPool) -> tuple[_Role, ...]:
+def make_roles(settings: ChainShape, tokenizer: Any, pool: TextPool) -> tuple[Role, ...]:
     """Templates of all agents, each with a fixed prefix of `prefix_tokens` tokens of natural text.
 
     Raises:
         ConfigError: the prefix is shorter than the template's own fixed text.
     """
     builder = PromptBuilder(tokenizer, "", min_segment_tokens=1, max_context=1 << 30)
-    roles: list[_Role] = []
+    roles: list[Role] = []
     for number in range(1, settings.agents + 1):
         heard = "".join(f"\n\nAgent {n}:\n{{agent{n}}}" for n in range(1, number))
         prompt = f"Input:\n{{{_INPUT}}}{heard}\n\nYour contribution:"
@@ -168,7 +177,7 @@ def make_roles(settings: ChainSettings, tokenizer: Any, pool: TextPool) -> tuple
                     f"--prefix-tokens {settings.prefix_tokens} is too small: the template alone has "
                     f"{length - max(1, count)} tokens or more. Take at least 64."
                 )
-        roles.append(_Role(Agent(f"agent{number}", prompt, system=system), length))
+        roles.append(Role(Agent(f"agent{number}", prompt, system=system), length))
     return tuple(roles)
 
 
@@ -180,7 +189,7 @@ class _Bench:
         self,
         cluster: Cluster,
         settings: ChainSettings,
-        roles: tuple[_Role, ...],
+        roles: tuple[Role, ...],
         advance: Callable[[str], None],
     ) -> None:
         self._cluster = cluster
@@ -251,7 +260,7 @@ class _Bench:
         return rows
 
     def _sample(
-        self, role: _Role, method: str, values: Mapping[str, SlotValue], found: _Samples, *, cold: bool
+        self, role: Role, method: str, values: Mapping[str, SlotValue], found: _Samples, *, cold: bool
     ) -> None:
         request = self._request(role, values, method, SamplingSettings(max_new_tokens=1))
         reply, ttft_s = self._ask(self._reader, request)
@@ -266,7 +275,7 @@ class _Bench:
         stages = {name: getattr(reply.stages, name) for name in reply.stages.__slots__}
         found.stages.append({"dispatch_s": max(0.0, ttft_s - reply.ttft_s), **stages})
 
-    def _distances(self, role: _Role, values: Mapping[str, SlotValue]) -> dict[str, Distance]:
+    def _distances(self, role: Role, values: Mapping[str, SlotValue]) -> dict[str, Distance]:
         if not self._settings.fidelity:
             return {}
         request = self._request(role, values, BASE, SamplingSettings(max_new_tokens=1))
@@ -275,7 +284,7 @@ class _Bench:
         return {d.method: d for d in measured}
 
     def _request(
-        self, role: _Role, values: Mapping[str, SlotValue], method: str, sampling: SamplingSettings
+        self, role: Role, values: Mapping[str, SlotValue], method: str, sampling: SamplingSettings
     ) -> Request:
         first = role is self._roles[0]
         return Request(
@@ -297,7 +306,7 @@ class _Bench:
     def _row(
         self,
         number: int,
-        role: _Role,
+        role: Role,
         method: str,
         found: Mapping[tuple[str, str], _Samples],
         distance: Distance | None,

@@ -24,12 +24,14 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from relay_cluster import __version__, console
+from relay_cluster.bench.chain_stream_rows import ChainStreamRow
 from relay_cluster.bench.decode_rows import DecodeRow
 from relay_cluster.bench.directory_rows import DirectoryRow
 from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.kernel_rows import KernelRow
 from relay_cluster.bench.pull_rows import PullRow
 from relay_cluster.bench.serve_rows import ServeRow
+from relay_cluster.bench.stream_fault_rows import StreamFaultRow
 from relay_cluster.bench.stream_rows import StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 from relay_cluster.doctor import this_machine
@@ -216,6 +218,7 @@ class LinkRow:
 ROWS: Mapping[str, type] = {
     "ttft": TimingRow,
     "chain": TimingRow,
+    "chain_stream": ChainStreamRow,
     "fidelity": FidelityRow,
     "decay": DecayRow,
     "directory": DirectoryRow,
@@ -226,11 +229,13 @@ ROWS: Mapping[str, type] = {
     "kernels": KernelRow,
     "pull": PullRow,
     "stream": StreamRow,
+    "stream_faults": StreamFaultRow,
     "serve": ServeRow,
 }
 
 Row = (
     TimingRow
+    | ChainStreamRow
     | FidelityRow
     | DecayRow
     | DirectoryRow
@@ -241,6 +246,7 @@ Row = (
     | KernelRow
     | PullRow
     | StreamRow
+    | StreamFaultRow
     | ServeRow
 )
 

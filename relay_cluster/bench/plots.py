@@ -1,6 +1,7 @@
 """Pictures of a benchmark's document, drawn from its JSON alone, so that an old result can be drawn again.
 
     ttft, chain   speed-up of every method by shape or agent, and its price: mean KL over 32 tokens
+    chain_stream  the last agent's time to first token and the whole pipeline's, by mode
     fidelity      KL of the first token and over 32 tokens, singles and composites apart
     decay         speed-up over the queries, with the warm peak
     directory     keys per second and the time of a call, by kind and size of call
@@ -19,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from relay_cluster.bench.chain_stream_plot import draw_chain_stream
 from relay_cluster.bench.directory_plot import draw_directory
 from relay_cluster.bench.serve_plot import draw_serve
 
@@ -211,6 +213,7 @@ def _tidy(axes: Axes) -> None:
 _DRAW: Mapping[str, Callable[[Figure, Rows], None]] = {
     "ttft": _draw_timing,
     "chain": _draw_timing,
+    "chain_stream": draw_chain_stream,
     "fidelity": _draw_fidelity,
     "decay": _draw_decay,
     "directory": draw_directory,
@@ -220,6 +223,7 @@ _DRAW: Mapping[str, Callable[[Figure, Rows], None]] = {
 _TITLES = {
     "ttft": "Time to first token at one worker",
     "chain": "Time to first token along a chain of agents over Ray, transfer included",
+    "chain_stream": "A chain whose agents get ready while others write, against full prefill",
     "fidelity": "Distance from full prefill's answers",
     "decay": "Speed-up while novel queries keep arriving",
     "directory": "Keys per second of the directory's shards, and the time of a call",

@@ -24,6 +24,7 @@ from relay_cluster.bench.serve_matching import measure_matching
 from relay_cluster.bench.serve_rows import ServeRow
 from relay_cluster.bench.texts import Tasks
 
+PARTS = ("overhead", "next", "pipelines", "matching")
 AGENTS = ("planner", "solver", "judge")
 _NUMBER = re.compile(r"\d+")
 
@@ -33,21 +34,26 @@ class ServeBenchSettings:
     """What is measured.
 
     Attributes:
+        parts: of PARTS.
         concurrency: numbers of pipelines at a time; pipelines: for each of them, with relay and without.
-        seconds: of one concurrency; no round begins after them, so there may be fewer pipelines.
+        seconds: of one concurrency, and of the pairs; no round begins after them, so there may be fewer.
         document_chars: of the text that all three agents of a pipeline get.
         answer_tokens: most tokens of an answer.
         overhead_requests: warm requests of one token, one after another.
+        next_pairs: planner and solver, one after the other, with a hint of the second and without; the
+            solver's answer is one token.
         remembered: texts of the matching; matching_chars: of its prompts; matching_rounds: prompts.
         timeout_s: of a request.
     """
 
+    parts: tuple[str, ...] = PARTS
     concurrency: tuple[int, ...] = (1, 4, 8)
     pipelines: int = 20
     seconds: float = 1800.0
     document_chars: int = 2400
     answer_tokens: int = 64
     overhead_requests: int = 200
+    next_pairs: int = 8
     remembered: int = 10_000
     matching_chars: int = 32 << 10
     matching_rounds: int = 200
@@ -96,35 +102,56 @@ def run_serve(settings: ServeBenchSettings, tasks: Tasks, client: ServiceClient,
         facts: about the service, for the document's settings.
     """
     documents = Documents(tasks, settings.seed)
-    total = 2 * settings.pipelines * len(settings.concurrency) + 3
+    load = 2 * settings.pipelines * len(settings.concurrency) if "pipelines" in settings.parts else 0
+    total = load + len(set(settings.parts) - {"pipelines"}) + 1
     rows: list[ServeRow] = []
+    interrupted = False
     with progress("serve", total) as advance:
-        rows += asyncio.run(_requests(settings, documents, client, advance))
-        rows += measure_matching(
-            remembered=settings.remembered,
-            chars=settings.matching_chars,
-            rounds=settings.matching_rounds,
-            seed=settings.seed,
-        )
-        advance("matching")
-    values = {**asdict(settings), **facts, "data": list(tasks.sources), "data_digest": tasks.digest}
+        try:
+            asyncio.run(_requests(settings, documents, client, rows, advance))
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            interrupted = True  # minutes of measuring are not to be lost
+        if "matching" in settings.parts and not interrupted:
+            rows += measure_matching(
+                remembered=settings.remembered,
+                chars=settings.matching_chars,
+                rounds=settings.matching_rounds,
+                seed=settings.seed,
+            )
+            advance("matching")
+    values = {
+        **asdict(settings),
+        **facts,
+        "interrupted": interrupted,
+        "data": list(tasks.sources),
+        "data_digest": tasks.digest,
+    }
     return Document("serve", values, rows)
 
 
 async def _requests(
-    settings: ServeBenchSettings, documents: Documents, client: ServiceClient, advance: Advance
-) -> list[ServeRow]:
-    rows: list[ServeRow] = []
+    settings: ServeBenchSettings,
+    documents: Documents,
+    client: ServiceClient,
+    rows: list[ServeRow],
+    advance: Advance,
+) -> None:
+    """rows: gets those of every part that has ended."""
     async with client:
         # Nobody's first request: what is loaded or compiled at first use is not the service's speed.
         for relay in (True, False):
             await _pipeline(client, documents.take(settings.document_chars), relay, 8, _Tally())
         advance("warm")
-        rows += await _overhead(settings, client)
-        advance("overhead")
-        for concurrency in settings.concurrency:
+        if "overhead" in settings.parts:
+            rows += await _overhead(settings, client)
+            advance("overhead")
+        if "next" in settings.parts:
+            rows += await _next(settings, documents, client)
+            advance("next")
+        for concurrency in settings.concurrency if "pipelines" in settings.parts else ():
             rows += await _load(settings, documents, client, concurrency, advance)
-    return rows
 
 
 async def _load(
@@ -202,6 +229,58 @@ def _row(concurrency: int, relay: bool, agent: str, tallies: dict[bool, _Tally])
 
 def _quantile(values: Sequence[float], q: float) -> float | None:
     return quantile(values, q) if values else None
+
+
+async def _next(settings: ServeBenchSettings, documents: Documents, client: ServiceClient) -> list[ServeRow]:
+    """The second of two agents, whose prompt is prepared while the first one writes, or not."""
+    tallies = {True: _Tally(), False: _Tally()}
+    end = time.monotonic() + settings.seconds
+    for number in range(settings.next_pairs):
+        if number and time.monotonic() > end:
+            break
+        for hinted in (True, False) if number % 2 == 0 else (False, True):
+            await _pair(
+                client, documents.take(settings.document_chars), settings.answer_tokens, hinted, tallies
+            )
+    other = [answer.ttft_s for answer in tallies[False].answers["solver"]]
+    return [_next_row(hinted, tally, other) for hinted, tally in tallies.items()]
+
+
+async def _pair(
+    client: ServiceClient, text: str, tokens: int, hinted: bool, tallies: dict[bool, _Tally]
+) -> None:
+    mark = "\0"  # in no document
+    system, user = _prompt("solver", text, [mark])
+    before, behind = user.split(mark)
+    content = [before, {"relay_slot": "this"}, behind]
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+    then = {"messages": messages, "max_tokens": 1} if hinted else None
+    plan = await client.ask(*_prompt("planner", text, []), tokens, relay=True, then=then)
+    answer = plan and await client.ask(*_prompt("solver", text, [plan.text]), 1, relay=True)
+    if answer is None:
+        tallies[hinted].errors["solver"] += 1
+    else:
+        tallies[hinted].answers["solver"].append(answer)
+
+
+def _next_row(hinted: bool, tally: _Tally, other: Sequence[float]) -> ServeRow:
+    answers = tally.answers["solver"]
+    ttfts = [answer.ttft_s for answer in answers]
+    return ServeRow(
+        part="next",
+        what="hint" if hinted else "no hint",
+        concurrency=1,
+        relay=True,
+        requests=len(answers),
+        errors=tally.errors["solver"],
+        ttft_s_p50=_quantile(ttfts, 0.5),
+        ttft_s_p95=_quantile(ttfts, 0.95),
+        ttft_s_p99=_quantile(ttfts, 0.99),
+        speedup=quantile(other, 0.5) / quantile(ttfts, 0.5) if ttfts and other else None,
+        prompt_tokens=mean([a.prompt_tokens for a in answers]) if answers else None,
+        cached_tokens=mean([a.cached_tokens for a in answers]) if answers else None,
+        prepared_tokens=mean([a.prepared_tokens for a in answers]) if answers else None,
+    )
 
 
 async def _overhead(settings: ServeBenchSettings, client: ServiceClient) -> list[ServeRow]:

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ class Answer:
     prompt_tokens: int
     answer_tokens: int
     cached_tokens: int
+    prepared_tokens: int
 
 
 class ServiceClient:
@@ -62,9 +63,8 @@ class ServiceClient:
     ) -> None:
         await self._http.aclose()
 
-    async def ask(self, system: str, user: str, tokens: int, *, relay: bool) -> Answer | None:
-        """A streamed, greedy answer; None where the service did not give a whole one."""
-        body: dict[str, Any] = {
+    def _body(self, system: str, user: str, tokens: int, relay: Mapping[str, Any]) -> dict[str, Any]:
+        return {
             "model": self._model,
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
             "max_tokens": tokens,
@@ -72,9 +72,18 @@ class ServiceClient:
             "seed": self._seed,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "relay": relay,
         }
-        if not relay:
-            body["relay"] = {"enabled": False}
+
+    async def ask(
+        self, system: str, user: str, tokens: int, *, relay: bool, then: Mapping[str, Any] | None = None
+    ) -> Answer | None:
+        """A streamed, greedy answer; None where the service did not give a whole one.
+
+        Args:
+            then: the request that will contain the answer (`relay.next`).
+        """
+        body = self._body(system, user, tokens, {"enabled": relay, "next": then})
         begin = time.perf_counter()
         first = 0.0
         parts: list[str] = []
@@ -110,6 +119,7 @@ class ServiceClient:
             prompt_tokens=usage["prompt_tokens"],
             answer_tokens=usage["completion_tokens"],
             cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+            prepared_tokens=report["prepared_tokens"],
         )
 
 

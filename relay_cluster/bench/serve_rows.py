@@ -12,18 +12,20 @@ class ServeRow:
     """One measured thing.
 
     Attributes:
-        part: "pipelines"; "overhead": of a warm request of one token; "matching": of remembered texts in a
-            prompt, in this process.
-        what: the agent, or "all"; of the overhead "http" (seen by the client: time to first token less the
-            worker's) or "service" (from the request's arrival in the app to its first token there, less the
-            same); of the matching "find" (texts alone) or "rewrite" (all that is done to a prompt).
+        part: "pipelines"; "next": the second of two agents, one pipeline at a time; "overhead": of a warm
+            request of one token; "matching": of remembered texts in a prompt, in this process.
+        what: the agent, or "all"; of "next" whether the first agent's request had a "hint" of the second's,
+            or "no hint"; of the overhead "http" (seen by the client: time to first token less the worker's)
+            or "service" (from the request's arrival in the app to its first token there, less the same); of
+            the matching "find" (texts alone) or "rewrite" (all that is done to a prompt).
         concurrency: pipelines at a time.
         relay: whether the service was to relay; None where that makes no difference.
         requests: that were answered; errors: that were not.
         throughput_rps, tokens_per_s: answers and tokens drawn per second of all pipelines together.
         ttft_s_p50, ttft_s_p95, ttft_s_p99: time to first token as the client saw it, in seconds.
-        speedup: median of the relay-off row / median of this one.
-        prompt_tokens, cached_tokens: mean of a request; cached: relayed, or in the prefix cache.
+        speedup: median of the relay-off row, or of the one without a hint / median of this one.
+        prompt_tokens, cached_tokens: mean of a request; cached: relayed, prepared or in the prefix cache.
+        prepared_tokens: mean of those that were computed while the first agent wrote; of "next".
         seconds_p50, seconds_p99: of the overhead, and of the matching; the latter's are processor time.
     """
 
@@ -41,12 +43,13 @@ class ServeRow:
     speedup: float | None = None
     prompt_tokens: float | None = None
     cached_tokens: float | None = None
+    prepared_tokens: float | None = None
     seconds_p50: float | None = None
     seconds_p99: float | None = None
 
 
 def _number(value: float | None, form: str, factor: float = 1.0) -> str:
-    return "-" if value is None else format(value * factor, form)
+    return "-" if value is None else format(value * factor if factor != 1.0 else value, form)
 
 
 SERVE_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
@@ -62,6 +65,7 @@ SERVE_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("off/on", lambda r: _number(r.speedup, ".2f")),
     ("prompt", lambda r: _number(r.prompt_tokens, ".0f")),
     ("cached", lambda r: _number(r.cached_tokens, ".0f")),
+    ("prepared", lambda r: _number(r.prepared_tokens, ".0f")),
     ("p50", lambda r: _number(r.seconds_p50, ".2f", 1e3)),
     ("p99 ms", lambda r: _number(r.seconds_p99, ".2f", 1e3)),
 )

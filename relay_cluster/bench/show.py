@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from relay_cluster import console
+from relay_cluster.bench.chain_stream_rows import CHAIN_STREAM_COLUMNS, ChainStreamRow
 from relay_cluster.bench.common import BASE, DecayRow, Document, FidelityRow, LinkRow, Row, TimingRow
 from relay_cluster.bench.decode_rows import DECODE_COLUMNS, DecodeRow
 from relay_cluster.bench.directory_rows import DIRECTORY_COLUMNS, DirectoryRow
@@ -18,6 +19,7 @@ from relay_cluster.bench.fault_rows import FaultRow
 from relay_cluster.bench.kernel_rows import KERNEL_COLUMNS, KernelRow
 from relay_cluster.bench.pull_rows import PULL_COLUMNS, PullRow
 from relay_cluster.bench.serve_rows import SERVE_COLUMNS, ServeRow
+from relay_cluster.bench.stream_fault_rows import STREAM_FAULT_COLUMNS, StreamFaultRow
 from relay_cluster.bench.stream_rows import STREAM_COLUMNS, StreamRow
 from relay_cluster.bench.transfer_rows import TransferRow
 
@@ -53,11 +55,11 @@ def _method(row: Row) -> tuple[str, str]:
         return row.kernel, ""
     if isinstance(row, PullRow):
         return row.backend, ""
-    if isinstance(row, StreamRow):
+    if isinstance(row, StreamRow | ChainStreamRow):
         return row.mode, row.method
     if isinstance(row, ServeRow):
         return f"{row.part} {row.what}", ""
-    return (row.kind, "") if isinstance(row, FaultRow) else (row.method, row.params)
+    return (row.kind, "") if isinstance(row, FaultRow | StreamFaultRow) else (row.method, row.params)
 
 
 _FIDELITY: tuple[Column, ...] = (
@@ -125,6 +127,8 @@ _COLUMNS: Mapping[type, tuple[Column, ...]] = {
     KernelRow: KERNEL_COLUMNS,
     PullRow: PULL_COLUMNS,
     StreamRow: STREAM_COLUMNS,
+    StreamFaultRow: STREAM_FAULT_COLUMNS,
+    ChainStreamRow: CHAIN_STREAM_COLUMNS,
     ServeRow: SERVE_COLUMNS,
 }
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from relay_cluster.ahead import Ahead, Written
 from relay_cluster.bench.common import BASE, Document, median, progress
+from relay_cluster.bench.stream_busy import other_request
 from relay_cluster.bench.stream_rows import StreamRow
 from relay_cluster.bench.texts import Tasks, TextPool
 from relay_cluster.cluster import Cluster
@@ -28,9 +29,17 @@ from workers.messages import Draft, Reply, Request, Token
 from workers.segment import SlotValue
 from workers.settings import SamplingSettings
 
-MODES = ("full_prefill", "relay", "exact", "auto")
-"""The first two begin when the writer has ended; the others are prepared while it writes."""
-_METHOD = {"full_prefill": BASE, "relay": "auto", "exact": "exact_prefix", "auto": "auto"}
+MODES = ("full_prefill", "relay", "exact", "auto", "busy")
+"""The first two begin when the writer has ended; the others are prepared while it writes: "busy" as "exact",
+on a worker that decodes another request meanwhile."""
+_FOLLOWED = ("exact", "auto", "busy")
+_METHOD = {
+    "full_prefill": BASE,
+    "relay": "auto",
+    "exact": "exact_prefix",
+    "auto": "auto",
+    "busy": "exact_prefix",
+}
 _JUDGE_TIMEOUT_S = 120.0
 
 _WRITER = Agent("writer", "Notes:\n{known}\n\nGo on.", system="You think a problem through.")
@@ -68,6 +77,7 @@ class _Sample:
     logits_max_diff: float
     kl_first: float
     writer_rate: float
+    other_ratio: float | None = None
 
 
 @dataclass(slots=True)
@@ -92,7 +102,7 @@ def run_stream(settings: StreamSettings, tasks: Tasks, config: ClusterConfig) ->
         raise ConfigError("stream needs two workers, a writer and a reader. Set `workers: 2` or more.")
     settings = replace(settings, modes=(BASE, *(m for m in settings.modes if m != BASE)))
     pipeline = Pipeline([_WRITER, _READER], name="stream", model=config.model)
-    followed = sum(mode in ("exact", "auto") for mode in settings.modes)
+    followed = sum(mode in _FOLLOWED for mode in settings.modes)
     steps = len(settings.fresh_tokens) * (settings.repeats + 1) * (1 + followed)
     with progress("stream", steps) as advance, Cluster(config, agents_hint=pipeline) as cluster:
         bench = _Bench(cluster, settings, _pool(tasks, config.model, settings.seed), advance)
@@ -129,6 +139,7 @@ class _Bench:
         self._pool = pool
         self._advance = advance
         self._writer, self._reader = list(cluster.workers)[:2]
+        self._writing = (0.0, 0.0)  # instants between which the latest answer was written
 
     def rows(self, fresh: int) -> list[StreamRow]:
         """All modes with prompts that end in so many fresh tokens."""
@@ -149,17 +160,38 @@ class _Bench:
         fresh = SlotValue(token_ids=self._pool.take(shape.fresh))
         given = {"known": SlotValue(token_ids=known, kv_tokens=len(known)), "fresh": fresh}
         for mode in settings.modes:
-            if mode in ("exact", "auto"):
-                shape.samples[mode].append(self._followed(given, mode))
+            if mode in _FOLLOWED:
+                once = self._busy if mode == "busy" else self._followed
+                shape.samples[mode].append(once(given, mode))
                 self._advance(f"{shape.fresh} fresh: {mode}")
         written, rate, ended = self._write(given, lambda *_: None)
         shape.alone_rates.append(rate)
         for mode in settings.modes:
-            if mode not in ("exact", "auto"):
+            if mode not in _FOLLOWED:
                 request = self._request(_READER, {**given, "writer": written.output}, _METHOD[mode])
                 shape.samples[mode].append(self._ask(request, ended, rate))
                 ended = time.perf_counter()  # for the next one, which waits for nobody
         self._advance(f"{shape.fresh} fresh: unprepared")
+
+    def _busy(self, given: Mapping[str, SlotValue], mode: str) -> _Sample:
+        """As `_followed`, while the reader's worker decodes another request; and how much longer that one's
+        tokens take than while the same is written and nobody prepared."""
+        medians: list[float] = []
+        sample: _Sample | None = None
+        for prepares in (False, True):
+            sampling = SamplingSettings(
+                max_new_tokens=4 * self._settings.streamed_tokens,
+                min_new_tokens=4 * self._settings.streamed_tokens,
+            )
+            other = replace(self._request(_WRITER, given, BASE), sampling=sampling, shadow_tokens=0)
+            with other_request(self._cluster, self._reader, other) as tokens:
+                if prepares:
+                    sample = self._followed(given, mode)
+                else:
+                    self._write(given, lambda *_: None)
+                medians.append(median(tokens.intervals(*self._writing)))
+        assert sample is not None  # the second time
+        return replace(sample, other_ratio=medians[1] / medians[0])
 
     def _followed(self, given: Mapping[str, SlotValue], mode: str) -> _Sample:
         """The reader is prepared while the writer writes, by the code that pipelines use."""
@@ -194,11 +226,12 @@ class _Bench:
     ) -> tuple[Reply, float, float]:
         """(the writer's reply, its tokens per second, instant of its last token at the caller)."""
         count = self._settings.streamed_tokens
-        last = 0.0
+        begin = last = 0.0
 
         def took(number: int, token: Token) -> None:
-            nonlocal last
+            nonlocal begin, last
             last = time.perf_counter()
+            begin = begin or last
             on_token(number, token)
 
         sampling = SamplingSettings(max_new_tokens=count, min_new_tokens=count)
@@ -206,6 +239,7 @@ class _Bench:
             self._request(_WRITER, given, BASE), sampling=sampling, publish=True, shadow_tokens=0
         )
         reply, _ = self._cluster.generate(self._writer, request, took)
+        self._writing = (begin, last)
         return reply, (len(reply.token_ids) - 1) / reply.decode_s, last
 
     def _ask(self, request: Request, ended: float, rate: float, before: int | None = None) -> _Sample:
@@ -240,6 +274,7 @@ class _Bench:
         base = shape.samples[BASE]
         reply = samples[0].reply
         written = self._settings.streamed_tokens
+        others = [s.other_ratio for s in samples if s.other_ratio is not None]
         ratios = [s.writer_rate / alone for s, alone in zip(samples, shape.alone_rates, strict=True)]
         return StreamRow(
             mode=mode,
@@ -252,7 +287,8 @@ class _Bench:
             ttft_s_min=min(times),
             ttft_s_max=max(times),
             speedup=median([s.after_s for s in base]) / median(times),
-            upstream_tokens_per_s_ratio=median(ratios) if mode in ("exact", "auto") else None,
+            upstream_tokens_per_s_ratio=median(ratios) if mode in _FOLLOWED else None,
+            other_interval_ratio=median(others) if others else None,
             prepared_tokens=median([s.reply.prepared_tokens for s in samples]),
             relayed_tokens=median([s.reply.relayed_tokens for s in samples]),
             logits_max_diff=max(s.logits_max_diff for s in samples),

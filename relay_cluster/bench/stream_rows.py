@@ -12,7 +12,8 @@ class StreamRow:
     """One way to answer a reader whose prompt ends in what a writer has just written.
 
     Attributes:
-        mode: "full_prefill" and "relay" begin when the writer has ended; "exact" and "auto" are prepared.
+        mode: "full_prefill" and "relay" begin when the writer has ended; "exact" and "auto" are prepared,
+            "busy" as "exact" beside another request on the reader's worker.
         method: reuse method of the reader's request.
         known_tokens: in the prompt before the writer begins, template included; streamed_tokens: of the
             writer's answer; fresh_tokens: behind it.
@@ -22,6 +23,8 @@ class StreamRow:
         speedup: median of full_prefill in the same run / median.
         upstream_tokens_per_s_ratio: the writer's decoding speed while it is followed / alone; None where
             nobody follows.
+        other_interval_ratio: median time between the tokens of another request on the reader's worker while
+            it prepares / while it does not; None where there is no other request.
         prepared_tokens, relayed_tokens: of the prompt, medians.
         logits_max_diff, kl_first: of the first token's logits, against full prefill on the same worker; worst
             of the rounds, KL in nats.
@@ -39,6 +42,7 @@ class StreamRow:
     ttft_s_max: float
     speedup: float
     upstream_tokens_per_s_ratio: float | None
+    other_interval_ratio: float | None
     prepared_tokens: float
     relayed_tokens: float
     logits_max_diff: float
@@ -60,6 +64,7 @@ STREAM_COLUMNS: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("max", lambda r: f"{r.ttft_s_max:.3f} s"),
     ("speed-up", lambda r: f"{r.speedup:.2f}x"),
     ("writer", lambda r: _optional(r.upstream_tokens_per_s_ratio)),
+    ("other", lambda r: _optional(r.other_interval_ratio)),
     ("prepared", lambda r: f"{r.prepared_tokens:.0f}"),
     ("relayed", lambda r: f"{r.relayed_tokens:.0f}"),
     ("logits differ", lambda r: f"{r.logits_max_diff:.1e}"),

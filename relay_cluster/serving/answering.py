@@ -22,12 +22,14 @@ from typing import Protocol
 from relay_cluster.router import WorkerView, place_next
 from transport.errors import DeadlineExceeded, RelayError, WorkerLost
 from transport.types import WorkerId
-from workers.messages import Reply, Request, Token
+from workers.messages import Draft, Reply, Request, Token
 
 log = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 5.0
 _CONTROL_THREADS = 4
+_AHEAD_THREADS = 8
+"""Drafts on their way at a time. Others wait, and say more when their turn comes."""
 
 
 class Workers(Protocol):
@@ -40,6 +42,8 @@ class Workers(Protocol):
     def stream(
         self, worker: WorkerId, request: Request, stop: threading.Event
     ) -> Iterator[Token | Reply]: ...
+
+    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int: ...
 
     def cancel(self, worker: WorkerId, request_id: str) -> None: ...
 
@@ -62,6 +66,7 @@ class Answering:
         self._running: Counter[WorkerId] = Counter()
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="answer")
         self._control = ThreadPoolExecutor(_CONTROL_THREADS, thread_name_prefix="control")
+        self._ahead = ThreadPoolExecutor(_AHEAD_THREADS, thread_name_prefix="ahead")
         self._open: set[Future[None]] = set()
         self._looked = float("-inf")
         self.on_retry: Callable[[], None] = lambda: None
@@ -94,6 +99,38 @@ class Answering:
             self._placed.popitem(last=False)
         return worker
 
+    def preparer_for(self, agent: str, model: str, writer: WorkerId) -> WorkerId:
+        """Who prepares the agent's next prompt while `writer` writes: its own worker, but not the writer's,
+        which has no idle step meanwhile, where another one does nothing.
+
+        Raises:
+            WorkerLost: no live worker hosts the model.
+        """
+        key = (agent, model)
+        known = key in self._placed
+        worker = self.worker_for(agent, model)
+        if worker == writer:
+            views = self._workers.views()
+            idle = (v.worker for v in views if v.alive and v.model == model and not self._running[v.worker])
+            worker = next((w for w in idle if w != writer), worker)
+            if not known:  # one that is known has its prefix where it was
+                self._placed[key] = worker
+        return worker
+
+    async def prepare(self, worker: WorkerId, draft: Draft) -> int:
+        """Compute what is known of a draft; how many tokens stand ready.
+
+        Raises:
+            RelayError: see Cluster.prepare_ahead.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._ahead, self._workers.prepare_ahead, worker, draft)
+
+    def give_up(self, worker: WorkerId, request_id: str) -> None:
+        """Cancel what a worker does for a request, without waiting for it."""
+        with suppress(RuntimeError):  # closed: the worker drops it by itself
+            self._control.submit(self._cancel, worker, request_id)
+
     def _look_again(self, views: Sequence[WorkerView]) -> None:
         """Ask workers that were lost whether they are back, now and then, without waiting for it."""
         now = time.monotonic()
@@ -103,8 +140,13 @@ class Answering:
             for worker in lost:
                 self._control.submit(self._workers.is_up, worker, timeout_s=_LOOK_AGAIN_S)
 
-    async def stream(self, request: Request, model: str) -> AsyncGenerator[Token | Reply, None]:
+    async def stream(
+        self, request: Request, model: str, at: WorkerId | None = None
+    ) -> AsyncGenerator[Token | Reply, None]:
         """Tokens as they are drawn, and at last the reply. Close it when it is left early.
+
+        Args:
+            at: worker that has prepared the request; tried first, if it lives.
 
         Raises:
             WorkerLost: its worker died after the first token, or too often before. Else what the worker
@@ -114,6 +156,12 @@ class Answering:
             # A new id for each try: the old one may still run on a worker that was only unreachable.
             again = replace(request, id=f"{request.id}-{attempt}") if attempt else request
             worker = self.worker_for(request.agent, model)
+            if (
+                at is not None
+                and not attempt
+                and any(v.worker == at and v.alive for v in self._workers.views())
+            ):
+                worker = at
             begun = False
             try:
                 async with aclosing(self._once(worker, again)) as items:
@@ -148,7 +196,7 @@ class Answering:
         finally:
             if not finished:
                 pipe.stop.set()
-                self._control.submit(self._cancel, worker, request.id)
+                self.give_up(worker, request.id)
 
     def _done(self, worker: WorkerId, task: Future[None]) -> None:
         self._running[worker] -= 1
@@ -164,6 +212,7 @@ class Answering:
     def close(self) -> None:
         """Let the threads go. Idempotent."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._ahead.shutdown(wait=False, cancel_futures=True)
         self._control.shutdown(wait=True)
 
 

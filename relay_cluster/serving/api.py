@@ -21,12 +21,14 @@ from starlette.types import Receive, Scope, Send
 
 from relay_cluster.serving.board import Board, Picture, no_picture
 from relay_cluster.serving.errors import ApiError, api_error
+from relay_cluster.serving.expecting import Hint
 from relay_cluster.serving.following import followed
+from relay_cluster.serving.hints import NextRequest
 from relay_cluster.serving.openapi import describe
 from relay_cluster.serving.recent import Recent
 from relay_cluster.serving.replies import DONE, ChatForm, Form, TextForm, broken, event
 from relay_cluster.serving.schemas import REUSE, ChatRequest, CompletionRequest, parse
-from relay_cluster.serving.service import Ask, Finished, Service, random_seed, raw_text
+from relay_cluster.serving.service import Ask, Finished, Service, opening_name, random_seed, raw_text
 from relay_cluster.serving.tenants import Tenants
 from relay_cluster.tracing import Trace, Tracing
 from transport.errors import RelayError
@@ -227,9 +229,7 @@ class _Routes:
     def _ask(self, body: Body, tenant: str, trace: Trace) -> Ask:
         raw = isinstance(body, CompletionRequest)
         relay = body.relay
-        agent = None
-        if relay is not None and (relay.agent or relay.pipeline):
-            agent = "/".join(filter(None, (relay.pipeline, relay.agent)))
+        agent = None if relay is None else _named(relay.pipeline, relay.agent)
         only = None if relay is None or relay.inputs is None else frozenset(i.id for i in relay.inputs)
         return Ask(
             tenant=tenant,
@@ -242,7 +242,20 @@ class _Routes:
             agent=agent,
             only=only,
             told=("", "") if relay is None else (relay.pipeline or "", relay.agent or ""),
+            next=()
+            if relay is None
+            else tuple(self._hint(n, relay.pipeline, tenant) for n in relay.next or ()),
             trace=trace,
+        )
+
+    def _hint(self, next_one: NextRequest, pipeline: str | None, tenant: str) -> Hint:
+        head, tail = next_one.split()
+        named = _named(next_one.pipeline or (pipeline if next_one.agent else None), next_one.agent)
+        return Hint(
+            agent=named or opening_name(tenant, head[0]),
+            head=head,
+            tail=tail,
+            max_new_tokens=next_one.max_tokens or self._service.settings.default_max_tokens,
         )
 
     def _sampling(self, body: Body) -> SamplingSettings:
@@ -279,6 +292,11 @@ class _Routes:
         """An error after the answer had begun."""
         self._service.failed(error)
         trace.failed(error.code or "error")
+
+
+def _named(pipeline: str | None, agent: str | None) -> str | None:
+    """Who asks, where it says so."""
+    return "/".join(filter(None, (pipeline, agent))) or None
 
 
 def _check_json(request: Request) -> None:

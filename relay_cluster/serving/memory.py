@@ -114,18 +114,21 @@ class Memory:
         """Estimated memory."""
         return self.index.nbytes
 
-    def rewrite(self, messages: Sequence[ChatText], only: Collection[str] | None = None) -> Rewritten:
+    def rewrite(
+        self, messages: Sequence[ChatText], only: Collection[str] | None = None, *, first_slot: int = 0
+    ) -> Rewritten:
         """Put a slot wherever a remembered text stands in a message, and around inputs worth sharing.
 
         Args:
             only: find nothing but these ids (None: anything).
+            first_slot: number of the first slot's name.
         """
         starts = [0, *accumulate(len(m.text) + 1 for m in messages)]
         matches: list[list[Match[Remembered]]] = [[] for _ in messages]
         accept = None if only is None else (lambda value: value.id in only)
         for match in self.index.find(_BETWEEN.join(m.text for m in messages), accept):
             matches[bisect_right(starts, match.start) - 1].append(match)
-        draft = _Draft(self._min_input_chars, self._common)
+        draft = _Draft(self._min_input_chars, self._common, first_slot)
         for message, start, found in zip(messages, starts, matches, strict=False):
             draft.add(message, start, found)
         return Rewritten(
@@ -162,6 +165,7 @@ class _Draft:
 
     min_input_chars: int
     common: CommonRuns
+    first_slot: int
     messages: list[Message] = field(default_factory=list[Message])
     values: dict[str, SlotValue] = field(default_factory=dict[str, SlotValue])
     found: list[Found] = field(default_factory=list[Found])
@@ -203,7 +207,7 @@ class _Draft:
         return as_template(text[:start]) + slot + as_template(text[stop:])
 
     def _slot(self, value: SlotValue) -> str:
-        name = f"s{len(self.values)}"
+        name = f"s{self.first_slot + len(self.values)}"
         self.values[name] = value
         return name
 

@@ -102,6 +102,7 @@ class RelayReport(BaseModel):
     method: str
     relayed_tokens: int
     prefix_tokens: int
+    prepared_tokens: int
     computed_tokens: int
     reuse: float | None
     found: list[FoundText]

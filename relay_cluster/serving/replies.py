@@ -66,6 +66,7 @@ def reuse_report(done: Finished) -> dict[str, Any]:
         "method": reply.resolved_method or reply.method,
         "relayed_tokens": reply.relayed_tokens,
         "prefix_tokens": reply.prefix_tokens,
+        "prepared_tokens": reply.prepared_tokens,
         "computed_tokens": reply.fresh_tokens - reply.prefix_tokens,
         "reuse": reply.reuse,
         "found": [

@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from relay_cluster.serving.errors import ApiError
+from relay_cluster.serving.hints import ROLES, Next
 from relay_cluster.serving.memory import ChatText
 
 _OPEN = ConfigDict(extra="ignore", strict=True)
@@ -79,6 +80,7 @@ class RelayOptions(BaseModel):
         agent, pipeline: who asks; one agent's requests go to one worker. Default: told by the system message.
         reuse: a reuse method, or exact, rectify, anchor, dense.
         inputs: find only these segments; default: whatever is remembered.
+        next: the request, or requests, that will contain this one's answer.
     """
 
     model_config = _OPEN
@@ -87,6 +89,7 @@ class RelayOptions(BaseModel):
     pipeline: Annotated[str, Field(max_length=128)] | None = None
     reuse: Annotated[str, Field(max_length=128)] | None = None
     inputs: list[RelayInput] | None = None
+    next: Next = None
 
 
 class StreamOptions(BaseModel):
@@ -157,7 +160,7 @@ class ChatMessage(BaseModel):
         return self
 
     def text(self) -> ChatText:
-        role = {"developer": "system", "function": "tool"}.get(self.role, self.role)
+        role = ROLES.get(self.role, self.role)
         return ChatText(role, "".join(part.text for part in self.content or ()))
 
 

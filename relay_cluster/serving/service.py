@@ -23,6 +23,8 @@ from relay_cluster.gate import Edge
 from relay_cluster.recording import Recorder
 from relay_cluster.serving.answering import Answering
 from relay_cluster.serving.errors import ApiError
+from relay_cluster.serving.expecting import OUTCOMES, SOURCES, Expecting, Hint, Outcome, Readers, Taken
+from relay_cluster.serving.learning import Learner
 from relay_cluster.serving.memory import ChatText, Memory, Rewritten, plain
 from relay_cluster.serving.places import Places
 from relay_cluster.serving.settings import ServeSettings
@@ -60,6 +62,7 @@ class Ask:
         agent: who asks; None: told by the first message.
         only: find nothing but these ids; None: anything.
         told: pipeline and agent as the client names them, for metrics; "" where it does not.
+        next: requests that are expected to contain the answer.
         trace: the request's.
     """
 
@@ -73,6 +76,7 @@ class Ask:
     agent: str | None = None
     only: frozenset[str] | None = None
     told: tuple[str, str] = ("", "")
+    next: tuple[Hint, ...] = ()
     trace: Trace = NO_TRACE
 
 
@@ -136,6 +140,17 @@ class Service:
         self._answering.on_retry = self.metrics.counter("relay_request_retries_total").inc
         self._drained_by = 0.0
         self._memories: OrderedDict[tuple[str, str], Memory] = OrderedDict()
+        self._learners: OrderedDict[tuple[str, str], Learner] = OrderedDict()
+        self._expecting = Expecting(
+            answering,
+            self._memory_of,
+            timeout_s=settings.next_timeout_s,
+            most=settings.max_expected,
+            on_end=self._expected,
+        )
+        for source in SOURCES:
+            for how in OUTCOMES:  # so that the first one of each is seen as an increase
+                self.metrics.counter("relay_expected_requests_total", source, how)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Token | Finished, None]:
         """Tokens as they are drawn, and at last how it ended. Close it when it is left early: that cancels
@@ -156,29 +171,87 @@ class Service:
             )
         async with self.places.place():
             entered = time.perf_counter()
-            prompt = self._rewrite(ask, method)
+            taken = self._take(ask, method)
+            prompt = taken.prompt if taken else self._rewrite(ask, method)
             matched = time.perf_counter()
             request = self._request(ask, prompt, method)
+            if taken:
+                request = replace(request, id=taken.request_id)
             first = 0.0
-            async with aclosing(self._answering.stream(request, ask.model)) as stream:
-                async for item in stream:
-                    first = first or time.perf_counter()
-                    if isinstance(item, Token):
-                        yield item
-                        continue
-                    segment = self._remember(ask, prompt, item)
-                    self._record(ask, item, _Times(arrived, entered, matched, first))
-                    log.info(
-                        "answered after %.3f s, first token after %.3f s, %d of %d prompt tokens relayed",
-                        time.perf_counter() - arrived,
-                        first - arrived,
-                        item.relayed_tokens,
-                        item.prompt_tokens,
-                        extra={"request": request.id, "worker": item.worker},
-                    )
-                    yield Finished(
-                        item, segment, prompt, entered - arrived, matched - entered, first - arrived
-                    )
+            stream = self._answering.stream(request, ask.model, taken.worker if taken else None)
+            with self._readers(ask, request, prompt, taken) as readers:
+                async with aclosing(stream):
+                    async for item in stream:
+                        first = first or time.perf_counter()
+                        if isinstance(item, Token):
+                            readers.add(item.id)
+                            yield item
+                            continue
+                        times = _Times(arrived, entered, matched, first)
+                        done = self._finished(ask, request, prompt, item, times)
+                        readers.answered(item)
+                        yield done
+
+    def _finished(self, ask: Ask, request: Request, prompt: Rewritten, reply: Reply, at: _Times) -> Finished:
+        """Remember, count and tell an answer."""
+        segment = self._remember(ask, prompt, reply)
+        if segment is not None and self._learns(ask):
+            learner = self._learner((ask.tenant, ask.model))
+            learner.answered(request.agent, ask.texts, prompt, segment, reply.output_text)
+        self._record(ask, reply, at)
+        log.info(
+            "answered after %.3f s, first token after %.3f s, %d of %d prompt tokens relayed",
+            time.perf_counter() - at.arrived,
+            at.first - at.arrived,
+            reply.relayed_tokens,
+            reply.prompt_tokens,
+            extra={"request": request.id, "worker": reply.worker},
+        )
+        return Finished(
+            reply,
+            segment,
+            prompt,
+            queue_s=at.entered - at.arrived,
+            match_s=at.matched - at.entered,
+            ttft_s=at.first - at.arrived,
+        )
+
+    def _take(self, ask: Ask, method: str) -> Taken | None:
+        """What was prepared for the request. Nothing where its prompt must be what relay off makes of it, or
+        where the client says what may be found."""
+        if ask.raw or method == "full_prefill" or ask.only is not None:
+            return None
+        taken = self._expecting.take((ask.tenant, ask.model), ask.texts)
+        if taken is not None:
+            self._count_found(taken.prompt)
+        return taken
+
+    def _readers(self, ask: Ask, request: Request, prompt: Rewritten, taken: Taken | None) -> Readers:
+        """Begin to prepare those who will read the answer."""
+        key, limit = (ask.tenant, ask.model), ask.sampling.max_new_tokens
+        hints = ask.next
+        if not self._relaying or not ask.relay or not self.settings.max_expected:
+            return Readers(self._expecting, ())
+        if self._learns(ask):
+            learnt = self._learner(key).asked(request.agent, ask.texts, prompt, limit)
+            hints = hints or learnt  # who says what follows knows better
+        if not hints:
+            return Readers(self._expecting, ())
+        writer = taken.worker if taken else self._answering.worker_for(request.agent, ask.model)
+        return self._expecting.begin(key, hints, writer, limit)
+
+    def _learns(self, ask: Ask) -> bool:
+        return self.settings.learn_next == "on" and not ask.raw
+
+    def _learner(self, key: tuple[str, str]) -> Learner:
+        while len(self._learners) >= _MOST_MEMORIES and key not in self._learners:
+            self._learners.popitem(last=False)
+        return self._learners.setdefault(key, Learner())
+
+    def _expected(self, key: tuple[str, str], hint: Hint, outcome: Outcome) -> None:
+        self.metrics.counter("relay_expected_requests_total", hint.source, outcome).inc()
+        if hint.source == "learnt":
+            self._learner(key).ended(hint, came=outcome in ("came", "displaced"))
 
     def _record(self, ask: Ask, reply: Reply, at: _Times) -> None:
         """An answered request, in metrics and in its trace."""
@@ -202,14 +275,17 @@ class Service:
         self.metrics.counter("relay_request_errors_total", error.code or "error").inc()
 
     def forget(self) -> None:
-        """Remember nothing any more."""
+        """Remember and expect nothing any more."""
+        self._expecting.close()
         self._memories.clear()
+        self._learners.clear()
 
     def observe(self) -> None:
         """Bring the gauges up to date."""
         gauges = {
             "relay_requests_running": self.places.running,
             "relay_requests_waiting": self.places.waiting,
+            "relay_requests_expected": len(self._expecting),
             "relay_remembered_texts": sum(len(m) for m in self._memories.values()),
             "relay_remembered_bytes": sum(m.nbytes for m in self._memories.values()),
         }
@@ -221,6 +297,7 @@ class Service:
         first call on: the server calls it at a signal, and the app at its end."""
         now = time.monotonic()
         self._drained_by = self._drained_by or now + self.settings.drain_timeout_s
+        self._expecting.close()  # nobody is let in who might come for it
         if not await self.places.drain(max(_CANCELLING_S, self._drained_by - now)):
             log.warning(
                 "%d requests were still running at the end of serve.drain_timeout_s", self.places.running
@@ -255,13 +332,16 @@ class Service:
             return plain(ask.texts)
         prompt = self._memory(ask).rewrite(ask.texts, ask.only)
         self.metrics.histogram("relay_matching_seconds").observe(time.perf_counter() - begin)
-        for found in prompt.found:
-            self.metrics.counter("relay_found_texts_total", found.kind).inc()
+        self._count_found(prompt)
         if method == "full_prefill":
             # Nothing will be reused, so nothing need be spliced: at the seams of slots, and where an answer's
             # own ids are not those of its text, the tokens would be others than with relay off.
             return replace(plain(ask.texts), found=prompt.found, asked=prompt.asked)
         return prompt
+
+    def _count_found(self, prompt: Rewritten) -> None:
+        for found in prompt.found:
+            self.metrics.counter("relay_found_texts_total", found.kind).inc()
 
     def _remember(self, ask: Ask, prompt: Rewritten, reply: Reply) -> str | None:
         if not (self._relaying and ask.relay):
@@ -279,7 +359,10 @@ class Service:
         return kept
 
     def _memory(self, ask: Ask) -> Memory:
-        key = (ask.tenant, ask.model)
+        return self._memory_of(ask.tenant, ask.model)
+
+    def _memory_of(self, tenant: str, model: str) -> Memory:
+        key = (tenant, model)
         if key not in self._memories:
             self._memories[key] = Memory(
                 max_texts=self.settings.remember_texts,
@@ -313,9 +396,12 @@ class Service:
 def agent_name(ask: Ask) -> str:
     """Who asks: as it says, or a name that is the same for the same opening, which is what its worker has
     cached."""
-    if ask.agent:
-        return ask.agent
-    opening = f"{ask.tenant}\0{ask.texts[0].role}\0{ask.texts[0].text}"
+    return ask.agent or opening_name(ask.tenant, ask.texts[0])
+
+
+def opening_name(tenant: str, first: ChatText) -> str:
+    """The name of an agent whose chats begin with this message."""
+    opening = f"{tenant}\0{first.role}\0{first.text}"
     return "agent-" + hashlib.blake2b(opening.encode(), digest_size=6).hexdigest()
 
 
@@ -329,4 +415,4 @@ def raw_text(prompt: str) -> tuple[ChatText, ...]:
     return (ChatText(_RAW, prompt),)
 
 
-__all__ = ["Ask", "Finished", "Service", "agent_name", "random_seed", "raw_text"]
+__all__ = ["Ask", "Finished", "Service", "agent_name", "opening_name", "random_seed", "raw_text"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le
 
@@ -30,6 +30,10 @@ class ServeSettings:
         min_input_chars: a shorter user message or tool result is not shared between requests.
         common_chars: characters of recent user messages and tool results in which parts that a later one
             shares are looked for, for each tenant and model; 0: only whole texts are found.
+        next_timeout_s: a prompt that was prepared for a request to come (`relay.next`) is kept so long after
+            the answer that it contains, then dropped.
+        max_expected: requests that are expected at a time; the oldest are dropped. 0: hints are ignored.
+        learn_next: whether to learn from a tenant's requests which one follows which, and prepare those too.
         max_agents: agents whose worker is kept in mind.
         api_keys_file: YAML file of keys and tenants; null: none is asked for (only on a loopback address).
         recent_requests: requests whose facts are kept for the live page and `relay top`, for each tenant.
@@ -50,6 +54,9 @@ class ServeSettings:
     remember_bytes: Annotated[int, Ge(0)] = 256 * MIB
     min_input_chars: Annotated[int, Ge(32), Le(1 << 20)] = 128
     common_chars: Annotated[int, Ge(0)] = 4 << 20
+    next_timeout_s: Annotated[float, Gt(0)] = 30.0
+    max_expected: Annotated[int, Ge(0)] = 64
+    learn_next: Literal["off", "on"] = "off"
     max_agents: Annotated[int, Ge(1)] = 10_000
     api_keys_file: str | None = None
     recent_requests: Annotated[int, Ge(0), Le(10_000)] = 200

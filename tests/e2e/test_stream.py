@@ -102,6 +102,7 @@ def test_exact_answers_are_full_prefill_s_and_most_is_ready(
         agent = result[name]
         assert agent.relayed_tokens == 0
         assert agent.prepared_tokens > 0
+        assert agent.ahead == "exact: the request relays nothing"
         assert agent.fresh_tokens == agent.prompt_tokens
     assert result["solver"].prepared_tokens == 0, "nothing of it has to be waited for"
     used = sum(s["prepared_tokens_used"] for s in cluster.stats().values())
@@ -116,6 +117,9 @@ def test_auto_relays_what_there_was_no_time_for(cluster: Cluster) -> None:
         agent = result[name]
         assert agent.fresh_tokens + agent.relayed_tokens == agent.prompt_tokens
         assert agent.prepared_tokens <= agent.prefix_tokens <= agent.fresh_tokens
+    assert not result["solver"].ahead, "nothing of it has to be waited for"
+    for name in ("critic", "judge"):
+        assert result[name].ahead.startswith(("exact: ", "relay: ")), result[name].ahead
     assert_nothing_left(cluster)
 
 

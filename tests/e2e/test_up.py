@@ -19,6 +19,7 @@ import pytest
 import ray
 
 from relay_cluster import Cluster, ClusterConfig, heads
+from relay_cluster.unchanged import unchanged
 from tests.e2e.conftest import PIPELINE, QUESTION
 from tests.e2e.test_serving_ray_serve import free_port, wait_until_up
 from workers.embedded import cache_root
@@ -93,6 +94,12 @@ def test_up_is_healthy_and_a_second_one_does_nothing(standing: Standing, up: dic
     again = standing.relay("up")
     assert (again["started"], again["new_head"], again["differences"]) == ([], False, [])
     assert again["workers"] == up["workers"], "the same processes"
+    assert unchanged(config_of(standing)) is not None, "so the second one did not need Ray"
+    os.kill(up["workers"][1]["pid"], signal.SIGSTOP)
+    try:
+        assert unchanged(config_of(standing)) is None, "it does not answer"
+    finally:
+        os.kill(up["workers"][1]["pid"], signal.SIGCONT)
     told = standing.relay("status")
     assert (told["health"], told["why"], told["differences"]) == ("healthy", [], [])
     assert [w["state"] for w in told["workers"]] == ["up", "up"]
@@ -119,6 +126,17 @@ def test_runs_attach_and_leave_it_up(standing: Standing, up: dict[str, Any]) -> 
     assert sum(w["segments"] for w in standing.workers().values()) > 0
 
 
+def test_up_waits_for_a_worker_that_ray_starts_again(standing: Standing, up: dict[str, Any]) -> None:
+    before = standing.workers()
+    os.kill(before["w1"]["pid"], signal.SIGKILL)
+    done = standing.relay("up")
+    assert done["started"] == []
+    after = {w["worker"]: w["incarnation"] for w in done["workers"]}
+    assert after["w0"] == before["w0"]["incarnation"]
+    assert after["w1"] > before["w1"]["incarnation"]
+    assert unchanged(config_of(standing)) is not None, "as it is now"
+
+
 def test_lost_workers_and_shards_are_replaced(standing: Standing, up: dict[str, Any]) -> None:
     before = standing.workers()
     with Cluster(config_of(standing), attach=True):
@@ -127,6 +145,7 @@ def test_lost_workers_and_shards_are_replaced(standing: Standing, up: dict[str, 
     told = standing.relay("status", status=4)
     assert told["health"] == "degraded"
     assert told["why"][0] == "worker w1 is missing"
+    assert unchanged(config_of(standing)) is None
     done = standing.relay("up")
     assert done["replaced"] == ["w1"]
     after = standing.workers()

@@ -24,7 +24,7 @@ from relay_cluster.serving.tenants import Tenants
 from tests.replies import make_reply
 from transport.errors import Cancelled
 from transport.types import WorkerId
-from workers.messages import Reply, Request, Token
+from workers.messages import Draft, Reply, Request, Token
 
 MODEL = "m"
 WORKER = WorkerId("w0")
@@ -54,6 +54,9 @@ class Worker:
             if stop.is_set():
                 raise Cancelled("stopped")
         yield make_reply(WORKER, request, model=MODEL, text="x" * self.large)
+
+    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
+        return 0
 
     def cancel(self, worker: WorkerId, request_id: str) -> None:
         self.cancelled.set()

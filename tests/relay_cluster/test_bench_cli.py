@@ -56,6 +56,8 @@ def test_the_examples_of_the_help_are_options_that_exist() -> None:
         (("fidelity", "--methods", "auto:fats"), "auto:fast"),
         (("decay", "--method", "naiv"), "naive"),
         (("chain", "--cluster", "nowhere.yaml"), "nowhere.yaml"),
+        (("chain", "--stream", "relay"), "off, exact, auto"),
+        (("chain", "--stream", "off", "--methods", "naive,auto"), "one method"),
     ],
 )
 def test_faults_are_told_in_a_line(arguments: tuple[str, ...], said: str) -> None:

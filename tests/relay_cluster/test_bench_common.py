@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay_cluster.bench import common
+from relay_cluster.bench.chain_stream_rows import ChainStreamRow
 from relay_cluster.bench.common import (
     BASE,
     DecayRow,
@@ -273,6 +274,12 @@ def rows_of(name: str) -> list[Any]:
             for s in ("single", "composite", "all")
             for m in ("full_prefill", "naive")
         ]
+    if name == "chain_stream":
+        numbers = {f.name: 4 if f.type == "int" else 0.5 for f in dataclasses.fields(ChainStreamRow)}
+        return [
+            ChainStreamRow(**{**numbers, "mode": mode, "method": "auto"})
+            for mode in ("full_prefill", "off", "exact", "auto")
+        ]
     if name == "link":
         numbers = {f.name: 1 if f.type == "int" else 0.5 for f in dataclasses.fields(LinkRow)}
         said = {"method": "auto:fast", "params": "", "backend": "nixl"}
@@ -284,7 +291,7 @@ def rows_of(name: str) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("name", ["ttft", "chain", "fidelity", "decay"])
+@pytest.mark.parametrize("name", ["ttft", "chain", "chain_stream", "fidelity", "decay"])
 def test_every_document_has_a_table_and_a_picture(name: str, tmp_path: Path) -> None:
     from rich.console import Console
 

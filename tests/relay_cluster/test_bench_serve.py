@@ -11,12 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from relay_cluster import cli
+from relay_cluster.bench import serve
 from relay_cluster.bench.common import Document, check_document
 from relay_cluster.bench.plots import plot_document
 from relay_cluster.bench.serve import AGENTS, Documents, ServeBenchSettings, run_serve
 from relay_cluster.bench.serve_client import ServiceClient, served_model
 from relay_cluster.bench.serve_matching import measure_matching
 from relay_cluster.bench.serve_rows import ServeRow
+from relay_cluster.bench.show import show_document
 from relay_cluster.bench.texts import load_tasks
 from tests.relay_cluster.scripted_service import DEADLINE_S, Running, running
 from transport.errors import RelayError
@@ -28,6 +30,7 @@ SMALL = ServeBenchSettings(
     document_chars=300,
     answer_tokens=2,
     overhead_requests=3,
+    next_pairs=2,
     remembered=50,
     matching_rounds=4,
     timeout_s=DEADLINE_S,
@@ -42,12 +45,16 @@ def bench(live: Running, *, model: str | None = None, settings: ServeBenchSettin
     return [row for row in found.rows if isinstance(row, ServeRow)]
 
 
-def test_every_pipeline_is_counted_with_relay_and_without(tmp_path: Path) -> None:
+def test_every_pipeline_is_counted_with_relay_and_without(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # for the table
     with running(max_waiting=64) as live:
         live.worker.goes_on.set()
         rows = bench(live)
-        # Two pipelines to warm up, the overhead, and three of three agents for each load, relay on and off.
-        assert len(live.worker.asked) == 2 * 3 + 3 + 2 * 2 * 3 * 3
+        # Two pipelines to warm up, the overhead, two pairs with a hint and without, and three of three agents
+        # for each load, relay on and off.
+        assert len(live.worker.asked) == 2 * 3 + 3 + 2 * 2 * 2 + 2 * 2 * 3 * 3
     load = [row for row in rows if row.part == "pipelines"]
     assert [(r.concurrency, r.relay, r.what) for r in load] == [
         (at, relay, what) for at in (1, 2) for relay in (True, False) for what in ("all", *AGENTS)
@@ -61,10 +68,16 @@ def test_every_pipeline_is_counted_with_relay_and_without(tmp_path: Path) -> Non
     assert [(r.part, r.what, r.requests) for r in rows if r.part != "pipelines"] == [
         ("overhead", "http", 3),
         ("overhead", "service", 3),
+        ("next", "hint", 2),
+        ("next", "no hint", 2),
         ("matching", "find", 4),
         ("matching", "rewrite", 4),
     ]
-    document = Document("serve", {**dataclasses.asdict(SMALL), "model": "m", "data": []}, rows).to_json()
+    found = Document("serve", {**dataclasses.asdict(SMALL), "model": "m", "data": []}, rows)
+    show_document(found)
+    shown = capsys.readouterr().out
+    assert all(what in shown for what in ("overhead", "matching", "planner", "judge"))
+    document = found.to_json()
     plot_document(json.loads(json.dumps(document)), tmp_path / "serve.png")
     assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -72,7 +85,7 @@ def test_every_pipeline_is_counted_with_relay_and_without(tmp_path: Path) -> Non
 def test_the_same_documents_are_asked_on_and_off_and_never_again() -> None:
     with running(max_waiting=64) as live:
         live.worker.goes_on.set()
-        bench(live, settings=dataclasses.replace(SMALL, concurrency=(2,), overhead_requests=1))
+        bench(live, settings=dataclasses.replace(SMALL, concurrency=(2,), overhead_requests=1, next_pairs=0))
     asked = [(request.publish, said(request)) for request in live.worker.asked]
     plans = [(relay, text) for relay, text in asked if text.endswith("Make a plan in a few steps.")]
     on, off = ([text for relayed, text in plans if relayed is relay] for relay in (True, False))
@@ -84,6 +97,27 @@ def test_the_same_documents_are_asked_on_and_off_and_never_again() -> None:
 def said(request: Request) -> str:
     """The user's message, its slots filled."""
     return request.messages[-1].content.format(**{name: v.text for name, v in request.values.items()})
+
+
+def test_parts_can_be_chosen_by_their_names() -> None:
+    with running(max_waiting=64) as live:
+        live.worker.goes_on.set()
+        rows = bench(live, settings=dataclasses.replace(SMALL, parts=("next", "matching")))
+    assert [row.part for row in rows] == ["next", "next", "matching", "matching"]
+    refused = CliRunner().invoke(cli.app, ["bench", "serve", "--parts", "next,load"])
+    assert refused.exit_code != 0
+    assert "there is no load" in refused.output
+
+
+def test_what_was_measured_before_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(*_: object) -> list[ServeRow]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "_load", interrupted)
+    with running(max_waiting=64) as live:
+        live.worker.goes_on.set()
+        rows = bench(live)
+    assert [row.part for row in rows] == ["overhead", "overhead", "next", "next"]
 
 
 def test_answers_that_do_not_come_are_errors() -> None:

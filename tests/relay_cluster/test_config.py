@@ -232,3 +232,19 @@ agents:
         "pipeline.yaml:3 agents.judge.role: must be 'judge' or 'aggregator', got \"jugde\". "
         'Did you mean "judge"?',
     ]
+
+
+@pytest.mark.parametrize(("written", "read"), [("off", "off"), ("auto", "auto"), ("exact", "exact")])
+def test_streaming_is_a_key_of_both_files(tmp_path: Path, written: str, read: str) -> None:
+    """YAML takes a bare `off` for false."""
+    cluster = ClusterConfig.load(write(tmp_path, f"stream: {written}\n"))
+    agents = "agents:\n  a: {prompt: Hello}\n"
+    pipeline = PipelineConfig.load(write(tmp_path, f"stream: {written}\n{agents}"))
+    assert (cluster.stream, pipeline.stream, pipeline.pipeline().stream) == (read, read, read)
+    unsaid = PipelineConfig.load(write(tmp_path, agents))
+    assert (ClusterConfig().stream, unsaid.stream) == ("off", None)
+
+
+def test_a_wrong_word_for_streaming_is_told_with_the_right_ones(tmp_path: Path) -> None:
+    (fault,) = faults(write(tmp_path, "workers: 2\nstream: exakt\n"))
+    assert fault.startswith("file.yaml:2 stream: must be 'off', 'auto' or 'exact'")

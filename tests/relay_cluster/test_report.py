@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -133,6 +134,7 @@ def test_json_has_every_field_of_the_schema() -> None:
             "prepared_tokens",
             "pulled_ahead_blocks",
             "pulled_ahead_bytes",
+            "ahead",
             "reuse",
             "recomputed_entries",
             "total_entries",
@@ -279,3 +281,12 @@ def test_error_fits_one_screen(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == MAX_ERROR_LINES + 1
     assert lines[0] == "error: fault 0 [x]"
     assert lines[-1] == f"... and {100 - MAX_ERROR_LINES} more lines"
+
+
+def test_what_was_prepared_has_a_column_only_where_something_was_to_be() -> None:
+    plain = text_of(report(agent("a", 0), agent("b", 1100)), 160)
+    assert "prepared" not in plain
+    ahead = dataclasses.replace(agent("b", 0), prepared_tokens=987, ahead="exact: because")
+    shown = text_of(report(agent("a", 0), ahead), 160)
+    assert "prepared" in shown
+    assert "987" in shown

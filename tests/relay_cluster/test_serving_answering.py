@@ -87,6 +87,20 @@ async def test_an_agent_keeps_its_worker_and_agents_are_spread() -> None:
         one.worker_for("a", "another model")
 
 
+async def test_who_reads_is_prepared_where_nobody_writes() -> None:
+    one = answering(Recorder())
+    writer = one.worker_for("writer", MODEL)
+    assert one.preparer_for("reader", MODEL, writer) == W1 != writer
+    assert one.worker_for("third", MODEL) == W0
+    assert one.preparer_for("third", MODEL, W0) == W1, "its own worker writes"
+    assert one.worker_for("third", MODEL) == W0, "where its prefix is"
+    assert one.preparer_for("fourth", MODEL, W0) == W1
+    assert one.worker_for("fourth", MODEL) == W1, "a new one stays where it was prepared"
+    one._running[W1] = 1
+    assert one.preparer_for("third", MODEL, W0) == W0, "no other is idle"
+    one.close()
+
+
 async def test_agents_that_were_not_heard_of_for_long_are_forgotten() -> None:
     one = answering(Recorder(), max_agents=2)
     for agent in "abcdefgh":

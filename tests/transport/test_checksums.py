@@ -66,10 +66,19 @@ def test_the_kernel_gives_what_the_cpu_gives(device: str, nbytes: int) -> None:
     triton = pytest.importorskip("triton")
     from transport import checksums_triton
 
-    if device == "cpu" and isinstance(checksums_triton._sum_words_kernel, triton.JITFunction):
+    if device == "cpu" and isinstance(checksums_triton._check_kernel, triton.JITFunction):
         pytest.skip("the kernel is compiled here, for a device")
     stride = nbytes + 64
     data = np.random.default_rng(nbytes).integers(0, 256, 3 * stride, dtype=np.uint8)
-    starts = [2 * stride + 64, 64, stride + 64]
-    found = checksums.on_device(torch.from_numpy(data).to(device), starts, nbytes)
-    assert found == [checksums.of_words(data[a : a + nbytes].tobytes()) for a in starts]
+    buffer = torch.from_numpy(data.copy()).to(device)
+    wanted = [checksums.of_words(data[at * stride + 64 : (at + 1) * stride].tobytes()) for at in (2, 0)]
+    assert checksums.on_device(buffer, [(2,), (0,)], stride, 64, nbytes) == [[wanted[0]], [wanted[1]]]
+    assert np.array_equal(buffer.cpu().numpy(), data)
+    # With new headers: the old ones come back, and nothing else is written.
+    headers = data.reshape(3, stride)[:, :64].view("<i8")
+    rows = [(2, *range(8)), (0, *range(-8, 0))]
+    found = checksums.on_device(buffer, rows, stride, 64, nbytes)
+    assert found == [[wanted[0], *headers[2].tolist()], [wanted[1], *headers[0].tolist()]]
+    after = data.reshape(3, stride).copy()
+    after[[2, 0], :64] = np.array([row[1:] for row in rows], "<i8").view(np.uint8)
+    assert np.array_equal(buffer.cpu().numpy().reshape(3, stride), after)

@@ -28,7 +28,7 @@ def _generate_plain(loaded: LoadedModel, ids: tuple[int, ...], count: int) -> li
     loaded.model.set_attn_implementation("sdpa")
     try:
         out = loaded.model.generate(
-            torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0
+            torch.tensor([ids], device=loaded.device), max_new_tokens=count, do_sample=False, pad_token_id=0
         )
     finally:
         loaded.model.set_attn_implementation("relay_cluster")

@@ -15,6 +15,8 @@ from tests.workers import tiny
 from tests.workers.rigs import QUESTION, Desk, request
 from transport.errors import RelayError
 from workers.attention import MassSpan
+from workers.budget import Urgency
+from workers.choosing import choose
 from workers.compare import kl_divergence
 from workers.engine import Part
 from workers.heal import Heal, chunk_rows, first_stale
@@ -23,7 +25,7 @@ from workers.methods import parse_method
 from workers.methods.base import HealMode, RectifyPlan, Span, SpanPlan
 from workers.prefill import Prefill
 from workers.sampling import Sampler
-from workers.scheduler import FinishedEvent, Sequence, StepLoop, TokenEvent, choose, decoded_mass
+from workers.scheduler import FinishedEvent, Sequence, StepLoop, TokenEvent, decoded_mass
 from workers.segment import digest_tokens
 from workers.settings import SamplingSettings
 
@@ -351,6 +353,10 @@ def test_decode_comes_first_then_healing_then_prefill() -> None:
     assert choose([always, idle], 1000) == [(always, 1, 64), (idle, 1, 64)]
     assert choose([always, idle], 50) == [(always, 1, 48), (idle, 1, 0)]
     assert choose([waiting, idle], 1000) == [(idle, 1, 0), (waiting, 200, 0)]
+    # What was asked for in idle room only does not hold others up beyond what they may be.
+    assert choose([always, idle], 1000, ride=5) == [(always, 1, 64), (idle, 1, 5)]
+    assert choose([always, idle], 1000, ride=0) == [(always, 1, 64), (idle, 1, 0)]
+    assert choose([idle], 1000, ride=0) == [(idle, 1, 64)], "there are no others"
     # However little room there is, every decode row is there.
     assert choose([always, idle, waiting], 1) == [(always, 1, 0), (idle, 1, 0), (waiting, 16, 0)]
     # Nobody waits for the rest of an answer that is out: it takes the room there is.
@@ -363,7 +369,7 @@ def test_background_sequences_only_run_when_nobody_else_does() -> None:
     rig = tiny.Rig(tiny.build("llama"))
     rig.model.set_attn_implementation("relay_cluster")
     shadow, other = _plain(rig, tiny.tokens(60)), _plain(rig, tiny.tokens(10))
-    shadow.background = True
+    shadow.urgency = Urgency.IDLE
     assert choose([shadow, other], 100) == [(other, 10, 0)]
     assert choose([shadow], 100) == [(shadow, 60, 0)]
 

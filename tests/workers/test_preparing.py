@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch
 from tests.workers.rigs import QUESTION, Desk, desk, request
 from transport.directory.local import LocalDirectory
 from transport.errors import Cancelled
+from workers.ahead_choice import FORGET_S, Pace
+from workers.budget import RideAlong
 from workers.messages import Draft, Reply, Request
 from workers.model import LoadedModel
 from workers.segment import SlotValue
@@ -170,10 +173,9 @@ def test_a_request_that_comes_in_the_middle_takes_what_is_there(one: Desk, answe
     assert one.agent.stats()["preparations"] == 0
 
 
-def test_prepared_rows_stand_back_behind_others(one: Desk, answer: tuple[int, ...]) -> None:
-    """While somebody decodes nothing is prepared; the request is answered all the same."""
-    seen: list[int] = []
-    asked = critic(answer)
+def beside(one: Desk, asked: Request, other: Request) -> list[tuple[int, int]]:
+    """(decode rows, rows that rode along) of every step while `other` is answered and `asked` prepared."""
+    seen: list[tuple[int, int]] = []
     busy = threading.Event()
 
     def prepare() -> None:
@@ -184,13 +186,62 @@ def test_prepared_rows_stand_back_behind_others(one: Desk, answer: tuple[int, ..
     thread.start()
     step = one.agent.engine.step
 
-    def watched(parts: list) -> list:  # type: ignore[type-arg]
-        seen.append(max(len(p.positions) for p in parts) if len(parts) > 1 else 0)
-        return step(parts)
+    def watched(parts: list, *more: Any) -> list:  # type: ignore[type-arg]
+        decoding = [p for p in parts if p.logits_rows and len(p.positions) == 1]
+        if decoding and len(parts) <= 2:
+            seen.append((1, sum(len(p.positions) for p in parts if p is not decoding[0])))
+        return step(parts, *more)
 
     one.agent.engine.step = watched  # type: ignore[method-assign]
     with torch.inference_mode():
-        one.agent.generate(critic(answer[:40]), on_token=lambda _: busy.set())
-    assert not any(seen), "no step had rows of both"
+        one.agent.generate(other, on_token=lambda _: busy.set())
     thread.join(60)
+    assert not thread.is_alive()
+    return seen
+
+
+def test_with_no_share_prepared_rows_stand_back_behind_others(
+    one: Desk, answer: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While somebody decodes nothing is prepared; the request is answered all the same."""
+    monkeypatch.setattr(one.agent._loop, "_ride", RideAlong(0.0, 128))
+    asked = critic(answer)
+    assert not any(rode for _, rode in beside(one, asked, critic(answer[:40])))
     assert one.agent.generate(asked).prepared_tokens > 100
+
+
+def test_with_a_share_some_of_them_ride_along(one: Desk, answer: tuple[int, ...]) -> None:
+    expected = plain(one, critic(answer)).token_ids
+    asked = critic(answer)
+    other = critic(answer[:40])
+    rode = [extra for _, extra in beside(one, asked, other)]
+    assert sum(rode) > 0, "nothing rode along"
+    assert 0 in rode, "no step has shown what one takes alone"
+    reply = one.agent.generate(asked)
+    assert reply.token_ids == expected
+    assert reply.prepared_tokens > 100
+
+
+def test_a_worker_without_time_leaves_the_rest_to_the_relay(one: Desk, answer: tuple[int, ...]) -> None:
+    """And says so. Where nothing can be relayed all of it is computed ahead, however long that takes."""
+    preparing = one.agent._preparing
+    for method, grows in (("auto", False), ("exact_prefix", True)):
+        asked = critic(answer, method)
+        ready = [one.agent.prepare_ahead(replace(draft(asked, 40), room_tokens=120))]
+        preparing._pace.took(1000, 1e6, time.monotonic() + 1e4)  # in what follows it is known to be slow
+        ready.append(one.agent.prepare_ahead(replace(draft(asked, 80), room_tokens=80)))
+        preparing._pace = Pace()
+        assert (ready[1] > ready[0]) is grows
+        reply = one.agent.generate(asked)
+        assert reply.prepared_tokens == ready[1]
+        assert reply.ahead.startswith("exact: the request" if grows else "relay: this worker has no time")
+    assert one.agent.generate(critic(answer)).ahead == ""
+
+
+def test_a_rate_is_forgotten_so_that_a_worker_can_recover() -> None:
+    pace = Pace()
+    pace.took(64, 2.0, now=100.0)
+    assert pace.rate(100.5) == 32
+    pace.took(2, 2.0, now=101.0)
+    assert pace.rate(101.5) == 32, "a few tokens tell no rate"
+    assert pace.rate(100.0 + FORGET_S + 1) is None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 
 from tests.workers import tiny
 from transport.errors import DeadlineExceeded, RelayError
+from workers.budget import Urgency
+from workers.choosing import choose
 from workers.methods import parse_method
 from workers.methods.base import Span
 from workers.prefill import Prefill
 from workers.sampling import Sampler
-from workers.scheduler import FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent, choose
+from workers.scheduler import FailedEvent, FinishedEvent, Sequence, StepLoop, TokenEvent
 from workers.settings import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,3 +130,98 @@ def test_after_stop_nothing_is_taken(rig: tiny.Rig, loop: StepLoop) -> None:
         loop.submit(_sequence(rig, tiny.tokens(4)))
     with pytest.raises(RelayError, match="shutting down"):
         loop.call(lambda: 1)
+
+
+def test_prefill_ahead_rides_along_within_its_room(rig: tiny.Rig) -> None:
+    now = _sequence(rig, tiny.tokens(9))
+    now.prefill.logits, now.tokens = torch.zeros(tiny.VOCAB), [5]  # it decodes
+    waiting = _sequence(rig, tiny.tokens(30))
+    one, two = (_sequence(rig, tiny.tokens(60, n), urgency=Urgency.AHEAD) for n in (1, 2))
+    idle = _sequence(rig, tiny.tokens(20), urgency=Urgency.IDLE)
+    assert choose([now, one, two], 100) == [(now, 1, 0)], "without a room of its own it waits"
+    assert choose([now, one, two], 100, ride=5) == [(now, 1, 0), (one, 5, 0)]
+    assert choose([now, two, one], 100, ride=70) == [(now, 1, 0), (two, 60, 0), (one, 10, 0)]
+    assert choose([now, one], 30, ride=70) == [(now, 1, 0), (one, 29, 0)], "nor beyond the cap of a step"
+    assert choose([now, waiting, one], 100, ride=70) == [(now, 1, 0), (waiting, 30, 0)]
+    assert choose([one, two, idle], 100) == [(one, 60, 0), (two, 40, 0)]
+    assert choose([now, idle], 100, ride=70) == [(now, 1, 0)]
+    assert choose([idle], 100) == [(idle, 20, 0)]
+
+
+def _at_half_time(rig: tiny.Rig, happen: Callable[[], object]) -> list[int]:
+    """Let something happen once, half-way through the first step of prefill ahead; rows of all its steps."""
+    steps: list[int] = []
+    step, once = rig.engine.step, [happen]
+
+    def watched(parts: Any, give_up: Any = None) -> Any:
+        if give_up is None:
+            return step(parts)
+        steps.append(sum(part.rows for part in parts))
+
+        def asked(done: float) -> bool:
+            if done >= 0.5 and once:
+                once.pop()()
+            return give_up(done)
+
+        return step(parts, asked)
+
+    rig.engine.step = watched  # type: ignore[method-assign]
+    return steps
+
+
+def _exact(rig: tiny.Rig, ids: list[int]) -> torch.Tensor:
+    """Keys and values of a plain prefill: [layers, 2, heads, tokens, dim]."""
+    loop = StepLoop(rig.engine, max_rows=64, checkpoint_layer=rig.checkpoint_layer)
+    sequence = _sequence(rig, ids, max_new_tokens=1)
+    loop.submit(sequence)
+    _events(sequence)
+    loop.stop()
+    return sequence.prefill.cache.kv[:, :, :, : len(ids)].clone()
+
+
+def test_a_step_of_prefill_ahead_is_given_up_for_a_request(rig: tiny.Rig, loop: StepLoop) -> None:
+    ids = tiny.tokens(40)
+    expected = _exact(rig, ids)
+    ahead, request = _sequence(rig, ids, urgency=Urgency.AHEAD), _sequence(rig, tiny.tokens(9, 3))
+    steps = _at_half_time(rig, lambda: loop.submit(request))
+    loop.submit(ahead)
+    assert len(_events(request)) == 6
+    assert _events(ahead) == [FinishedEvent("prepared")]
+    assert loop.steps_given_up == 1
+    assert sum(steps) > 40, "what was given up is computed again"
+    torch.testing.assert_close(ahead.prefill.cache.kv[:, :, :, :40], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "given_up"), [(8, 1), (32, 0)])
+def test_its_own_request_waits_for_a_step_that_would_take_longer_to_repeat(
+    rig: tiny.Rig, loop: StepLoop, rows: int, given_up: int
+) -> None:
+    """Half of a step of 8 rows is more than to compute them with the request's own; of 32 it is not."""
+    ahead = _sequence(rig, tiny.tokens(rows), urgency=Urgency.AHEAD)
+    _at_half_time(rig, ahead.cancelled.set)
+    loop.submit(ahead)
+    (event,) = _events(ahead)
+    assert isinstance(event, FailedEvent if given_up else FinishedEvent)
+    assert loop.steps_given_up == given_up
+
+
+@pytest.mark.parametrize(("polite", "given_up"), [(True, 0), (False, 1)])
+def test_prefill_ahead_is_given_up_for_a_request_s_work_on_the_engine(
+    rig: tiny.Rig, loop: StepLoop, polite: bool, given_up: int
+) -> None:
+    done: list[int] = []
+    ahead = _sequence(rig, tiny.tokens(30), urgency=Urgency.AHEAD)
+
+    def ask() -> None:
+        work = functools.partial(done.append, loop.steps_given_up)
+        threading.Thread(target=loop.call, args=[work], kwargs={"polite": polite}).start()
+        deadline = time.monotonic() + 30
+        while not loop._jobs and time.monotonic() < deadline:
+            time.sleep(0.001)  # until it is there
+
+    _at_half_time(rig, ask)
+    loop.submit(ahead)
+    assert _events(ahead) == [FinishedEvent("prepared")]
+    loop.call(lambda: None)
+    assert len(done) == 1
+    assert loop.steps_given_up == given_up

@@ -20,6 +20,7 @@ from prometheus_client.samples import Sample
 from relay_cluster import Cluster
 from relay_cluster.serving.app import make_app, start_workers
 from relay_cluster.serving.http import Server, make_server
+from relay_cluster.serving.service import Service
 from relay_cluster.serving.settings import ServeSettings
 from relay_cluster.serving.tenants import Tenants
 from tests.e2e.conftest import small_cluster
@@ -35,7 +36,7 @@ class Recorder:
     """An app around the app, which keeps the reuse report of every answer that is not streamed."""
 
     def __init__(self, app: Any) -> None:
-        self._app = app
+        self.app = app
         self.reports: list[dict[str, Any]] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -45,7 +46,7 @@ class Recorder:
             body.extend(message.get("body", b""))
             await send(message)
 
-        await self._app(scope, receive, watched)
+        await self.app(scope, receive, watched)
         if body.startswith(b'{"object":"chat.completion"'):
             self.reports.append(json.loads(body)["relay"])
 
@@ -62,6 +63,10 @@ class Live:
 
     def client(self, key: str = "sk-red") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=240.0)
+
+    @property
+    def service(self) -> Service:
+        return self.recorder.app.state.service
 
     def metric(self, name: str) -> float:
         lines = httpx.get(f"{self.url}/metrics").text.splitlines()

@@ -12,9 +12,10 @@ import pytest
 from tests.browser import chromium, needs_chromium, visit
 from tests.e2e.conftest import QUESTION
 from tests.e2e.serving.live import Live
+from transport.types import WorkerId
 from workers.settings import DEFAULT_MODEL
 
-# long: needs Chromium, and a service on whose workers nobody else has placed agents before.
+# long: needs Chromium.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
 
 TOKENS = 14
@@ -27,6 +28,10 @@ def url(live: Live) -> str:
     """The address of a service whose last requests are those of a planner, a solver who reads it, and a judge
     who reads both."""
     client = live.client("sk-red")
+    live.service.forget()
+    # Where earlier tests have left their agents decides where new ones go: these are to pull from each other.
+    for agent, worker in (("planner", "w0"), ("solver", "w1"), ("judge", "w0")):
+        live.service._answering._placed[f"page/{agent}", DEFAULT_MODEL] = WorkerId(worker)
 
     def ask(agent: str, system: str, user: str) -> str:
         answer = client.chat.completions.create(

@@ -166,9 +166,10 @@ def test_logprobs_and_plain_completions(live: Live) -> None:
     assert "".join(c.choices[0].text for c in streamed) == text.choices[0].text
 
 
-def test_the_example_of_the_docs_works(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+def said_by_the_example(number: int, live: Live, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a program of the page prints."""
     text = (Path(__file__).parents[3] / "docs" / "service.md").read_text("utf-8")
-    (example,) = re.findall(r"```python\n(from openai.*?)```", text, flags=re.DOTALL)
+    example = re.findall(r"```python\n(from openai.*?)```", text, flags=re.DOTALL)[number]
     changes = {
         "http://127.0.0.1:8000": live.url,
         '"none"': '"sk-blue"',
@@ -178,7 +179,17 @@ def test_the_example_of_the_docs_works(live: Live, capsys: pytest.CaptureFixture
         assert written in example
         example = example.replace(written, ours)
     exec(compile(example, "service.md", "exec"), {})
-    said = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_the_example_of_a_hint_works(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    said = said_by_the_example(1, live, capsys)
+    assert int(re.search(r"^(\d+) of \d+ prompt tokens were ready", said, re.MULTILINE)[1]) > 0  # type: ignore[index]
+
+
+def test_the_example_of_the_docs_works(live: Live, capsys: pytest.CaptureFixture[str]) -> None:
+    said = said_by_the_example(0, live, capsys)
     assert int(re.search(r"^(\d+) prompt tokens were not computed", said, re.MULTILINE)[1]) > 0  # type: ignore[index]
     assert "'kind': 'response'" in said
 
