@@ -349,12 +349,13 @@ class AgentWorker:
         )
         certain = {**request.values, **dict.fromkeys(draft.follow, SlotValue(token_ids=()))}
         known = self._builder.known(template, certain, draft.open_slots | draft.follow.keys())
-        if not known:
-            return 0
         relayable = not draft.follow and parse_reuse(request.method, self.profile).method.uses_segments
         coming = Coming(draft.room_tokens, draft.open_slots) if relayable else None
         arrival = Arrival(request, parse_reuse("exact_prefix"), whole, most)
-        return self._preparing.advance(arrival, known, coming, draft.group)
+        if not known:
+            return 0
+        reason = "relay: as asked; what is written is pulled as it is published" if draft.follow else ""
+        return self._preparing.advance(arrival, known, coming, draft.group, reason=reason)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at its next step, or as soon as it arrives, and what was prepared for it. Returns

@@ -99,7 +99,13 @@ class Preparing:
             }
 
     def advance(
-        self, arrival: Arrival, known: tuple[int, ...], coming: Coming | None = None, group: str = ""
+        self,
+        arrival: Arrival,
+        known: tuple[int, ...],
+        coming: Coming | None = None,
+        group: str = "",
+        *,
+        reason: str = "",
     ) -> int:
         """Compute what is known of a request's prompt and not yet computed; returns early once the request
         itself, or somebody in greater need of the room, comes.
@@ -110,6 +116,7 @@ class Preparing:
             coming: what is still to be written, where the relay could serve as well: all of `known` is
                 computed only while this worker has the time. None: always.
             group: whose work it is.
+            reason: why all of `known` is computed, for people, where `coming` is None.
 
         Returns:
             How many leading tokens of `known` stand ready; 0 also where there is no room.
@@ -123,7 +130,7 @@ class Preparing:
         found.turn.group = group
         with found.lock:
             self._rewind(found, known)
-            known = known[: self._worth(found, arrival, len(known), coming)]
+            known = known[: self._worth(found, arrival, len(known), coming, reason)]
             while len(found.ids) < len(known) and not found.stop.is_set():
                 try:
                     self._piece(found, known)
@@ -142,11 +149,13 @@ class Preparing:
             while len(self._reasons) > _MOST_ENDED:
                 self._reasons.popitem(last=False)
 
-    def _worth(self, found: _Preparation, arrival: Arrival, known: int, coming: Coming | None) -> int:
+    def _worth(
+        self, found: _Preparation, arrival: Arrival, known: int, coming: Coming | None, reason: str
+    ) -> int:
         """How many of the `known` leading tokens are to be computed ahead."""
         request_id = arrival.request.id
         if coming is None:
-            self._note(request_id, "exact: the request relays nothing")
+            self._note(request_id, reason or "exact: the request relays nothing")
             return known
         now = time.monotonic()
         at, room = found.begun = found.begun or (now, coming.room_tokens)

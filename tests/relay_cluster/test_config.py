@@ -247,4 +247,4 @@ def test_streaming_is_a_key_of_both_files(tmp_path: Path, written: str, read: st
 
 def test_a_wrong_word_for_streaming_is_told_with_the_right_ones(tmp_path: Path) -> None:
     (fault,) = faults(write(tmp_path, "workers: 2\nstream: exakt\n"))
-    assert fault.startswith("file.yaml:2 stream: must be 'off', 'auto', ")
+    assert fault.startswith("file.yaml:2 stream: must be 'off', 'auto', 'exact' or 'relay'")

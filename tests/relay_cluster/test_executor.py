@@ -16,7 +16,7 @@ from relay_cluster.turns import agent_report
 from tests.replies import make_reply
 from transport.errors import Cancelled, PromptTooLong, WorkerLost
 from transport.types import WorkerId
-from workers.messages import Comparison, Reply, Request
+from workers.messages import Comparison, Draft, Reply, Request
 from workers.segment import SlotValue
 
 DIAMOND = Pipeline(
@@ -71,6 +71,9 @@ class Recorder:
     ) -> Comparison:
         raise WorkerLost("died while comparing")
 
+    def prepare_ahead(self, worker: WorkerId, draft: Draft) -> int:
+        return 0
+
     def cancel(self, worker: WorkerId, request_id: str) -> None:
         self.cancelled.append(request_id)
 
@@ -121,6 +124,24 @@ def test_a_request_whose_worker_died_is_asked_again_under_another_id() -> None:
     assert turns["left"].retries == 2
     ids = [r.id for r in workers.asked if r.agent == "left"]
     assert len(set(ids)) == 3
+
+
+def test_with_relay_readers_are_told_which_requests_to_follow() -> None:
+    """Those of the same model; of an agent that was asked again, the last one."""
+    executor = _executor(Recorder(deaths=1), stream="relay")
+    turns, _ = executor.run({"q": "why?"})
+    opened = {name: turn.request.open_answer for name, turn in turns.items()}
+    assert opened == {"plan": True, "left": True, "right": False, "join": False}
+    assert executor._ahead is not None
+    draft = executor._draft("join", executor._ahead.writing.so_far(["left", "right"]))
+    assert draft.follow == {"left": turns["left"].request.id}
+    assert turns["left"].request.id != executor._id("left")
+
+
+@pytest.mark.parametrize("options", [{"stream": "exact"}, {"stream": "relay", "method": "full_prefill"}, {}])
+def test_nothing_is_followed_that_will_not_be_relayed(options: dict[str, Any]) -> None:
+    turns, _ = _executor(Recorder(), **options).run({"q": "why?"})
+    assert not any(turn.request.open_answer for turn in turns.values())
 
 
 def test_too_many_deaths_end_in_an_error_with_advice() -> None:

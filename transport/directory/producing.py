@@ -101,13 +101,13 @@ class OpenLogs:
             updates = {name: [x.since(len(x.blocks)) for x in held] for name, held in parts.items()}
         answers, moved = self._send(owner, updates)
         missed = [
-            found
+            (found, answer.expects)
             for name, verdicts in answers.items()
             for found, answer in zip(parts[name], verdicts, strict=True)
             if answer.verdict == "gap"
         ]
-        for found in logs if moved else missed:
-            self._tell(owner, found, len(found.blocks))
+        for found, first in [(x, len(x.blocks)) for x in logs] if moved else missed:
+            self._tell(owner, found, first)
 
     def _tell(self, owner: Owner, found: _Log, first: int) -> str:
         """Until every shard that answers has all of it."""
