@@ -135,7 +135,7 @@ def test_with_relay_readers_are_told_which_requests_to_follow() -> None:
     assert executor._ahead is not None
     draft = executor._draft("join", executor._ahead.writing.so_far(["left", "right"]))
     assert draft.follow == {"left": turns["left"].request.id}
-    assert turns["left"].request.id != executor._id("left")
+    assert turns["left"].request.id != executor.request_id("left")
 
 
 @pytest.mark.parametrize("options", [{"stream": "exact"}, {"stream": "relay", "method": "full_prefill"}, {}])

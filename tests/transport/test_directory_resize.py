@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 
@@ -138,6 +139,9 @@ def test_of_two_resizes_at_once_one_is_refused() -> None:
     rig.client.close()
 
 
+LEASE_S = 4.0
+
+
 class Traffic:
     """An owner that evicts and publishes again, and readers that lease, over one rig. `faults` collects what
     must not happen: a lease on blocks that the owner does not hold, an eviction under a lease."""
@@ -145,7 +149,7 @@ class Traffic:
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
         self.held: dict[SegmentKey, Segment] = {s.key: s for s in ALL}
-        self.live: dict[str, SegmentKey] = {}
+        self.live: dict[str, tuple[SegmentKey, float]] = {}  # with the instant at which it ends
         self.lock = threading.Lock()  # evicting and leasing are steps of one order: the checks are exact
         self.faults: list[str] = []
         self.leased = self.evicted = 0
@@ -177,9 +181,10 @@ class Traffic:
             with self.lock:
                 # Shorter than a leaving shard is waited for, as in a cluster: a lease that a resize overtook
                 # on its way back is released by nobody.
-                got = reader.lease(chance.sample(KEYS, 6), holder=W1, ttl_s=4)
+                ends = time.monotonic() + LEASE_S
+                got = reader.lease(chance.sample(KEYS, 6), holder=W1, ttl_s=LEASE_S)
                 self.leased += len(got)
-                self.live.update({x.id: key for key, x in got.items()})
+                self.live.update({x.id: (key, ends) for key, x in got.items()})
                 wrong = [x.located.segment for k, x in got.items() if self.held.get(k) != x.located.segment]
                 self.faults.extend(f"{s.key}: {s.blocks} is leased and not held" for s in wrong)
             self.stop.wait(0.001)
@@ -194,9 +199,9 @@ class Traffic:
             with self.lock:
                 gone = self.rig.client.evict(ME, nbytes=chance.choice([300, 2000]))
                 self.evicted += len(gone)
-                self.faults.extend(
-                    f"{s.key}: evicted under a lease" for s in gone if s.key in self.live.values()
-                )
+                now = time.monotonic()  # a reader that got no turn meanwhile may have none any more
+                leased = {key for key, ends in self.live.values() if now < ends}
+                self.faults.extend(f"{s.key}: evicted under a lease" for s in gone if s.key in leased)
                 for s in gone:
                     del self.held[s.key]
             generation += 1
