@@ -64,7 +64,8 @@ def test_an_unchanged_program_is_relayed(live: Live) -> None:
         assert details.cached_tokens >= relay(answer)["relayed_tokens"] > 2 * (TOKENS - 4)
         assert relay(answer)["fallbacks"] == []
         assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert {relay(a)["worker"] for a in (plan, solution, verdict)} == {"w0", "w1"}
+    # Where: nobody else is at work, so the router may put them beside what they read.
+    assert {relay(a)["worker"] for a in (plan, solution, verdict)} <= {"w0", "w1"}
     assert live.settled()
 
 
