@@ -10,7 +10,8 @@ from workers.segment import SlotValue, _parse
 
 PLAN = "First count the sheep, then multiply by six, and at last divide the flock by two."
 IDS = SlotValue(token_ids=tuple(range(30)), kv_tokens=29)
-DOCUMENT = "The farm lies in a valley. " * 8
+# No part of it comes twice: where a text repeats itself, which copy a match begins in depends on the hashes.
+DOCUMENT = "".join(f"Farm {n} lies in valley {'abcdefgh'[n]}. " for n in range(8))
 
 
 def memory() -> Memory:
