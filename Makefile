@@ -18,14 +18,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEFAULT := not grid and not bench and not multihost and not long
 FAST := not ray and not slow and $(DEFAULT)
-SLOW := (ray or slow) and $(DEFAULT)
 CODE := relay_cluster workers transport configs tests examples
 
 export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: docs help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-gpu test-fast test-slow-e2e test-slow-rest lint format clean
+.PHONY: docs help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-gpu test-fast test-slow lint style types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,29 +72,25 @@ bench: model ## the quick form of every benchmark -> runs/bench-*.json, runs/ben
 	  $(BIN)/relay bench $$name --quick --json runs/bench-$$name.json --plot runs/bench-$$name.png; \
 	done
 
-lint: $(STAMP) ## style, types, import rules, shipped configs
+lint: style types ## style, types, import rules, shipped configs
+
+style: $(STAMP)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/relay check configs/
 
-test: lint model ## lint and every test but those of the three targets below
+types: $(STAMP)
+	nice $(BIN)/basedpyright --pythonpath $(BIN)/python
+
+test: style model ## lint and every test but those of the three targets below
 	@# Two at a time where nothing is shared; clusters and the real model want the machine for themselves.
 	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --durations=10
-	@# The rest waits more than it computes: two runs side by side, each of which prints when it has ended. Threads
-	@# that wait for each other must not spin then: they would keep the other run's from the core.
-	OMP_WAIT_POLICY=passive $(MAKE) --no-print-directory -j2 test-slow-e2e test-slow-rest
+	@# Types are checked beside the rest, which waits more than it computes.
+	$(MAKE) --no-print-directory -j2 types test-slow
 
-test-slow-e2e: model
-	@mkdir -p runs
-	@$(BIN)/python -m pytest -m "$(SLOW)" tests/e2e --ignore=tests/e2e/serving --durations=15 \
-	  -o cache_dir=runs/.pytest-e2e > runs/$@.log 2>&1; status=$$?; cat runs/$@.log; exit $$status
-
-test-slow-rest: model
-	@mkdir -p runs
-	@$(BIN)/python -m pytest -m "$(SLOW)" tests/e2e/serving tests --ignore-glob='tests/e2e/test_*.py' --durations=15 \
-	  > runs/$@.log 2>&1; status=$$?; cat runs/$@.log; exit $$status
+test-slow: model
+	$(BIN)/python -m pytest -m "(ray or slow) and $(DEFAULT)" --durations=15
 
 test-bench: model ## whole benchmark runs on small settings; minutes
 	$(BIN)/python -m pytest -m bench

@@ -71,6 +71,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not available_backends()["shm"][0], reason=available_backends()["shm"][1])
 def test_shared_memory_is_measured_beside_memcpy(tmp_path: Path) -> None:
     out = tmp_path / "t.json"

@@ -88,7 +88,9 @@ def test_logits_are_those_of_full_prefill(one: Desk, answer: tuple[int, ...]) ->
     assert check.kl_mean < 1e-6
 
 
-@pytest.mark.parametrize("method", ["auto", "relay_caching", "full_prefill"])
+@pytest.mark.parametrize(
+    "method", ["auto", *(pytest.param(m, marks=pytest.mark.long) for m in ("relay_caching", "full_prefill"))]
+)
 def test_whatever_the_request_s_method_the_prepared_part_is_exact(
     one: Desk, answer: tuple[int, ...], method: str
 ) -> None:
@@ -97,6 +99,7 @@ def test_whatever_the_request_s_method_the_prepared_part_is_exact(
     assert one.agent.generate(asked).token_ids == plain(one, critic(answer)).token_ids
 
 
+@pytest.mark.long
 def test_drafts_in_any_order_with_contradictions(one: Desk, answer: tuple[int, ...]) -> None:
     """Lost, late, repeated and wrong ones: an upstream agent that was started again writes something else."""
     expected = plain(one, critic(answer)).token_ids
@@ -160,6 +163,7 @@ def test_a_cancelled_request_s_preparation_is_given_back(one: Desk, answer: tupl
         one.agent.generate(asked)
 
 
+@pytest.mark.long
 def test_a_request_that_comes_in_the_middle_takes_what_is_there(one: Desk, answer: tuple[int, ...]) -> None:
     expected = plain(one, critic(answer)).token_ids
     for wait_s in (0.0, 0.05, 0.2):
