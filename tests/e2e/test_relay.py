@@ -35,8 +35,10 @@ def test_full_prefill_through_the_cluster_gives_the_tokens_of_plain_transformers
 
 
 def test_a_relay_run_moves_kv_over_shm_between_processes_and_adds_up(cluster: Cluster) -> None:
+    # A question of its own: another test's would be relayed to the first agent, if it is on another worker.
+    question = f"{QUESTION} How do you know?"
     result = cluster.run(
-        PIPELINE, question=QUESTION, method="auto", max_new_tokens=28, compare="full_prefill", repeats=2
+        PIPELINE, question=question, method="auto", max_new_tokens=28, compare="full_prefill", repeats=2
     )
     solver, critic = result["solver"], result["critic"]
     pids = {info.worker: info.pid for info in cluster.workers.values()}
