@@ -113,7 +113,7 @@ def test_what_was_measured_before_ctrl_c_is_told(monkeypatch: pytest.MonkeyPatch
     async def interrupted(*_: object) -> list[ServeRow]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(serve, "_load", interrupted)
+    monkeypatch.setattr(serve, "_load", interrupted)  # Ctrl-C at a moment that a test can know
     with running(max_waiting=64) as live:
         live.worker.goes_on.set()
         rows = bench(live)
