@@ -27,6 +27,7 @@ from workers.settings import DEFAULT_MODEL, WorkerSettings
 
 if TYPE_CHECKING:  # the driver handles these classes without loading torch
     from transport.faults import FaultSpec
+    from workers.cores import CoreShare
     from workers.faults import FaultFacts
     from workers.store import SegmentStore
 
@@ -144,12 +145,14 @@ class Worker:
         from transport.directory.faulty import worker_calls
         from transport.faults import make_faults
         from workers.agent import AgentWorker
+        from workers.cores import usable_cores
         from workers.promoting import OwnerCalls
         from workers.store import SegmentStore
 
-        torch.set_num_threads(spec.settings.threads or os.cpu_count() or 1)
+        torch.set_num_threads(spec.settings.threads or usable_cores())
         self._faults = make_faults(spec.transport.faults)
         loaded, profile = _load(spec)
+        self._cores = _core_share(spec, loaded.device)
         node = NodeId(ray.util.get_node_ip_address())
         incarnation = Incarnation(time.time_ns())
         self._arena = _arena(spec, loaded.layout, incarnation, loaded.device)
@@ -174,7 +177,7 @@ class Worker:
             keep_pulled=spec.transport.keep_pulled,
             ask_owner=OwnerCalls(spec.worker, timeout_s=spill.promote_timeout_s),
         )
-        self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store)
+        self._agent = AgentWorker(spec.worker, node, loaded, profile, spec.settings, store, self._cores)
         self._directory.start_owner(owner, store.segments, store.drop)
         self._info = WorkerInfo(
             worker=spec.worker,
@@ -342,6 +345,8 @@ class Worker:
         if self._pulse is not None:
             self._pulse.close()
         self._agent.close()
+        if self._cores is not None:
+            self._cores.close()
         self._store.close()
         self._directory.close()
         self._transport.close()
@@ -365,6 +370,19 @@ def _load(spec: WorkerSpec) -> tuple[Any, Any]:
         wire="raw" if spec.transport.wire == "auto" else spec.transport.wire,
     )
     return loaded, profile
+
+
+def _core_share(spec: WorkerSpec, device: Any) -> CoreShare | None:
+    """None where the model computes elsewhere, or on a number of threads of its own."""
+    from workers.cores import CoreShare
+
+    if device.type != "cpu" or spec.settings.threads:
+        return None
+    try:
+        return CoreShare()
+    except OSError as error:
+        log.warning("cores are not shared with other workers of this machine: %s", error)
+        return None
 
 
 def _arena(spec: WorkerSpec, layout: Any, incarnation: Incarnation, device: Any) -> Any:

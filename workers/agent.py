@@ -29,6 +29,7 @@ from workers.answers import Answers, OnToken
 from workers.break_even import Speeds
 from workers.budget import Urgency
 from workers.compare import compare_methods
+from workers.cores import CoreShare
 from workers.engine import Engine
 from workers.heal import Heal, chunk_rows
 from workers.kv_cache import CachePool
@@ -81,13 +82,14 @@ class AgentWorker:
         profile: ModelProfile,
         settings: WorkerSettings,
         store: SegmentStore,
+        cores: CoreShare | None = None,
     ) -> None:
         self.worker = worker
         self.node = node
         self.loaded = loaded
         self.profile = profile
         self.settings = settings
-        self.engine = Engine(loaded.model)
+        self.engine = Engine(loaded.model, cores)
         self.pool = CachePool(loaded.layout, settings.cache_tokens, loaded.device)
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.store = store

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 
 from workers.attention import MassSpan, PartRows, Probe, RaggedAttention, SingleRow, group_rows
+from workers.cores import CoreShare
 from workers.drift import Drift
 from workers.kv_cache import SequenceCache
 from workers.layers import Rotary, RotaryTables, linear, module_attention, prepare_layers
@@ -113,7 +115,8 @@ class StepGivenUp(Exception):
 class Engine:
     """Runs ragged steps on one model. One step at a time; callers on several threads are serialised."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, cores: CoreShare | None = None) -> None:
+        """cores: what its steps compute on; None: on as many threads as torch has been told."""
         model.set_attn_implementation(ATTENTION_NAME)
         self.model = model
         body: Any = model.model
@@ -131,6 +134,7 @@ class Engine:
         self._layer_types: list[str] = list(getattr(config, "layer_types", None) or [""] * self.num_layers)
         self._layers = prepare_layers(model, self._rotary_of)
         self._lock = threading.Lock()
+        self._cores = cores
         self.counters = EngineCounters()
 
     @torch.inference_mode()
@@ -146,7 +150,7 @@ class Engine:
         Raises:
             StepGivenUp: it said so. Keys, values and checkpoints of the parts' rows are then of no use.
         """
-        with self._lock:
+        with self._lock, self._cores.computing() if self._cores else nullcontext():
             return self._step(parts, give_up)
 
     def _step(
@@ -162,6 +166,8 @@ class Engine:
         for layer in range(changes[0], changes[-1]):
             if give_up is not None and give_up(layer / self.num_layers):
                 raise StepGivenUp
+            if self._cores is not None:
+                self._cores.tune()
             if layer in changes:
                 if active is not None:
                     rows.hidden[index] = hidden

@@ -27,7 +27,8 @@ class WorkerSettings:
         profile: file of the model's profile, as `relay profile --out` writes it, on every node; None: the one
             that ships with the project, or else the generic one.
         dtype: "auto" is float32 on CPU and the checkpoint's own dtype on CUDA.
-        threads: CPU threads for torch; 0 means all cores of the node.
+        threads: CPU threads for torch; 0 means the cores of the machine, shared in equal parts with those
+            workers on it that compute at the same moment.
         cache_tokens: size of the KV cache, in tokens over all requests of the worker.
         max_rows_per_step: cap on the rows (tokens x sequences) of one step, so that a long prefill does not
             hold up the decode of other requests. A step may have more: decode rows are never held back,

@@ -1,0 +1,127 @@
+"""Cores of a machine, shared among the workers on it that compute at the same moment.
+
+torch's threads wait for each other inside an operator, in part by spinning. Two workers that both take all
+cores of a machine therefore do not run at half their speed: of two processes with 2 threads each on 2 cores,
+both multiplying [64, 576] by [576, 1536], each had 0.25 of what it has alone, and with one thread each 0.77.
+So a worker looks, before every layer, who else computes, and takes its part of the cores.
+
+Every worker has a file of 8 bytes: until when (CLOCK_MONOTONIC, the same in all processes of a machine) it
+counts as computing. Its lock says that the worker lives; who finds a file without one removes it. Workers of
+other users, and in containers with a /dev/shm of their own, are not seen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+_UNTIL = struct.Struct("=d")
+_LAYER_S = 2.0
+"""A worker that has been stopped in the middle of a layer counts as computing for no longer."""
+_LINGER_S = 0.005
+"""Between two decode steps a worker does not give its cores away."""
+_REFRESH_S = 1.0
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def _default_folder() -> Path:
+    shared = Path("/dev/shm")
+    return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"relay-cores-{os.getuid()}"
+
+
+class CoreShare:
+    """How many threads the steps of one worker take. Used by its engine's thread alone.
+
+    Attributes:
+        cores: to be shared.
+    """
+
+    def __init__(self, cores: int | None = None, folder: Path | None = None) -> None:
+        """Raises: OSError: the folder cannot be used."""
+        self.cores = cores or usable_cores()
+        self._folder = folder or _default_folder()
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        if self._folder.stat().st_uid != os.getuid():
+            raise PermissionError(f"{self._folder} belongs to another user.")
+        self._fd, self._path = _make_file(self._folder)
+        self._own = mmap.mmap(self._fd, _UNTIL.size)
+        self._others: dict[str, mmap.mmap] = {}
+        self._refreshed_at = float("-inf")
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The worker computes meanwhile; `tune` is called between layers."""
+        try:
+            yield
+        finally:
+            self._mark(time.monotonic() + _LINGER_S)
+
+    def tune(self) -> int:
+        """Take this worker's part of the cores from now on. Returns: threads."""
+        now = time.monotonic()
+        self._mark(now + _LAYER_S)
+        if now - self._refreshed_at > _REFRESH_S:
+            self._refresh()
+            self._refreshed_at = now
+        computing = 1 + sum(_UNTIL.unpack_from(other)[0] > now for other in self._others.values())
+        threads = max(1, self.cores // computing)
+        torch.set_num_threads(threads)
+        return threads
+
+    def close(self) -> None:
+        """Leave. Idempotent."""
+        self._path.unlink(missing_ok=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _mark(self, until: float) -> None:
+        _UNTIL.pack_into(self._own, 0, until)
+
+    def _refresh(self) -> None:
+        """Find who has come, and forget who has gone."""
+        found: dict[str, mmap.mmap] = {}
+        for path in self._folder.iterdir():
+            if path == self._path:
+                continue
+            known = self._others.get(path.name)
+            # Another worker may remove it first, or may just have made it and have written nothing yet.
+            with suppress(FileNotFoundError, ValueError), path.open("rb") as file:
+                if _left_behind(file.fileno()):
+                    path.unlink()
+                    continue
+                found[path.name] = known or mmap.mmap(file.fileno(), _UNTIL.size, prot=mmap.PROT_READ)
+        self._others = found
+
+
+def _make_file(folder: Path) -> tuple[int, Path]:
+    """A locked file of one slot."""
+    while True:
+        fd, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", dir=folder)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            os.ftruncate(fd, _UNTIL.size)
+            return fd, Path(name)
+        os.close(fd)  # another worker has found it without its lock and removed it
+
+
+def _left_behind(fd: int) -> bool:
+    """Whether the worker whose file this is has ended."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
