@@ -127,8 +127,7 @@ class ClusterConfig(BaseModel):
         model: of agents and pipelines that name none.
         nodes: Ray nodes that the workers are put on in turn, the first agent's worker on the first one:
             addresses, host names, or custom resources that a node offers. Empty leaves it to Ray.
-        stream: of pipelines that say nothing else; needs cores of their own for workers that share a machine
-            (worker.threads).
+        stream: of pipelines that say nothing else.
     """
 
     model_config = _STRICT
@@ -137,7 +136,7 @@ class ClusterConfig(BaseModel):
     description: str = ""
     workers: Annotated[int | Literal["auto"], BeforeValidator(_worker_count)] = "auto"
     model: str = DEFAULT_MODEL
-    stream: Annotated[Stream, BeforeValidator(_off_is_a_word)] = "off"
+    stream: Annotated[Stream, BeforeValidator(_off_is_a_word)] = "auto"
     nodes: list[str] = Field(default_factory=list)
     worker: WorkerSettings = Field(default_factory=WorkerSettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)

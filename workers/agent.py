@@ -156,7 +156,11 @@ class AgentWorker:
             keep_evidence_s=settings.request_timeout_s,
         )
         self._preparing = Preparing(
-            self._admission, self.prefixes, self._prefill, timeout_s=settings.request_timeout_s
+            self._admission,
+            self.prefixes,
+            self._prefill,
+            timeout_s=settings.request_timeout_s,
+            shared_cores=cores.beside_others if cores else lambda: None,
         )
 
     # -- calls ---------------------------------------------------------------------------------------------

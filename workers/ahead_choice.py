@@ -2,7 +2,8 @@
 
     exact   as long as what is missing is expected to be ready when the request comes, or all but so little
             that relaying would not be less work
-    relay   where this worker is too busy for that: only the beginning that nobody can relay is computed
+    relay   where this worker is too busy for that, or would take its cores from another one that computes:
+            only the beginning that nobody can relay is computed
 
 Pure: numbers in, a choice and its reason out. A wrong choice costs time, never an answer.
 """
@@ -18,6 +19,10 @@ FORGET_S = 10.0
 _LEAST_TOKENS = 32
 _WEIGHT = 0.3
 """Of the latest measurement."""
+ENOUGH_CORES = 4
+"""With so many cores left a writer decodes about as fast as with more: decode is bound by memory. (An
+estimate; two cores is what was measured: a chain of three agents took 1.16 of full prefill's time with exact
+preparation, and 0.81 when it relayed.)"""
 WORTH_A_PULL = 6
 """Relaying a span, rectification included, costs about as much as computing a sixth of its tokens."""
 
@@ -59,6 +64,8 @@ class Outlook:
         rate: tokens per second that prefill ahead has got on this worker lately; None: not measured lately.
         left_s: until the request comes, as fast as its writers write; None: not known.
         relayable: whether any of it could be relayed.
+        cores: that would be left to each worker of this machine that computes, if this one did too; None:
+            nobody shares its cores.
     """
 
     missing: int
@@ -66,6 +73,7 @@ class Outlook:
     rate: float | None
     left_s: float | None
     relayable: bool
+    cores: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,9 @@ def choose_mode(outlook: Outlook) -> Choice:
     """Exact preparation, or the relay."""
     if not outlook.relayable:
         return Choice(True, "exact: nothing of it can be relayed")
+    if outlook.cores is not None and outlook.cores < ENOUGH_CORES and outlook.missing > LITTLE_ROWS:
+        left = "a core" if outlook.cores == 1 else f"{outlook.cores} cores"
+        return Choice(False, f"relay: preparing would leave {left} to others that compute on this machine")
     if outlook.rate is None or outlook.left_s is None:
         return Choice(True, "exact: how much time this worker has is not known yet")
     needed = outlook.missing + outlook.coming

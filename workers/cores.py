@@ -17,6 +17,7 @@ import mmap
 import os
 import struct
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,7 +44,7 @@ def _default_folder() -> Path:
 
 
 class CoreShare:
-    """How many threads the steps of one worker take. Used by its engine's thread alone.
+    """How many threads the steps of one worker take: `computing` and `tune` are its engine's.
 
     Attributes:
         cores: to be shared.
@@ -59,6 +60,7 @@ class CoreShare:
         self._fd, self._path = _make_file(self._folder)
         self._own = mmap.mmap(self._fd, _UNTIL.size)
         self._others: dict[str, mmap.mmap] = {}
+        self._lock = threading.Lock()
         self._refreshed_at = float("-inf")
 
     @contextmanager
@@ -73,13 +75,15 @@ class CoreShare:
         """Take this worker's part of the cores from now on. Returns: threads."""
         now = time.monotonic()
         self._mark(now + _LAYER_S)
-        if now - self._refreshed_at > _REFRESH_S:
-            self._refresh()
-            self._refreshed_at = now
-        computing = 1 + sum(_UNTIL.unpack_from(other)[0] > now for other in self._others.values())
-        threads = max(1, self.cores // computing)
+        threads = max(1, self.cores // (1 + self._computing(now)))
         torch.set_num_threads(threads)
         return threads
+
+    def beside_others(self) -> int | None:
+        """Cores that each would get if this worker computed beside those that do now, or beside one that is
+        about to; None where there is no other worker. May be called from any thread."""
+        computing = self._computing(time.monotonic())
+        return max(1, self.cores // (1 + max(1, computing))) if self._others else None
 
     def close(self) -> None:
         """Leave. Idempotent."""
@@ -90,6 +94,14 @@ class CoreShare:
 
     def _mark(self, until: float) -> None:
         _UNTIL.pack_into(self._own, 0, until)
+
+    def _computing(self, now: float) -> int:
+        """How many others compute."""
+        with self._lock:
+            if now - self._refreshed_at > _REFRESH_S:
+                self._refresh()
+                self._refreshed_at = now
+            return sum(_UNTIL.unpack_from(other)[0] > now for other in self._others.values())
 
     def _refresh(self) -> None:
         """Find who has come, and forget who has gone."""

@@ -65,6 +65,7 @@ class Preparing:
         prefixes: whose exact prefixes need not be computed.
         compute: prefills a turn's prompt in the background; raises Cancelled when the turn is.
         timeout_s: a preparation that nobody has asked for in so long is dropped.
+        shared_cores: see Outlook.cores.
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Preparing:
         compute: Callable[[Turn], None],
         *,
         timeout_s: float,
+        shared_cores: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._admission = admission
         self._prefixes = prefixes
         self._compute = compute
         self._timeout_s = timeout_s
+        self._shared_cores = shared_cores
         self._open: OrderedDict[str, _Preparation] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._lock = threading.Lock()
@@ -169,6 +172,7 @@ class Preparing:
                 rate=self._pace.rate(now),
                 left_s=left_s,
                 relayable=fresh is not None,
+                cores=self._shared_cores(),
             )
         )
         self._note(request_id, choice.reason)

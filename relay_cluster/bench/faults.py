@@ -75,6 +75,7 @@ class FaultsSettings:
         return ClusterConfig.model_validate(
             {
                 "name": "faults",
+                "stream": "off",  # `relay bench stream-faults` has it on
                 "workers": len(WORKERS),
                 "model": self.model,
                 "worker": {

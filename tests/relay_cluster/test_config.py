@@ -242,7 +242,7 @@ def test_streaming_is_a_key_of_both_files(tmp_path: Path, written: str, read: st
     pipeline = PipelineConfig.load(write(tmp_path, f"stream: {written}\n{agents}"))
     assert (cluster.stream, pipeline.stream, pipeline.pipeline().stream) == (read, read, read)
     unsaid = PipelineConfig.load(write(tmp_path, agents))
-    assert (ClusterConfig().stream, unsaid.stream) == ("off", None)
+    assert (ClusterConfig().stream, unsaid.stream) == ("auto", None)
 
 
 def test_a_wrong_word_for_streaming_is_told_with_the_right_ones(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.ahead_choice import LITTLE_ROWS, WORTH_A_PULL, Outlook, choose_mode
+from workers.ahead_choice import ENOUGH_CORES, LITTLE_ROWS, WORTH_A_PULL, Outlook, choose_mode
 
 outlooks = st.builds(
     Outlook,
@@ -46,6 +46,16 @@ def test_what_nobody_can_relay_is_always_computed(outlook: Outlook) -> None:
 @given(outlooks)
 def test_little_is_computed_whatever_the_load(outlook: Outlook) -> None:
     assert choose_mode(replace(outlook, missing=LITTLE_ROWS, coming=0, rate=0.0, left_s=0.0)).exact
+
+
+@given(outlooks, st.integers(1, ENOUGH_CORES - 1), st.integers(1, 5000))
+def test_no_core_is_taken_from_a_writer_for_what_can_be_relayed(
+    outlook: Outlook, cores: int, more: int
+) -> None:
+    crowded = replace(outlook, relayable=True, missing=LITTLE_ROWS + more, cores=cores)
+    assert not choose_mode(crowded).exact
+    roomy = replace(crowded, cores=ENOUGH_CORES)
+    assert choose_mode(roomy) == choose_mode(replace(crowded, cores=None))
 
 
 @given(st.integers(1, 10_000), st.floats(1, 1000))

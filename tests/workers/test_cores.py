@@ -68,6 +68,7 @@ def test_alone_a_worker_has_all_cores(tmp_path: Path) -> None:
     share = CoreShare(8, tmp_path)
     with share.computing():
         assert share.tune() == 8
+    assert share.beside_others() is None
     assert CoreShare(None, tmp_path).cores == usable_cores() == len(os.sched_getaffinity(0))
 
 
@@ -106,7 +107,9 @@ def test_between_two_steps_a_worker_keeps_its_cores_and_later_does_not(tmp_path:
     with first.computing():
         first.tune()
         assert second.tune() == 4
+        assert second.beside_others() == 4
     time.sleep(0.05)
+    assert second.beside_others() == 4, "it may be about to go on"
     assert second.tune() == 8
 
 
