@@ -59,10 +59,14 @@ $(STAMP): pyproject.toml constraints.txt
 model: $(STAMP) ## convert the embedded model once into the cache folder
 	$(BIN)/relay model import
 
-demo: model ## three agents on three workers, compared with full prefill -> runs/demo.json, runs/demo.png
+demo: model ## three agents on three workers, relayed and then streamed, both compared with full prefill -> runs/
 	$(BIN)/relay run configs/pipelines/demo.yaml --input-file configs/pipelines/demo_input.jsonl \
 	  --cluster configs/clusters/local_cpu.yaml --compare full_prefill \
 	  --json runs/demo.json --plot runs/demo.png
+	@# The same with readers that compute exactly, while their writers write, what they will be asked.
+	$(BIN)/relay run configs/pipelines/demo.yaml --input-file configs/pipelines/demo_input.jsonl \
+	  --cluster configs/clusters/local_cpu.yaml --stream exact --compare full_prefill --repeats 2 \
+	  --json runs/demo_exact.json --plot runs/demo_exact.png
 
 serve: model ## the OpenAI API on http://127.0.0.1:8000, until Ctrl-C
 	$(BIN)/relay serve configs/clusters/local_cpu.yaml

@@ -88,12 +88,12 @@ def choose_mode(outlook: Outlook) -> Choice:
     """Exact preparation, or the relay."""
     if not outlook.relayable:
         return Choice(True, "exact: nothing of it can be relayed")
-    if outlook.cores is not None and outlook.cores < ENOUGH_CORES and outlook.missing > LITTLE_ROWS:
+    needed = outlook.missing + outlook.coming
+    if outlook.cores is not None and outlook.cores < ENOUGH_CORES and needed > LITTLE_ROWS:
         left = "a core" if outlook.cores == 1 else f"{outlook.cores} cores"
         return Choice(False, f"relay: preparing would leave {left} to others that compute on this machine")
     if outlook.rate is None or outlook.left_s is None:
         return Choice(True, "exact: how much time this worker has is not known yet")
-    needed = outlook.missing + outlook.coming
     ready = min(float(needed), outlook.rate * outlook.left_s)
     told = f"{needed} tokens in {outlook.left_s:.1f} s at {outlook.rate:.0f} tokens/s"
     if needed - ready <= max(LITTLE_ROWS, needed / WORTH_A_PULL):

@@ -47,6 +47,8 @@ def small_cluster(**changes: object) -> ClusterConfig:
     base: dict[str, object] = {
         "name": "test",
         "workers": 2,
+        # Whether something is prepared or relayed would depend on the machine; streaming has its own tests.
+        "stream": "off",
         # Short spans on a busy machine: whether they are worth a pull would depend on the moment.
         "worker": {"device": "cpu", "cache_tokens": 4096, "break_even": False},
         "transport": {"arena_bytes": 128 << 20, "pull_timeout_s": 4.0},

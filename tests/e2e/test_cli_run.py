@@ -28,7 +28,7 @@ def test_rows_of_a_file_end_in_one_report(tmp_path: Path) -> None:
     lines = [{"question": f"{QUESTION} ({i})", "answer": "#### 43"} for i in range(3)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     picture = tmp_path / "out.png"
-    options = ["--input-file", str(rows), "--limit", "2", "--max-new-tokens", "18"]
+    options = ["--input-file", str(rows), "--limit", "2", "--max-new-tokens", "18", "--stream", "off"]
     options += ["--json", str(out), "--plot", str(picture)]  # --compare: test_relay.py
     metrics = tmp_path / "relay.prom"
     options += ["--metrics-file", str(metrics), "--metrics-port", "0"]

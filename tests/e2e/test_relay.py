@@ -114,7 +114,7 @@ def test_the_quality_gate_demotes_an_edge_that_exceeds_its_budget(cluster: Clust
 def test_strict_answers_end_exact_and_are_published_so(cluster: Cluster) -> None:
     # A question of its own: nothing that an earlier test left behind is relayed to the solver.
     question = f"{QUESTION} Be strict."
-    result = cluster.run(PIPELINE, question=question, method="auto:strict", max_new_tokens=32)
+    result = cluster.run(PIPELINE, question=question, method="auto:strict", max_new_tokens=32, stream="off")
     critic = result["critic"]
     assert critic.relayed_tokens > 0
     assert critic.healed_at_token is not None

@@ -37,6 +37,7 @@ pytestmark = [
 FILE = """\
 name: standing
 workers: 2
+stream: off
 worker: {device: cpu, cache_tokens: 4096, break_even: false}
 transport: {arena_bytes: 64MiB}
 ray: {num_cpus: 4, auth: disabled}

@@ -29,7 +29,7 @@ def config(
     """The shipped two-node file, for hosts by number and with less patience."""
     shipped = ClusterConfig.load(TWO_NODES).model_dump()
     shipped["nodes"] = [f"10.77.0.{number}" for number in places]
-    shipped["workers"] = len(places)
+    shipped["workers"], shipped["stream"] = len(places), "off"
     shipped["worker"] |= {"cache_tokens": 4096, "break_even": False}
     shipped["transport"] |= {"backend": backend, "arena_bytes": 128 << 20, "pull_timeout_s": PULL_TIMEOUT_S}
     shipped["ray"] |= {"address": nodes.address}
