@@ -17,6 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEFAULT := not grid and not bench and not multihost and not long
+SLOW := slow and $(DEFAULT)
 FAST := not ray and not slow and $(DEFAULT)
 CODE := relay_cluster workers transport configs tests examples
 
@@ -24,7 +25,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: docs help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-gpu test-fast test-slow lint style types format clean
+.PHONY: docs help venv model demo serve bench test test-bench test-long test-clients test-grid test-multihost test-gpu test-fast test-slow test-ray lint style types format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -88,13 +89,17 @@ types: $(STAMP)
 	nice $(BIN)/basedpyright --pythonpath $(BIN)/python
 
 test: style model ## lint and every test but those of the three targets below
-	@# Two at a time where nothing is shared; clusters and the real model want the machine for themselves.
+	@# Two at a time, with a thread each, where nothing is shared; clusters want the machine for themselves.
 	$(BIN)/python -m pytest -m "$(FAST)" -n 2 --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(SLOW) and not ray" -n 2 --dist loadfile --durations=10
 	@# Types are checked beside the rest, which waits more than it computes.
-	$(MAKE) --no-print-directory -j2 types test-slow
+	$(MAKE) --no-print-directory -j2 types test-ray
 
-test-slow: model
+test-slow: model ## real workers, Ray and the real model
 	$(BIN)/python -m pytest -m "(ray or slow) and $(DEFAULT)" --durations=15
+
+test-ray: model
+	$(BIN)/python -m pytest -m "ray and $(DEFAULT)" --durations=15
 
 test-bench: model ## whole benchmark runs on small settings; minutes
 	$(BIN)/python -m pytest -m bench
