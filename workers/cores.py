@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 import struct
 import tempfile
 import threading
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+_SUFFIX = ".cores"
 _UNTIL = struct.Struct("=d")
 _LAYER_S = 2.0
 """A worker that has been stopped in the middle of a layer counts as computing for no longer."""
@@ -55,8 +57,7 @@ class CoreShare:
         self.cores = cores or usable_cores()
         self._folder = folder or _default_folder()
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        if self._folder.stat().st_uid != os.getuid():
-            raise PermissionError(f"{self._folder} belongs to another user.")
+        _check_own(self._folder)
         self._fd, self._path = _make_file(self._folder)
         self._own = mmap.mmap(self._fd, _UNTIL.size)
         self._others: dict[str, mmap.mmap] = {}
@@ -106,7 +107,7 @@ class CoreShare:
     def _refresh(self) -> None:
         """Find who has come, and forget who has gone."""
         found: dict[str, mmap.mmap] = {}
-        for path in self._folder.iterdir():
+        for path in self._folder.glob(f"*{_SUFFIX}"):
             if path == self._path:
                 continue
             known = self._others.get(path.name)
@@ -119,10 +120,19 @@ class CoreShare:
         self._others = found
 
 
+def _check_own(folder: Path) -> None:
+    """Files are removed from it, so it must not be somebody's link to another place."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(f"{folder} is not a folder.")
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} belongs to another user, or others may write to it.")
+
+
 def _make_file(folder: Path) -> tuple[int, Path]:
     """A locked file of one slot."""
     while True:
-        fd, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", dir=folder)
+        fd, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=_SUFFIX, dir=folder)
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
             os.ftruncate(fd, _UNTIL.size)

@@ -120,6 +120,20 @@ def test_whoever_leaves_takes_the_file_along(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_link_to_another_folder_is_refused_and_nothing_there_removed(tmp_path: Path) -> None:
+    other, link = tmp_path / "other", tmp_path / "link"
+    other.mkdir()
+    (other / "precious").write_text("kept")
+    link.symlink_to(other)
+    with pytest.raises(NotADirectoryError, match="not a folder"):
+        CoreShare(8, link)
+    CoreShare(8, other).tune()
+    assert (other / "precious").read_text() == "kept"
+    other.chmod(0o777)
+    with pytest.raises(PermissionError, match="others may write"):
+        CoreShare(8, other)
+
+
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to another user"):
