@@ -22,6 +22,9 @@ FAST := not ray and not slow and $(DEFAULT)
 CODE := relay_cluster workers transport configs tests examples
 
 export RAY_USAGE_STATS_ENABLED := 0
+# Nothing is compiled at installation, so the first process that imports a module has to keep what it compiled: else
+# every worker compiles torch and transformers again.
+export PYTHONDONTWRITEBYTECODE :=
 export RAY_AUTH_MODE ?= disabled
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
