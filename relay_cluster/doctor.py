@@ -26,6 +26,7 @@ from relay_cluster.config import RaySettings
 from relay_cluster.report import MachineReport
 from transport import host
 from transport.errors import ConfigError
+from transport.helping import usable_cores
 
 PROBE_TIMEOUT_S = 30.0
 """A probe that takes longer counts as failed."""
@@ -82,7 +83,7 @@ def this_machine() -> MachineReport:
     """The facts of this machine that belong beside every measurement."""
     return MachineReport(
         cpu=_cpu_name(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         memory_gib=round(psutil.virtual_memory().total / (1 << 30), 1),
         gpus=_gpus(),
         platform=f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",

@@ -18,11 +18,12 @@ _POOL: Final = ThreadPoolExecutor(1, thread_name_prefix="pull-helper")
 _FREE: Final = threading.Lock()
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-_ALONE: Final = _cores() < 2
+_ALONE: Final = usable_cores() < 2
 
 
 def _submit(work: Callable[[], None]) -> Future[None] | None:

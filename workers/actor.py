@@ -144,8 +144,8 @@ class Worker:
         from transport.directory.client import DirectoryClient
         from transport.directory.faulty import worker_calls
         from transport.faults import make_faults
+        from transport.helping import usable_cores
         from workers.agent import AgentWorker
-        from workers.cores import usable_cores
         from workers.promoting import OwnerCalls
         from workers.store import SegmentStore
 

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import torch
 
+from transport.helping import usable_cores
+
 _SUFFIX = ".cores"
 _UNTIL = struct.Struct("=d")
 _LAYER_S = 2.0
@@ -33,11 +35,7 @@ _LAYER_S = 2.0
 _LINGER_S = 0.005
 """Between two decode steps a worker does not give its cores away."""
 _REFRESH_S = 1.0
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+_TRIES = 10
 
 
 def _default_folder() -> Path:
@@ -111,8 +109,9 @@ class CoreShare:
             if path == self._path:
                 continue
             known = self._others.get(path.name)
-            # Another worker may remove it first, or may just have made it and have written nothing yet.
-            with suppress(FileNotFoundError, ValueError), path.open("rb") as file:
+            # Another worker may remove it first, or may just have made it and have written nothing yet. Who
+            # cannot be read is not counted: that costs speed, and must not cost a step.
+            with suppress(OSError, ValueError), path.open("rb") as file:
                 if _left_behind(file.fileno()):
                     path.unlink()
                     continue
@@ -131,13 +130,17 @@ def _check_own(folder: Path) -> None:
 
 def _make_file(folder: Path) -> tuple[int, Path]:
     """A locked file of one slot."""
-    while True:
+    for _ in range(_TRIES):
         fd, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=_SUFFIX, dir=folder)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.fstat(fd).st_nlink:
-            os.ftruncate(fd, _UNTIL.size)
-            return fd, Path(name)
-        os.close(fd)  # another worker has found it without its lock and removed it
+        # Another worker may have found it without its lock, and may hold one on it to remove it.
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:
+                os.ftruncate(fd, _UNTIL.size)
+                return fd, Path(name)
+        os.close(fd)
+        Path(name).unlink(missing_ok=True)
+    raise OSError(f"{folder}: {_TRIES} files were removed by other workers as soon as they were there.")
 
 
 def _left_behind(fd: int) -> bool:

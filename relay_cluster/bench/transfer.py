@@ -22,6 +22,7 @@ from relay_cluster.bench.common import Document, progress
 from relay_cluster.bench.transfer_rows import TransferRow
 from transport.auto import available_backends
 from transport.errors import ConfigError, TransportError
+from transport.helping import usable_cores
 
 PATHS: Final = {
     "shm": ("shm",),
@@ -117,7 +118,7 @@ def run_transfer(settings: TransferSettings) -> Document:
         "baseline": "memcpy: numpy.copyto by one thread; socket: one TCP connection, recv_into one buffer; "
         "device copy: one copy within the GPU's memory",
         "ratio": "median seconds of the baseline / median seconds of the backend, same rounds",
-        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_usable": usable_cores(),
     }
     return Document("transfer", facts, cast("Any", rows))  # its other rows are those of reuse methods
 

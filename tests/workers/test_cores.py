@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers.cores import CoreShare, usable_cores
+from transport.helping import usable_cores
+from workers.cores import CoreShare
 
 _COMPUTES = """
 import sys, time
@@ -22,10 +23,12 @@ from workers.cores import CoreShare
 share = CoreShare(8, Path(sys.argv[1]))
 print("here", flush=True)
 sys.stdin.readline()
+share.tune()
+print("computing", flush=True)
 while True:
     with share.computing():
-        print(share.tune(), flush=True)
-        time.sleep(0.001)
+        share.tune()
+        time.sleep(0.001)  # a layer
 """
 
 
@@ -60,7 +63,7 @@ def _tuned_to(share: CoreShare, threads: int, timeout_s: float = 10.0) -> bool:
     while time.monotonic() < deadline:
         if share.tune() == threads == torch.get_num_threads():
             return True
-        time.sleep(0.02)
+        time.sleep(0.02)  # the other one is another process: nothing here tells when it has done it
     return False
 
 
@@ -108,7 +111,7 @@ def test_between_two_steps_a_worker_keeps_its_cores_and_later_does_not(tmp_path:
         first.tune()
         assert second.tune() == 4
         assert second.beside_others() == 4
-    time.sleep(0.05)
+    time.sleep(0.05)  # ten times as long as a worker lingers
     assert second.beside_others() == 4, "it may be about to go on"
     assert second.tune() == 8
 
@@ -135,6 +138,7 @@ def test_a_link_to_another_folder_is_refused_and_nothing_there_removed(tmp_path:
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tests run as one user, who may not be root and then cannot give a folder away.
     monkeypatch.setattr(os, "getuid", lambda: tmp_path.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to another user"):
         CoreShare(8, tmp_path)
