@@ -12,6 +12,8 @@ from annotated_types import Ge, Gt, Le
 MIB = 1 << 20
 
 WireFormat = Literal["raw", "bf16", "int8"]
+_BEATS_PER_TIMEOUT = 4
+"""Owners announce themselves so often within the silence after which they are dropped: one may get lost."""
 Backend = Literal["auto", "shm", "nixl", "ucx", "tcp", "inprocess"]
 
 
@@ -126,6 +128,8 @@ class DirectorySettings:
         shards: number of shard actors.
         lease_ttl_s: how long a reader may read before it must renew.
         heartbeat_s: how often owners announce themselves.
+        max_heartbeats_per_s: announcements that one shard takes from all owners together; more owners than
+            that announce themselves less often, but four times within owner_timeout_s.
         owner_timeout_s: silence after which an owner's segments are dropped.
         call_timeout_s: deadline of one directory call; after it the request goes on without hits.
         replicas: shards that know each key; with 2 the death of one costs no hits.
@@ -141,6 +145,7 @@ class DirectorySettings:
     replicas: Annotated[int, Ge(1), Le(2)] = 1
     lease_ttl_s: Annotated[float, Gt(0)] = 10.0
     heartbeat_s: Annotated[float, Gt(0)] = 1.0
+    max_heartbeats_per_s: Annotated[float, Gt(0)] = 200.0
     owner_timeout_s: Annotated[float, Gt(0)] = 10.0
     call_timeout_s: Annotated[float, Gt(0)] = 2.0
     max_lease_s: Annotated[float, Gt(0)] = 60.0
@@ -149,3 +154,8 @@ class DirectorySettings:
     max_open: Annotated[int, Ge(1)] = 256
     max_open_blocks: Annotated[int, Ge(1)] = 4_096
     max_watches: Annotated[int, Ge(1), Le(1024)] = 128
+
+    def beat_s(self, owners: int) -> float:
+        """Seconds between an owner's announcements where `owners` announce themselves at each shard."""
+        paced_s = min(owners / self.max_heartbeats_per_s, self.owner_timeout_s / _BEATS_PER_TIMEOUT)
+        return max(self.heartbeat_s, paced_s)

@@ -41,8 +41,9 @@ class WorkerSettings:
         break_even: compute a span where a pull is predicted to take longer, from what pulls and prefills of
             this worker took so far; false relays whatever can be relayed.
         request_timeout_s: deadline of one request, queueing included.
-        ahead_share: by how much of its time a decode step of other requests may grow for work that can wait
-            (prefill ahead, then heal=idle), as measured; 0: it takes only steps that nobody else wants.
+        ahead_share: by how much of their time decode steps of other requests may grow, on average, for work
+            that can wait (prefill ahead, then heal=idle), as measured; 0: it takes only steps that nobody
+            else wants.
         heal_finish_rows: with heal=always, an answer that ends with at most so many stale cache entries is
             kept until they are healed, so that its KV is published as exact; the tokens are out by then, only
             the reply waits. With more of them left it is published as what it is, rectified. 0: never wait.

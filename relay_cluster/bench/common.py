@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import random
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +44,8 @@ BASE = "full_prefill"
 
 TRANSFORMERS = "transformers"
 """Not a method of ours: `model(ids, logits_to_keep=1)` of plain transformers, measured beside them."""
+
+_LINE_EVERY_S = 30.0
 
 DEFAULT_METHODS = (*METHODS, "auto:fast", "auto")
 
@@ -476,8 +479,9 @@ Advance = Callable[[str], None]
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """A bar on standard error; nothing where that is not a terminal."""
+    """A bar on standard error; where that is not a terminal, a line every half a minute."""
     out = console.errors()
+    told, done = time.monotonic(), 0
     with Progress(
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -491,6 +495,11 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         task = bar.add_task(title, total=total, status="")
 
         def advance(status: str) -> None:
+            nonlocal told, done
+            done += 1
             bar.update(task, advance=1, status=status)
+            if not out.is_terminal and time.monotonic() - told >= _LINE_EVERY_S:
+                told = time.monotonic()
+                out.print(f"{title}: {done}/{total} {status}", markup=False, highlight=False)
 
         yield advance

@@ -3,9 +3,9 @@
     reader's prompt   template | known text | what the writer writes | fresh text
 
 Two workers of a real cluster, one core each on the machine of the README. In every round the writer decodes
-its answer once for each way to prepare the reader meanwhile, and once while nobody follows, after which the
-reader is asked under full prefill and under relay. Every time is taken at the caller; Ray, look-up, lease,
-transfer and publishing are inside.
+its answer once for each way to prepare the reader meanwhile, and before and after each while nobody follows;
+after the last one the reader is asked under full prefill and under relay. Every time is taken at the caller;
+Ray, look-up, lease, transfer and publishing are inside.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from statistics import fmean
 
 from relay_cluster.ahead import Ahead, Written
 from relay_cluster.bench.common import BASE, Document, median, progress
@@ -77,6 +78,7 @@ class _Sample:
     logits_max_diff: float
     kl_first: float
     writer_rate: float
+    writer_ratio: float | None = None
     other_ratio: float | None = None
 
 
@@ -85,7 +87,6 @@ class _Shape:
     """The samples of one shape of prompt."""
 
     fresh: int
-    alone_rates: list[float] = field(default_factory=list[float])
     samples: dict[str, list[_Sample]] = field(default_factory=dict[str, list[_Sample]])
 
 
@@ -148,24 +149,26 @@ class _Bench:
             found = _Shape(fresh, samples={mode: [] for mode in self._settings.modes})
             self._round(found)
             if number:  # the first one is cold
-                shape.alone_rates += found.alone_rates
                 for mode, samples in found.samples.items():
                     shape.samples[mode] += samples
         return [self._row(shape, mode) for mode in self._settings.modes]
 
     def _round(self, shape: _Shape) -> None:
-        """Every mode once, on the same text."""
+        """Every mode once, on the same text; before and after each that follows the writer, it writes alone:
+        the speed of a shared machine changes within minutes."""
         settings = self._settings
         known = self._pool.take(settings.known_tokens)
         fresh = SlotValue(token_ids=self._pool.take(shape.fresh))
         given = {"known": SlotValue(token_ids=known, kv_tokens=len(known)), "fresh": fresh}
+        written, rate, ended = self._write(given, lambda *_: None)
         for mode in settings.modes:
             if mode in _FOLLOWED:
                 once = self._busy if mode == "busy" else self._followed
-                shape.samples[mode].append(once(given, mode))
+                sample, before = once(given, mode), rate
+                written, rate, ended = self._write(given, lambda *_: None)
+                ratio = sample.writer_rate / fmean((before, rate))
+                shape.samples[mode].append(replace(sample, writer_ratio=ratio))
                 self._advance(f"{shape.fresh} fresh: {mode}")
-        written, rate, ended = self._write(given, lambda *_: None)
-        shape.alone_rates.append(rate)
         for mode in settings.modes:
             if mode not in _FOLLOWED:
                 request = self._request(_READER, {**given, "writer": written.output}, _METHOD[mode])
@@ -175,8 +178,8 @@ class _Bench:
 
     def _busy(self, given: Mapping[str, SlotValue], mode: str) -> _Sample:
         """As `_followed`, while the reader's worker decodes another request; and how much longer that one's
-        tokens take than while the same is written and nobody prepared."""
-        medians: list[float] = []
+        tokens take, on average, than while the same is written and nobody prepared."""
+        means: list[float] = []
         sample: _Sample | None = None
         for prepares in (False, True):
             sampling = SamplingSettings(
@@ -190,9 +193,9 @@ class _Bench:
                     sample = self._followed(given, mode, tokens.end)
                 else:
                     self._write(given, lambda *_: None)
-                medians.append(median(tokens.intervals(*self._writing)))
+                means.append(fmean(tokens.intervals(*self._writing)))
         assert sample is not None  # the second time
-        return replace(sample, other_ratio=medians[1] / medians[0])
+        return replace(sample, other_ratio=means[1] / means[0])
 
     def _followed(
         self, given: Mapping[str, SlotValue], mode: str, asked: Callable[[], None] = lambda: None
@@ -287,7 +290,7 @@ class _Bench:
         reply = samples[0].reply
         written = self._settings.streamed_tokens
         others = [s.other_ratio for s in samples if s.other_ratio is not None]
-        ratios = [s.writer_rate / alone for s, alone in zip(samples, shape.alone_rates, strict=True)]
+        ratios = [s.writer_ratio for s in samples if s.writer_ratio is not None]
         return StreamRow(
             mode=mode,
             method=reply.resolved_method or _METHOD[mode],
@@ -299,7 +302,7 @@ class _Bench:
             ttft_s_min=min(times),
             ttft_s_max=max(times),
             speedup=median([s.after_s for s in base]) / median(times),
-            upstream_tokens_per_s_ratio=median(ratios) if mode in _FOLLOWED else None,
+            upstream_tokens_per_s_ratio=median(ratios) if ratios else None,
             other_interval_ratio=median(others) if others else None,
             prepared_tokens=median([s.reply.prepared_tokens for s in samples]),
             relayed_tokens=median([s.reply.relayed_tokens for s in samples]),

@@ -21,9 +21,9 @@ class StreamRow:
         ttft_after_last_token_s: median seconds from the writer's last token to the reader's first, both as
             the caller sees them; *_min, *_max over the rounds.
         speedup: median of full_prefill in the same run / median.
-        upstream_tokens_per_s_ratio: the writer's decoding speed while it is followed / alone; None where
-            nobody follows.
-        other_interval_ratio: median time between the tokens of another request on the reader's worker while
+        upstream_tokens_per_s_ratio: the writer's decoding speed while it is followed / alone just before
+            and after; None where nobody follows.
+        other_interval_ratio: mean time between the tokens of another request on the reader's worker while
             it prepares / while it does not; None where there is no other request.
         prepared_tokens, relayed_tokens: of the prompt, medians.
         logits_max_diff, kl_first: of the first token's logits, against full prefill on the same worker; worst

@@ -139,8 +139,9 @@ class Directory:
         self._shards = {n: _Shard(Table(owner_timeout_s=math.inf, lease_prefix=f"{n}-")) for n in names}
         self._costs = costs
         self._ttl_s = settings.lease_ttl_s
-        self.heartbeats_per_s = workers / settings.heartbeat_s * settings.shards
-        self.heartbeat_load = workers * costs.announce_s / settings.heartbeat_s
+        beats_per_s = workers / settings.beat_s(workers)  # at every shard
+        self.heartbeats_per_s = beats_per_s * settings.shards
+        self.heartbeat_load = beats_per_s * costs.announce_s
         self.counts = DirectoryCounts()
 
     def announce(self, owner: Owner, now: float) -> None:

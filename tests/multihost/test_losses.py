@@ -188,12 +188,12 @@ def test_the_directory_s_host_is_gone(
         result = run(cluster, question, EXACT, on_event=power_off)
         assert time.monotonic() - began < SLACK_S
         critic = result["critic"]
-        # On a fast machine Ray may have started the only shards elsewhere before the first lookup.
+        # On a fast machine Ray may have started the only shards elsewhere before the first lookup, or one.
         if replicas == 1 and critic.relayed_tokens == 0:
             assert_recomputed(critic, MISSES)
         else:
             assert critic.relayed_tokens > 0
-            assert critic.fallbacks == ()
+            assert {f.reason for f in critic.fallbacks} <= (MISSES if replicas == 1 else set())
         _all_is_well_again(cluster, question, replicas)
         assert answers(result) == answers(exact(cluster, question))
 

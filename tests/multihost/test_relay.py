@@ -43,7 +43,8 @@ def test_relay_run_over_two_hosts_answers_as_on_one(lan: Lan, nodes: RayOnHosts,
         before = lan.received_bytes(2)
         command = [sys.executable, "-m", "relay_cluster", "run", "configs/pipelines/demo.yaml"]
         command += ["--input-file", "configs/pipelines/demo_input.jsonl", "--cluster", str(cluster)]
-        command += ["--max-new-tokens", "32", "--limit", "1", "--json", str(out)]
+        # A prompt that is prepared while others write pulls nothing.
+        command += ["--stream", "off", "--max-new-tokens", "32", "--limit", "1", "--json", str(out)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         report = RunReport.from_json(json.loads(out.read_text()))

@@ -135,9 +135,12 @@ def test_a_small_arena_evicts_and_a_tiny_one_refuses() -> None:
 
 
 def test_heartbeats_take_their_share_of_every_shard() -> None:
-    simulation = Simulation(HERE, SMALL, Mode("auto"), workers=500, seed=0)
-    assert simulation.directory.heartbeat_load == pytest.approx(500 * HERE.directory_costs.announce_s)
-    assert simulation.directory.heartbeats_per_s == 500 * HERE.directory.shards
+    few, many = (Simulation(HERE, SMALL, Mode("auto"), workers=n, seed=0).directory for n in (100, 500))
+    assert few.heartbeat_load == pytest.approx(100 * HERE.directory_costs.announce_s)
+    assert few.heartbeats_per_s == 100 * HERE.directory.shards
+    most_per_s = HERE.directory.max_heartbeats_per_s
+    assert many.heartbeat_load == pytest.approx(most_per_s * HERE.directory_costs.announce_s)
+    assert many.heartbeats_per_s == pytest.approx(most_per_s * HERE.directory.shards)
 
 
 def test_a_prompt_that_fits_no_worker_is_an_error_with_advice() -> None:

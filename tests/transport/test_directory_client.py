@@ -213,6 +213,23 @@ def test_the_heartbeat_stops_when_fenced(rig: Rig) -> None:
     assert isinstance(rig.client.fenced, WorkerLost)
 
 
+def test_many_owners_announce_themselves_less_often() -> None:
+    """Each of them at every shard: without a bound the directory would be busy with that alone."""
+    rig = Rig(replace(SETTINGS, max_heartbeats_per_s=10.0, owner_timeout_s=60.0))
+    try:
+        for i in range(49):
+            rig.shards["b"]._table.announce(
+                Owner(WorkerId(f"o{i}"), Incarnation(1), NodeId("n0"), {}), rig.clock()
+            )
+        rig.client.start_owner(ME, lambda: ())
+        assert rig.client._own._beat_s == pytest.approx(5.0)
+    finally:
+        rig.client.close()
+    few, many = (SETTINGS.beat_s(owners) for owners in (2, 100_000))
+    assert few == SETTINGS.heartbeat_s
+    assert many == SETTINGS.owner_timeout_s / 4, "nobody may be dropped for it"
+
+
 def test_the_heartbeat_survives_a_faulty_source(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     faults = [ValueError("source"), None]
 

@@ -97,7 +97,7 @@ def test_answers_survive() -> None:
     }
     packed = through(wire.pack_leases(leases, KEYS))
     assert wire.unpack_leases(packed, KEYS, WorkerId("r")) == leases
-    told = Announced(None, True, ((KEYS[0], "v"), (KEYS[1], "")))
+    told = Announced(None, True, ((KEYS[0], "v"), (KEYS[1], "")), owners=7)
     assert wire.unpack_announced(through(wire.pack_announced(told))) == told
     offers = [Candidate(KEYS[0], "v", 5, 0.25), Candidate(KEYS[1], "", 7, 3.0)]
     assert wire.unpack_candidates(through(wire.pack_candidates(offers))) == offers

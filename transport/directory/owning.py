@@ -60,6 +60,7 @@ class OwnerSide:
         self._heart: threading.Thread | None = None
         self._stop = threading.Event()
         self.fenced: RelayError | None = None
+        self._beat_s = fleet.settings.heartbeat_s
         self.republished = 0
 
     # -- announcing and publishing -----------------------------------------------------------------------
@@ -315,7 +316,7 @@ class OwnerSide:
             self._heart.join(_JOIN_TIMEOUT_S + self._fleet.settings.call_timeout_s)
 
     def _run(self, owner: Owner) -> None:
-        while not self._stop.wait(self._fleet.settings.heartbeat_s):
+        while not self._stop.wait(self._beat_s):
             try:
                 self._beat(owner)
             except RelayError as fault:
@@ -329,6 +330,8 @@ class OwnerSide:
 
     def _beat(self, owner: Owner) -> bool:
         asked, verdicts = self._announce(owner)
+        # A shard that does not answer counts nobody: the others' word stands.
+        self._beat_s = self._fleet.settings.beat_s(max((v.owners for v in verdicts.values()), default=1))
         with self._lock:
             self._settle(owner)
             stale = {

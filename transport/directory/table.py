@@ -48,11 +48,13 @@ class Announced:
         known: False when the table held nothing of this life of the owner, which must then publish
             again all that it holds.
         wishes: copies that an operator wants evicted; the owner does it, if they are still unleased.
+        owners: that announce themselves here, from which they tell how often to do it.
     """
 
     fenced_by: int | None
     known: bool
     wishes: tuple[CopyId, ...] = ()
+    owners: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +138,13 @@ class Table:
         when it spoke; without it, and without its key, its copies are leased without tokens."""
         self.tick(now)
         admitted = self._admit(owner, now, clock_ms)
-        if admitted.fenced_by is not None or not self._owners[owner.worker].wishes:
+        if admitted.fenced_by is not None:
             return admitted
         wishes = self._owners[owner.worker].wishes
         told = tuple(wishes)[:_WISHES_PER_REPLY]
         for copy_id in told:
             del wishes[copy_id]  # one that gets lost on the way is wished again by the operator
-        return Announced(None, admitted.known, told)
+        return Announced(None, admitted.known, told, len(self._owners))
 
     def drop_owner(self, worker: WorkerId, incarnation: int, now: float) -> None:
         """Forget a dead owner. Its incarnation is fenced, so that a late publish does not revive it."""

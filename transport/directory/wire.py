@@ -384,14 +384,14 @@ def unpack_cursor(value: Any) -> Cursor | None:
 
 
 def pack_announced(verdict: Announced) -> list[Any]:
-    return [verdict.fenced_by, verdict.known, pack_copies(verdict.wishes)]
+    return [verdict.fenced_by, verdict.known, pack_copies(verdict.wishes), verdict.owners]
 
 
 def unpack_announced(value: Any) -> Announced:
     """Raises MalformedMessage."""
-    fenced_by, known, wishes = array(value, 3)
+    fenced_by, known, wishes, owners = array(value, 4)
     life = None if fenced_by is None else expect(fenced_by, int)
-    return Announced(life, expect(known, bool), tuple(unpack_copies(wishes)))
+    return Announced(life, expect(known, bool), tuple(unpack_copies(wishes)), expect(owners, int))
 
 
 def pack_candidates(offers: Sequence[Candidate]) -> list[Any]:
