@@ -77,7 +77,7 @@ class _Share:
 @dataclass(slots=True)
 class _Attempt:
     """lease: of these blocks alone; source: index of the owner; backend: over which it is asked; nbytes: that
-    have been used; transfer: how it ended."""
+    have been used; finished: it gave the last of its share; transfer: how it ended."""
 
     share: _Share
     lease: Lease
@@ -86,6 +86,7 @@ class _Attempt:
     landing: list[BlockId]
     began: float
     nbytes: int = 0
+    finished: bool = False
     transfer: Transfer | None = None
 
 
@@ -336,6 +337,7 @@ class SharedPull:
                 with self._changed:
                     attempt.nbytes += (stop - start) * len(attempt.landing)
                     share.parts += 1
+                    attempt.finished = share.parts == every
                     self._changed.notify_all()
             if share.parts == every and part + 1 < every:
                 raise _Enough
@@ -376,5 +378,7 @@ def _ended(attempt: _Attempt, outcome: Outcome, detail: str) -> Transfer:
 def _share_told(attempt: _Attempt, first: Lease) -> Transfer:
     """What an owner gave; `nbytes` are those of its bytes that were used."""
     if attempt.transfer is None:
+        if attempt.finished:  # its thread has yet to say so
+            return replace(_ended(attempt, Outcome.PULLED, ""), destination=first.holder)
         return _ended(attempt, Outcome.TIMED_OUT, "given up: another owner was quicker")
     return replace(attempt.transfer, nbytes=attempt.nbytes, destination=first.holder)
