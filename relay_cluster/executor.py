@@ -205,19 +205,22 @@ class Executor:
         follow = {
             upstream: self._asked_as.get(upstream, self.request_id(upstream))
             for upstream in written
-            if self._follows(agent, upstream)
+            if self._may_follow(agent, upstream)
         }
+        for_certain = self._options.stream == "relay"
         return Draft(
             request=self._request(agent, values, None),
             open_slots=frozenset(growing),
             room_tokens=room,
             group=self._run_id,
-            follow=follow,
+            follow=follow if for_certain else {},
+            may_follow={} if for_certain else follow,
         )
 
-    def _follows(self, agent: Agent, upstream: str) -> bool:
-        """Whether the agent relays the upstream's KV, and pulls it as it is made."""
-        if self._options.stream != "relay" or upstream not in agent.slots:
+    def _may_follow(self, agent: Agent, upstream: str) -> bool:
+        """Whether the agent relays the upstream's KV, and pulls it as it is made: with `auto`, where its
+        worker has no time to compute it."""
+        if self._options.stream not in ("relay", "auto") or upstream not in agent.slots:
             return False
         relays = self._asked(agent) not in ("exact_prefix", "full_prefill")
         return relays and self._workers.model_for(upstream) == self._workers.model_for(agent.name)
@@ -384,7 +387,7 @@ class Executor:
             shadow_tokens=checked,
             consumers=self._consumers(agent),
             open_answer=any(
-                self._follows(self._pipeline[name], agent.name)
+                self._may_follow(self._pipeline[name], agent.name)
                 for name in self._pipeline.consumers[agent.name]
             ),
             publish_inputs=decision is None or decision.probe is None,

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -45,18 +45,11 @@ from workers.publishing import Publishing, input_masses
 from workers.pulled import SegmentLost
 from workers.sampling import Sampler
 from workers.scheduler import Sequence, StepLoop, decoded_mass
-from workers.segment import (
-    Prompt,
-    PromptBuilder,
-    PromptTemplate,
-    SlotValue,
-    open_key,
-    special_token_ids,
-    stop_token_ids,
-)
+from workers.segment import Prompt, PromptBuilder, PromptTemplate, SlotValue, open_key
 from workers.settings import WorkerSettings
 from workers.shadow import Evidence, EvidenceBox, judge, relayed_positions
 from workers.store import SegmentStore
+from workers.text_encoding import special_token_ids, stop_token_ids
 from workers.tokens import TokenStream
 from workers.turn import Scored, Turn, build_scored
 
@@ -348,11 +341,7 @@ class AgentWorker:
         most = request.sampling.max_new_tokens + draft.room_tokens
         whole = self._builder.build(template, request.values, most, request.tenant)
         # What is going to be relayed is pulled as it is published, and not computed.
-        self.store.following.follow(
-            request.id,
-            [open_key(self.loaded.space, request.tenant, writer) for writer in draft.follow.values()],
-            self.settings.request_timeout_s,
-        )
+        self._follow(request, draft.follow)
         certain = {**request.values, **dict.fromkeys(draft.follow, SlotValue(token_ids=()))}
         known = self._builder.known(template, certain, draft.open_slots | draft.follow.keys())
         relayable = not draft.follow and parse_reuse(request.method, self.profile).method.uses_segments
@@ -361,7 +350,18 @@ class AgentWorker:
         if not known:
             return 0
         reason = "relay: as asked; what is written is pulled as it is published" if draft.follow else ""
-        return self._preparing.advance(arrival, known, coming, draft.group, reason=reason)
+        return self._preparing.advance(
+            arrival,
+            known,
+            coming,
+            draft.group,
+            reason=reason,
+            on_relay=lambda: self._follow(request, draft.may_follow),
+        )
+
+    def _follow(self, request: Request, writers: Mapping[str, str]) -> None:
+        keys = [open_key(self.loaded.space, request.tenant, writer) for writer in writers.values()]
+        self.store.following.follow(request.id, keys, self.settings.request_timeout_s)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at its next step, or as soon as it arrives, and what was prepared for it. Returns

@@ -30,11 +30,12 @@ from workers.heal import first_stale
 from workers.messages import Request
 from workers.methods.base import ModelProfile, RectifyPlan, Span
 from workers.methods.kvcomm import KVComm
-from workers.model import LoadedModel, inverse_frequencies
+from workers.model import LoadedModel
 from workers.prefill import Prefill, PrefillModel
 from workers.prefix_cache import PrefixCache
 from workers.publishing import input_masses
 from workers.pulled import PulledSegment, SegmentLost
+from workers.relayable import inverse_frequencies
 from workers.scheduler import StepLoop
 from workers.segment import PromptTemplate
 from workers.store import SegmentStore

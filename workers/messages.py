@@ -98,6 +98,7 @@ class Draft:
         group: whose work it is; groups share what time a worker has.
         follow: slot -> id of the request whose answer fills it, for slots whose KV is to be relayed: they are
             not computed ahead, but pulled as it is published.
+        may_follow: the same, for slots that are pulled so only where the worker has no time to compute them.
     """
 
     request: Request
@@ -105,6 +106,7 @@ class Draft:
     room_tokens: int
     group: str = ""
     follow: dict[str, str] = field(default_factory=dict[str, str])
+    may_follow: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,6 +109,7 @@ class Preparing:
         group: str = "",
         *,
         reason: str = "",
+        on_relay: Callable[[], None] = lambda: None,
     ) -> int:
         """Compute what is known of a request's prompt and not yet computed; returns early once the request
         itself, or somebody in greater need of the room, comes.
@@ -120,6 +121,7 @@ class Preparing:
                 computed only while this worker has the time. None: always.
             group: whose work it is.
             reason: why all of `known` is computed, for people, where `coming` is None.
+            on_relay: called before anything is computed, where not all of it is.
 
         Returns:
             How many leading tokens of `known` stand ready; 0 also where there is no room.
@@ -133,7 +135,10 @@ class Preparing:
         found.turn.group = group
         with found.lock:
             self._rewind(found, known)
-            known = known[: self._worth(found, arrival, len(known), coming, reason)]
+            worth = self._worth(found, arrival, len(known), coming, reason)
+            if worth < len(known):
+                on_relay()
+            known = known[:worth]
             while len(found.ids) < len(known) and not found.stop.is_set():
                 try:
                     self._piece(found, known)

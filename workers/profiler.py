@@ -25,7 +25,7 @@ from workers.costs import model_costs
 from workers.engine import Engine
 from workers.methods import METHODS, parse_reuse
 from workers.methods.base import ModelProfile
-from workers.model import LoadedModel, inverse_frequencies
+from workers.model import LoadedModel
 from workers.prefill import PrefillModel
 from workers.profile import generic_profile
 from workers.profiling.choose import (
@@ -40,8 +40,10 @@ from workers.profiling.choose import (
 from workers.profiling.lab import Lab, Upstream
 from workers.profiling.measure import Case, Curves, curves, long_flops, measure, span_tokens
 from workers.profiling.tasks import STAGES, Kind, TaskSet, TextWriter, Writer
-from workers.segment import Prompt, SlotValue, digest_tokens, stop_token_ids
+from workers.relayable import inverse_frequencies
+from workers.segment import Prompt, SlotValue, digest_tokens
 from workers.settings import WorkerSettings
+from workers.text_encoding import stop_token_ids
 
 Progress = Callable[[float, str], None]
 """Takes the share that is done, 0 to 1, and a line of text."""

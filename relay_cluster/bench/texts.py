@@ -134,7 +134,7 @@ class TextPool:
     """
 
     def __init__(self, tasks: Tasks, tokenizer: Any, seed: int) -> None:
-        from workers.segment import TextEncoder
+        from workers.text_encoding import TextEncoder
 
         encoder = TextEncoder(tokenizer)
         rows = list(tasks.rows)

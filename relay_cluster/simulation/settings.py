@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, Field
 
-from relay_cluster.config import ConfigFile, load_as
+from relay_cluster.config_files import ConfigFile, load_file
 from relay_cluster.pipeline import Agent, Pipeline, find_problems
 from transport.settings import DirectorySettings, TransportSettings
 from workers.settings import WorkerSettings
@@ -133,7 +133,7 @@ class SimulatedCluster(BaseModel):
     @staticmethod
     def load(path: str | Path) -> SimulatedCluster:
         """Read a cluster file. Raises ConfigError with everything that is wrong with it."""
-        return load_as(Path(path), SimulatedCluster)
+        return load_file(Path(path), SimulatedCluster)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +201,7 @@ class Workload(BaseModel):
     @staticmethod
     def load(path: str | Path) -> Workload:
         """Read a workload file. Raises ConfigError with everything that is wrong with it."""
-        return load_as(Path(path), Workload, _check_workload)
+        return load_file(Path(path), Workload, _check_workload)
 
 
 def _agents(workload: Workload) -> list[Agent]:
@@ -219,7 +219,7 @@ def _check_workload(file: ConfigFile, workload: Any) -> Iterator[str]:
 
 def check_simulation(path: Path) -> None:
     """Validate a file of either kind. Raises ConfigError."""
-    kind = load_as(path, _Kind).simulation
+    kind = load_file(path, _Kind).simulation
     (SimulatedCluster if kind == "cluster" else Workload).load(path)
 
 

@@ -126,15 +126,17 @@ def test_a_request_whose_worker_died_is_asked_again_under_another_id() -> None:
     assert len(set(ids)) == 3
 
 
-def test_with_relay_readers_are_told_which_requests_to_follow() -> None:
+@pytest.mark.parametrize("stream", ["relay", "auto"])
+def test_readers_are_told_which_requests_to_follow(stream: str) -> None:
     """Those of the same model; of an agent that was asked again, the last one."""
-    executor = _executor(Recorder(deaths=1), stream="relay")
+    executor = _executor(Recorder(deaths=1), stream=stream)
     turns, _ = executor.run({"q": "why?"})
     opened = {name: turn.request.open_answer for name, turn in turns.items()}
     assert opened == {"plan": True, "left": True, "right": False, "join": False}
     assert executor._ahead is not None
     draft = executor._draft("join", executor._ahead.writing.so_far(["left", "right"]))
-    assert draft.follow == {"left": turns["left"].request.id}
+    told = {"left": turns["left"].request.id}
+    assert (draft.follow, draft.may_follow) == ((told, {}) if stream == "relay" else ({}, told))
     assert turns["left"].request.id != executor.request_id("left")
 
 

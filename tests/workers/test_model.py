@@ -17,17 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from transport.errors import ModelError
 from workers.embedded import import_embedded
-from workers.model import (
-    check_structure,
-    check_supported,
-    describe,
-    inverse_frequencies,
-    kv_layout,
-    list_models,
-    load_model,
-    resolve,
-    space_of,
-)
+from workers.model import describe, kv_layout, list_models, load_model, resolve, space_of
+from workers.relayable import check_structure, check_supported, inverse_frequencies
 from workers.settings import DEFAULT_MODEL
 
 TINY: dict[str, Any] = {

@@ -92,6 +92,46 @@ def test_what_is_relayed_while_it_is_written_is_what_is_relayed_afterwards(desks
         assert plain.token_ids == reply.token_ids, method
 
 
+@pytest.mark.parametrize("cores", [1, None])
+def test_with_auto_it_is_followed_where_it_is_not_computed(
+    desks: tuple[Desk, Desk], monkeypatch: pytest.MonkeyPatch, cores: int | None
+) -> None:
+    """One core for each worker is too few to prepare on, so what is written is pulled."""
+    one, two = desks
+    monkeypatch.setattr(two.agent._preparing, "_shared_cores", lambda: cores)
+    asked, writes = reader(SlotValue(token_ids=())), writer()
+    ready: list[int] = []
+
+    def draft(token: Token) -> None:
+        ids.append(token.id)
+        if len(ids) % 8 == 0:
+            so_far = replace(asked, values={"solver": SlotValue(token_ids=tuple(ids))})
+            ready.append(
+                two.agent.prepare_ahead(
+                    Draft(
+                        request=so_far,
+                        open_slots=frozenset({"solver"}),
+                        room_tokens=200,
+                        may_follow={"solver": writes.id},
+                    )
+                )
+            )
+
+    ids: list[int] = []
+    told = one.agent.generate(writes, draft)
+    reply = two.agent.generate(replace(asked, values={"solver": told.output}))
+    plain = two.agent.generate(
+        replace(asked, id="plain", method="full_prefill", values={"solver": told.output})
+    )
+    assert reply.token_ids == plain.token_ids
+    if cores is None:
+        assert reply.ahead_blocks == 0
+        assert ready[-1] > ready[0] + ANSWER // 2
+    else:
+        assert reply.ahead_blocks >= 2
+        assert ready[-1] == ready[0]
+
+
 def test_a_writer_that_is_cancelled_leaves_nothing(desks: tuple[Desk, Desk]) -> None:
     one, two = desks
     asked, writes = reader(SlotValue(token_ids=())), writer()

@@ -15,16 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transport.errors import ModelError, PipelineError, PromptTooLong
 from transport.types import SegmentKey
 from workers.embedded import import_embedded
-from workers.segment import (
-    Prompt,
-    PromptBuilder,
-    SlotValue,
-    TextEncoder,
-    digest_tokens,
-    special_token_ids,
-    splice,
-    stop_token_ids,
-)
+from workers.segment import Prompt, PromptBuilder, SlotValue, digest_tokens, splice
+from workers.text_encoding import TextEncoder, special_token_ids, stop_token_ids
 
 SPACE = "space"
 MINIMUM = 4

@@ -16,9 +16,9 @@ from workers.engine import Engine, Part
 from workers.kv_cache import CachePool, SequenceCache
 from workers.layout import KVLayout
 from workers.methods.base import ModelProfile, Span
-from workers.model import inverse_frequencies
 from workers.prefill import Prefill, PrefillModel
 from workers.pulled import PulledSegment
+from workers.relayable import inverse_frequencies
 from workers.segment import digest_tokens
 from workers.wire import WireFormat
 

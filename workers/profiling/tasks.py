@@ -24,14 +24,8 @@ from typing import Literal, Protocol
 
 from transport.errors import ConfigError
 from workers.model import LoadedModel
-from workers.segment import (
-    Prompt,
-    PromptBuilder,
-    SlotValue,
-    special_token_ids,
-    splice,
-    stop_token_ids,
-)
+from workers.segment import Prompt, PromptBuilder, SlotValue, splice
+from workers.text_encoding import special_token_ids, stop_token_ids
 
 Kind = Literal["single", "composite"]
 
