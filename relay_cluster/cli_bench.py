@@ -163,8 +163,8 @@ def chain(
         typer.Option(
             "--stream",
             metavar="A,B,...",
-            help="Run whole pipelines instead, full_prefill beside off, exact and auto: readers get ready "
-            "while writers write. --methods then names the one of off and auto.",
+            help="Run whole pipelines instead, full_prefill beside off, exact, auto and relay: readers get "
+            "ready while writers write. --methods then names the one of all but exact.",
         ),
     ] = None,
     data: _Data = None,

@@ -29,14 +29,20 @@ from transport.errors import ConfigError
 from transport.types import WorkerId
 from workers.messages import Comparison, Draft, Reply, Request, ShadowCheck
 
-MODES = (BASE, "off", "exact", "auto")
+MODES = (BASE, "off", "exact", "auto", "relay")
 """The first computes every prompt in full; the others are values of `--stream`."""
-_STREAM: Mapping[str, Stream] = {BASE: "off", "off": "off", "exact": "exact", "auto": "auto"}
+_STREAM: Mapping[str, Stream] = {
+    BASE: "off",
+    "off": "off",
+    "exact": "exact",
+    "auto": "auto",
+    "relay": "relay",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChainStreamSettings:
-    """What is measured. modes: of `MODES`; full_prefill is always measured. method: of "off" and "auto".
+    """What is measured. modes: of `MODES`; full_prefill is always measured. method: of all but "exact".
     repeats: timed rounds; cold: one before that is not counted. The rest as in ChainSettings."""
 
     modes: tuple[str, ...] = MODES

@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FAINT = "#64748b"
-_COLORS = {"full_prefill": "#334155", "off": "#f59e0b", "exact": "#1d4ed8", "auto": "#0d9488"}
+_COLORS = {
+    "full_prefill": "#334155",
+    "off": "#f59e0b",
+    "exact": "#1d4ed8",
+    "auto": "#0d9488",
+    "relay": "#be185d",
+}
 _PANELS = (
     (
         "ttft_after_last_token_s",

@@ -12,8 +12,8 @@ class ChainStreamRow:
     """One way to run a whole chain of agents.
 
     Attributes:
-        mode: "full_prefill" computes every prompt when the agents before have ended; "off", "exact"
-            and "auto" are values of `--stream`, "off" being relay alone.
+        mode: "full_prefill" computes every prompt when the agents before have ended; "off", "exact", "auto"
+            and "relay" are values of `--stream`, "off" being relay alone.
         method: reuse method that the run asked for.
         agents: length of the chain; output_tokens: of every answer; prompt_tokens: of the last agent.
         samples: timed rounds.
