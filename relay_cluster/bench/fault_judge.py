@@ -94,7 +94,7 @@ def judge(
         seen.hit = bool(failed)
     else:
         seen.hit = any(event.what == spec.kind for event in events)
-    must_fail = seen.hit and trial.kind.pull_fails
+    must_fail = seen.hit and trial.kind.pull_fails and not (spec is None and _had_elsewhere(trial, replies))
     # A full arena may hit a publication instead of a pull, which is told in the notes.
     noted = trial.kind.name == FaultKind.ARENA_FULL and any(
         "ArenaFull" in n for r in replies for n in r.notes
@@ -103,6 +103,14 @@ def judge(
     seen.uncounted = bool(failed or must_fail) and not told
     seen.detect_s = _detection(trial, acted_at, replies, events, losses)
     return seen
+
+
+def _had_elsewhere(trial: Trial, replies: Sequence[Reply]) -> bool:
+    """Whether the reader has relayed all that its upstream agent has left: what an owner loses, another
+    worker may have a copy of, or may have made as well."""
+    left = {p.key for r in replies if r.agent == trial.upstream for p in r.published if p.slot is None}
+    used = {key for r in replies if r.agent == trial.reader for key in r.relayed_keys}
+    return bool(left) and left <= used
 
 
 def _failed_pulls(events: Sequence[FaultEvent]) -> list[FaultEvent]:

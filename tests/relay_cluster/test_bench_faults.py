@@ -19,7 +19,8 @@ from relay_cluster.bench.fault_rows import FaultRow, fault_table
 from relay_cluster.bench.faults import Campaign, FaultsSettings, draw_trials, shares
 from relay_cluster.bench.texts import load_tasks
 from transport.faults import ENDED, READ, FaultEvent
-from workers.messages import Fallback, Reply, StageTimes
+from transport.types import SegmentKey
+from workers.messages import Fallback, Published, Reply, StageTimes
 from workers.segment import SlotValue
 
 SETTINGS = FaultsSettings(trials=2 * len(KINDS), seed=3)
@@ -177,6 +178,16 @@ def test_what_could_not_be_published_is_told_in_the_notes() -> None:
     assert _seen(_trial("arena_full"), 10.0, [_reply()], *events).uncounted
     noted = replace(_reply(), notes=("the answer was not published (ArenaFull): no room",))
     assert not _seen(_trial("arena_full"), 10.0, [noted], *events).uncounted
+
+
+def test_a_copy_elsewhere_serves_for_what_its_owner_has_lost() -> None:
+    trial = _trial("disk_full")
+    key = SegmentKey("space", b"answer")
+    left = replace(_reply(), agent=trial.upstream, published=(Published(None, key, 80, 2, 1 << 20),))
+    missed = replace(_reply(), agent=trial.reader)
+    served = replace(missed, relayed_keys=frozenset({key}))
+    assert _seen(trial, 10.0, [left, missed]).uncounted
+    assert not _seen(trial, 10.0, [left, served]).uncounted
 
 
 # --- command line -------------------------------------------------------------------------------------------
