@@ -307,3 +307,17 @@ def test_every_document_has_a_table_and_a_picture(name: str, tmp_path: Path) -> 
     plot_document(found.to_json(), tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     out.file.close()
+
+
+def test_where_there_is_no_terminal_progress_is_told_in_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "_LINE_EVERY_S", 0.0)
+    with common.progress("stream", 3) as advance:
+        advance("[64] fresh: exact")
+        advance("")
+    assert capsys.readouterr().err.splitlines() == ["stream: 1/3 [64] fresh: exact", "stream: 2/3 "]
+    monkeypatch.setattr(common, "_LINE_EVERY_S", 3600.0)
+    with common.progress("stream", 3) as advance:
+        advance("exact")
+    assert capsys.readouterr().err == "", "not for every step"
