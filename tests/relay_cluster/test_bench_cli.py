@@ -56,7 +56,7 @@ def test_the_examples_of_the_help_are_options_that_exist() -> None:
         (("fidelity", "--methods", "auto:fats"), "auto:fast"),
         (("decay", "--method", "naiv"), "naive"),
         (("chain", "--cluster", "nowhere.yaml"), "nowhere.yaml"),
-        (("chain", "--stream", "relay"), "off, exact, auto"),
+        (("chain", "--stream", "exat"), "off, exact, auto, relay"),
         (("chain", "--stream", "off", "--methods", "naive,auto"), "one method"),
     ],
 )
