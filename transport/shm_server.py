@@ -127,6 +127,7 @@ class ShmServer:
         for sock in (self._listener, *self._guests):
             sock.close()
         self._guests.clear()
+        self._watched.clear()  # never looked at: who asked holds this server, and would never be given back
 
     def _awake(self, selector: selectors.BaseSelector) -> None:
         os.eventfd_read(self._wake)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import os
 import signal
 import socket
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from hypothesis import strategies as st
 
 from tests.transport.conformance import BLOCK, BUDGET, Reader
 from tests.transport.rigs import LocalOwner, RemoteOwner, content, make_lease, wait_for
-from transport import shm
+from transport import shm, shm_server
 from transport.arena import Arena
 from transport.auto import make_transport
 from transport.errors import TransportError
@@ -194,9 +198,8 @@ def test_a_reader_cannot_write_into_the_arena_of_its_owner(side: LocalOwner) -> 
 # -- life of the memory ------------------------------------------------------------------------------------
 
 
-def test_no_descriptor_is_left_behind(side: LocalOwner) -> None:
+def test_no_descriptor_is_left_behind(side: LocalOwner, reader: Reader) -> None:
     """Neither by readers, nor by owners that come and go, nor by refusals."""
-    reader = Reader("shm")
     refs = side.publish(1, seed=1)
     assert reader.outcome(side, refs) is Outcome.PULLED
     before = descriptors()
@@ -210,7 +213,47 @@ def test_no_descriptor_is_left_behind(side: LocalOwner) -> None:
         del other, one_more
     wait_for(lambda: reader.transport.stats()["shm.peers"] == 1, "dead owners are let go")
     wait_for(lambda: descriptors() <= before, f"{descriptors() - before} is left")
-    reader.transport.close()
+
+
+def test_whoever_watches_a_server_that_closes_is_let_go(
+    side: LocalOwner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked while its thread was busy, and closed before that had looked: only a cycle would be left, and
+    with it the arena, until somebody collects garbage."""
+    busy, done = threading.Event(), threading.Event()
+    judge = shm_server.ShmServer._judge
+
+    def slow(server: shm_server.ShmServer, said: bytes) -> int:
+        busy.set()
+        assert done.wait(10)
+        return judge(server, said)
+
+    def release(server: shm_server.ShmServer) -> None:
+        wait_for(lambda: server._closing, "it closes")
+        done.set()
+
+    gc.disable()
+    one_more = Reader("shm")
+    try:
+        monkeypatch.setattr(shm_server.ShmServer, "_judge", slow)
+        fd = one_more.arena.shared_fd()
+        assert fd is not None
+        server = shm_server.ShmServer(one_more.arena, fd)
+        kept = weakref.ref(server)
+        here, there = socket.socketpair()
+        with here, there, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as guest:
+            guest.connect(abstract(server.name))
+            guest.sendall(b"?")
+            assert busy.wait(10)
+            server.watch(here, partial(server.watch, here, print))  # as `Peers` does: it holds the server
+            (releaser := threading.Thread(target=release, args=(server,))).start()
+            server.close()
+            releaser.join(10)
+        del server, releaser
+        assert kept() is None
+    finally:
+        gc.enable()
+        one_more.transport.close()
 
 
 def test_only_so_many_owners_are_kept(monkeypatch: pytest.MonkeyPatch, reader: Reader) -> None:
