@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -33,38 +33,75 @@ def _submit(work: Callable[[], None]) -> Future[None] | None:
         return None
 
 
-def together(jobs: Iterable[Callable[[], None]]) -> None:
-    """Run every job once, in any order, here and in the helper; when this returns, none runs any more.
+class Helped:
+    """Jobs of one pull, each run once, in any order: by the helper from the moment that they are added, and
+    by the caller too once it waits for them.
 
-    Raises:
-        Exception: the first that a job raised; jobs that had not begun by then are left out.
+        with Helped() as helped:
+            for step in reading:
+                helped.add(partial(verify, step))
+            helped.wait()
+
+    When the block is left, none runs any more; what had not begun by then is left out. Not for several
+    threads.
     """
-    waiting = deque(jobs)
-    faults: list[Exception] = []
 
-    def work() -> None:
-        while not faults:
+    def __init__(self) -> None:
+        self._jobs: deque[Callable[[], None]] = deque()
+        self._faults: list[Exception] = []
+        self._helper: Future[None] | None = None
+        self._has_helper = False
+
+    def __enter__(self) -> Helped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._jobs.clear()
+        self._join()
+        if self._has_helper:
+            self._has_helper = False
+            _FREE.release()
+
+    def add(self, job: Callable[[], None]) -> None:
+        """For the helper; where it serves another pull, or there is none, the job is done here and now.
+
+        Raises:
+            Exception: of a job that is done here.
+        """
+        self._has_helper = self._has_helper or (not _ALONE and _FREE.acquire(blocking=False))
+        if not self._has_helper:
+            job()
+            return
+        self._jobs.append(job)
+        if self._helper is None or self._helper.done():
+            self._helper = _submit(self._work)
+
+    def wait(self) -> None:
+        """Help, until every job has been done.
+
+        Raises:
+            Exception: the first that a job raised; jobs that had not begun by then are left out.
+        """
+        self._work()
+        self._join()
+        if self._faults:
+            raise self._faults[0]
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._faults:
             try:
-                job = waiting.popleft()
+                job = self._jobs.popleft()
             except IndexError:
                 return
             try:
                 job()
-            except Exception as fault:  # noqa: BLE001 - raised below, in the caller's thread
-                faults.append(fault)
+            except Exception as fault:  # noqa: BLE001 - raised by `wait`, in the caller's thread
+                self._faults.append(fault)
+        self._jobs.clear()
 
-    if len(waiting) < 2 or _ALONE or not _FREE.acquire(blocking=False):
-        work()
-    else:
-        try:
-            helper = _submit(work)
-            try:
-                work()
-            finally:  # whatever came in between: the helper must not go on behind the caller's back
-                waiting.clear()
-                if helper is not None and not helper.cancel():
-                    helper.result()
-        finally:
-            _FREE.release()
-    if faults:
-        raise faults[0]
+    def _join(self) -> None:
+        if self._helper is not None and not self._helper.cancel():
+            self._helper.result()
+        self._helper = None

@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 from transport.arena import Arena
-from transport.helping import together
+from transport.helping import Helped
 from transport.types import BlockId, BlockRef, Lease, Outcome, Transfer
 
 logger = logging.getLogger(__name__)
@@ -198,16 +198,14 @@ def landed_parts(
             _verify(arena, lease, into, here)
 
     ready = 0
-    fetchable: list[Landed] = []
     try:
-        for landed in reading:
-            if landed.fetch is None:
+        with Helped() as helped:
+            for landed in reading:
+                if landed.stop < len(into):  # the helper's, while the next step is fetched or travels
+                    helped.add(partial(settle, landed))
+                    continue
                 settle(landed)
-            else:
-                fetchable.append(landed)
-            if landed.stop == len(into):
-                together(partial(settle, one) for one in fetchable)
-                fetchable.clear()
+                helped.wait()
                 if verify and not piecewise:
                     _verify(arena, lease, into, Landed(landed.part, 0, len(into)))
                 yield landed.part

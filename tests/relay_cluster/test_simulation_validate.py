@@ -153,8 +153,4 @@ def test_runs_of_a_real_machine_come_out_within_a_fifth(name: str) -> None:
     report = read_report(RESULTS / f"{name}.json")
     assert not any(agent.text or agent.tokens for row in report.rows for agent in row.agents)
     found = compare(calibrated(HERE, report), DEMO, report)
-    walls = [abs(c.error) for c in found if c.what == "wall"]
-    ttfts = sorted(abs(c.error) for c in found if c.what == "ttft")
-    assert max(walls) < 0.2
-    assert ttfts[len(ttfts) // 2] < 0.2, "half of the times to first token"
-    assert ttfts[-1] < 0.3
+    assert max(abs(c.error) for c in found) < 0.2

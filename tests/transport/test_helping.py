@@ -5,14 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
 
 from transport import helping
-from transport.helping import together
+from transport.helping import Helped
 
 two_cores = pytest.mark.skipif(helping._ALONE, reason="one core: there is no helper")
+
+
+def together(jobs: Iterable[Callable[[], None]]) -> None:
+    """As a pull does it whose steps come all at once."""
+    with Helped() as helped:
+        for job in jobs:
+            helped.add(job)
+        helped.wait()
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 500])
@@ -29,6 +38,17 @@ def test_every_job_is_done_once(n: int) -> None:
 
 
 @two_cores
+def test_a_job_begins_while_the_caller_does_something_else() -> None:
+    with Helped() as helped:
+        for _ in range(3):
+            begun = threading.Event()
+            helped.add(begun.set)
+            helped.add(lambda: None)  # wakes a helper that was about to end when the first one came
+            assert begun.wait(10), "the caller has not even begun to wait"
+        helped.wait()
+
+
+@two_cores
 def test_two_jobs_can_meet() -> None:
     """Which they could not, were they not done at the same time."""
     meeting = threading.Barrier(2)
@@ -38,7 +58,7 @@ def test_two_jobs_can_meet() -> None:
 
 @two_cores
 def test_a_second_caller_does_not_wait_for_the_helper() -> None:
-    """Its jobs are done in its own thread while the helper is busy with another pull."""
+    """Its jobs are done in its own thread, each when it is added, while the helper is busy with another pull."""
     inside, leave = threading.Barrier(3), threading.Event()
 
     def stay() -> None:
@@ -49,10 +69,37 @@ def test_a_second_caller_does_not_wait_for_the_helper() -> None:
     first.start()
     inside.wait(10)
     where: list[int] = []
-    together([lambda: where.append(threading.get_ident())] * 5)
+    with Helped() as helped:
+        for n in range(5):
+            helped.add(lambda: where.append(threading.get_ident()))
+            assert len(where) == n + 1
+        helped.wait()
     leave.set()
     first.join(10)
     assert where == [threading.get_ident()] * 5
+
+
+@two_cores
+def test_leaving_waits_for_what_runs_and_drops_the_rest() -> None:
+    """Whatever ends a pull, its blocks are nobody's business any more when it is over."""
+    begun, ended = threading.Event(), threading.Event()
+    others: list[int] = []
+
+    def long() -> None:
+        begun.set()
+        time.sleep(0.05)
+        ended.set()
+
+    with pytest.raises(LookupError), Helped() as helped:
+        helped.add(long)
+        for n in range(100):
+            helped.add(partial(others.append, n))
+        assert begun.wait(10)
+        raise LookupError
+    assert ended.is_set()
+    assert others == []
+    together([lambda: others.append(0)] * 2)  # and the helper is free again
+    assert others == [0, 0]
 
 
 @pytest.mark.parametrize("at", [0, 1, 7])
