@@ -29,9 +29,9 @@ _NAP_MIN_S: Final = 20e-6
 _DRAIN_NAP_S: Final = 2e-3
 _NAP_MAX_S: Final = 100e-6  # 1 ms costs two thirds of the tcp bandwidth
 
-_MOST_STEP_BYTES: Final = 4 << 20
+_MOST_STEP_BYTES: Final = 8 << 20
 _LEAST_STEP_BYTES: Final = 256 << 10
-_STEP_S: Final = 4e-3
+_STEP_S: Final = 2e-3
 _MOST_WINDOW_BYTES: Final = 32 << 20
 _LEAST_WINDOW_STEPS: Final = 2
 _FIRST_STEP_BYTES: Final = 1 << 20

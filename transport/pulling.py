@@ -201,8 +201,9 @@ def landed_parts(
     try:
         with Helped() as helped:
             for landed in reading:
-                if landed.stop < len(into):  # the helper's, while the next step is fetched or travels
-                    helped.add(partial(settle, landed))
+                if landed.stop < len(into):
+                    if landed.fetch is not None or piecewise:
+                        helped.add(partial(settle, landed))  # while the next step is fetched, or travels
                     continue
                 settle(landed)
                 helped.wait()
