@@ -58,7 +58,7 @@ def test_two_jobs_can_meet() -> None:
 
 @two_cores
 def test_a_second_caller_does_not_wait_for_the_helper() -> None:
-    """Its jobs are done in its own thread, each when it is added, while the helper is busy with another pull."""
+    """Its jobs are done in its own thread, each when it is added, while the helper serves another pull."""
     inside, leave = threading.Barrier(3), threading.Event()
 
     def stay() -> None:
@@ -90,12 +90,16 @@ def test_leaving_waits_for_what_runs_and_drops_the_rest() -> None:
         time.sleep(0.05)
         ended.set()
 
-    with pytest.raises(LookupError), Helped() as helped:
-        helped.add(long)
-        for n in range(100):
-            helped.add(partial(others.append, n))
-        assert begun.wait(10)
-        raise LookupError
+    def pull() -> None:
+        with Helped() as helped:
+            helped.add(long)
+            for n in range(100):
+                helped.add(partial(others.append, n))
+            assert begun.wait(10)
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        pull()
     assert ended.is_set()
     assert others == []
     together([lambda: others.append(0)] * 2)  # and the helper is free again
