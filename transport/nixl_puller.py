@@ -27,7 +27,9 @@ SCHEMA: Final = 2
 _SPINS: Final = 64  # polls without sleep: a small read is over by then
 _NAP_MIN_S: Final = 20e-6
 _DRAIN_NAP_S: Final = 2e-3
-_NAP_MAX_S: Final = 100e-6  # 1 ms costs two thirds of the tcp bandwidth
+_NAP_MAX_S: Final = 100e-6  # 1 ms costs two thirds of the bandwidth over loopback
+_NAP_LONGEST_S: Final = 1e-3
+_NAP_BYTES: Final = 64 << 10
 
 _MOST_STEP_BYTES: Final = 8 << 20
 _LEAST_STEP_BYTES: Final = 256 << 10
@@ -36,7 +38,7 @@ _MOST_WINDOW_BYTES: Final = 32 << 20
 _LEAST_WINDOW_STEPS: Final = 2
 _FIRST_STEP_BYTES: Final = 1 << 20
 _FIRST_WINDOW_BYTES: Final = 4 << 20
-_WINDOW_S: Final = 16e-3
+_WINDOW_S: Final = 8e-3
 _TELLING_BYTES: Final = 1 << 20  # of a pull that says something about the rate
 
 
@@ -135,6 +137,15 @@ class Pace:
             return _FIRST_WINDOW_BYTES
         wanted = self.bytes_per_s * (_WINDOW_S + 2 * self.round_trip_s)
         return int(min(max(wanted, _LEAST_WINDOW_STEPS * self.step_bytes), _MOST_WINDOW_BYTES))
+
+    @property
+    def nap_s(self) -> float:
+        """Longest sleep between two polls: what arrives meanwhile waits in the socket's buffer, which has room
+        for more than `_NAP_BYTES`. On a slow link every poll less is one in which the thread that computes
+        does not wait for the interpreter."""
+        if not self.bytes_per_s:
+            return _NAP_MAX_S
+        return min(max(_NAP_BYTES / self.bytes_per_s, _NAP_MAX_S), _NAP_LONGEST_S)
 
     def learn(self, nbytes: int, seconds: float) -> None:
         """Take what a pull that came whole has shown."""
@@ -336,7 +347,7 @@ class Posts:
             Late: not within the deadline; it stays in flight.
         """
         step, _, handle = self.waiting[0]
-        if not _poll(self.puller, handle, self._deadline):
+        if not _poll(self.puller, handle, self._deadline, self.peer.pace.nap_s):
             raise Late
         self._drop_first()
         return step
@@ -378,7 +389,7 @@ def _descriptors(
     return out
 
 
-def _poll(puller: Puller, handle: Any, deadline: float) -> bool:
+def _poll(puller: Puller, handle: Any, deadline: float, longest_nap_s: float) -> bool:
     """Poll until done (True) or until the deadline (False). Raises the binding's errors."""
     nap, polls = _NAP_MIN_S, 0
     while True:
@@ -391,4 +402,4 @@ def _poll(puller: Puller, handle: Any, deadline: float) -> bool:
         if polls > _SPINS:
             # Polling moves the bytes as well (there is no progress thread): naps stay short while data flows.
             time.sleep(nap)
-            nap = min(nap * 1.02, _NAP_MAX_S)
+            nap = min(nap * 1.02, longest_nap_s)

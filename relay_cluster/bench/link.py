@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
 from relay_cluster.bench.common import (
     BASE,
     Document,
@@ -102,7 +104,8 @@ def link_gb_s(nodes: list[str]) -> float:
     Raises:
         RelayError: no answer in time.
     """
-    here, there = affinities(nodes)
+    # `affinities` only prefers a node, and both ends of a probe on one node measure nothing.
+    here, there = (NodeAffinitySchedulingStrategy(at.node_id, soft=False) for at in affinities(nodes))
     try:
         return probe(here, there, timeout_s=_PROBE_TIMEOUT_S) / 8
     except TimeoutError as error:

@@ -138,8 +138,9 @@ def test_a_slow_link_has_little_in_flight_and_a_fast_one_much() -> None:
     assert pace.bytes_per_s == 0, "a small pull tells how long a round trip takes, not the rate"
     pace.learn(15_000_000, 0.12)
     assert 2 * pace.step_bytes <= pace.window_bytes < 4 << 20
+    assert 3e-4 < pace.nap_s < 1e-3, "no more than a socket's buffer takes"
     pace.learn(64 << 20, 0.01)
-    assert (pace.step_bytes, pace.window_bytes) == (8 << 20, 32 << 20)
+    assert (pace.step_bytes, pace.window_bytes, pace.nap_s) == (8 << 20, 32 << 20, 1e-4)
 
 
 @given(rate=st.floats(1e5, 1e11), round_trip_s=st.floats(1e-5, 0.5))
