@@ -140,9 +140,9 @@ class Pace:
 
     @property
     def nap_s(self) -> float:
-        """Longest sleep between two polls: what arrives meanwhile waits in the socket's buffer, which has room
-        for more than `_NAP_BYTES`. On a slow link every poll less is one in which the thread that computes
-        does not wait for the interpreter."""
+        """Longest sleep between two polls: what arrives meanwhile waits in the socket's buffer, which takes
+        more than `_NAP_BYTES`. On a slow link every poll less is one in which the thread that computes does
+        not wait for the interpreter."""
         if not self.bytes_per_s:
             return _NAP_MAX_S
         return min(max(_NAP_BYTES / self.bytes_per_s, _NAP_MAX_S), _NAP_LONGEST_S)
