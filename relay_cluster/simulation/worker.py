@@ -233,8 +233,12 @@ class SimulatedWorker:
 
     def _wrote(self, rows: Rows, tokens: int) -> None:
         before, rows.written = rows.written, rows.written + tokens
-        if rows.told is not None and rows.every and before // rows.every != rows.written // rows.every:
+        # The last tokens make no draft of their own: `Writing` waits a moment for what comes with them, and
+        # that is the answer, whose reader is asked itself.
+        ended = rows.written >= rows.answer
+        enough = rows.every and before // rows.every != rows.written // rows.every
+        if rows.told is not None and enough and not ended:
             rows.told()
-        if rows.written >= rows.answer:
+        if ended:
             self.leave(rows)
             rows.done.succeed()

@@ -147,7 +147,7 @@ def test_the_command_prints_both_and_the_error(tmp_path: Path) -> None:
         assert said in failed.output
 
 
-@pytest.mark.parametrize("name", ["simulate-demo-relay"])
+@pytest.mark.parametrize("name", ["simulate-demo-relay", "simulate-demo-stream"])
 def test_runs_of_a_real_machine_come_out_within_a_fifth(name: str) -> None:
     """Reports of `relay run --compare full_prefill`, kept as figures; see docs/scale.md for what they are."""
     report = read_report(RESULTS / f"{name}.json")
