@@ -296,10 +296,11 @@ class WorkerCalls:
         info = member.info
         try:
             stream = member.handle.generate.options(num_returns="streaming").remote(request)
-            for kind, item in self._items(stream, worker, stop):
-                yield item
-                if kind == "reply":
+            for item in self._items(stream, worker, stop):
+                if isinstance(item, Reply):
+                    yield item
                     return
+                yield from item
         except WorkerFrozen:
             member.handle.cancel.remote(request.id)  # should it go on one day
             raise
@@ -312,7 +313,9 @@ class WorkerCalls:
             raise fault from None
         raise WorkerLost(f"worker {worker} ended its stream without a reply.")
 
-    def _items(self, stream: Any, worker: WorkerId, stop: threading.Event) -> Iterator[tuple[str, Any]]:
+    def _items(
+        self, stream: Any, worker: WorkerId, stop: threading.Event
+    ) -> Iterator[tuple[Token, ...] | Reply]:
         """The stream's items. The worker ends every request at its own deadline; a frozen one, which does
         not, is noticed by `Watch`."""
         deadline = time.monotonic() + self.config.worker.request_timeout_s + _BEYOND_DEADLINE_S

@@ -21,7 +21,8 @@ import ray
 from transport.errors import DeadlineExceeded, RelayError, WorkerDraining
 from transport.settings import DirectorySettings, TransportSettings
 from transport.types import Incarnation, NodeId, Owner, SegmentKey, WorkerId
-from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck
+from workers.messages import Comparison, Distance, Draft, Reply, Request, ShadowCheck, Token
+from workers.outbox import Outbox
 from workers.pulse import Pulse, start_pulse
 from workers.settings import DEFAULT_MODEL, WorkerSettings
 
@@ -241,35 +242,30 @@ class Worker:
         with self._calls.one():
             return self._agent.prepare(system, prompt)
 
-    def generate(self, request: Request) -> Iterator[tuple[str, Any]]:
-        """Stream of ("token", Token) and at last ("reply", Reply). Errors are raised where they
-        happen; WorkerDraining before anything was begun."""
+    def generate(self, request: Request) -> Iterator[tuple[Token, ...] | Reply]:
+        """Stream of tokens, several at a time (`worker.stream_interval`), and at last the reply. Errors are
+        raised where they happen; WorkerDraining before anything was begun."""
         with self._calls.one(request.id):
             yield from self._generate(request)
 
-    def _generate(self, request: Request) -> Iterator[tuple[str, Any]]:
-        items: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    def _generate(self, request: Request) -> Iterator[tuple[Token, ...] | Reply]:
+        settings = self._spec.settings
+        # The request has its own deadline; this one only catches a dead thread.
+        outbox = Outbox(settings.stream_interval, timeout_s=settings.request_timeout_s + 120)
 
         def answer() -> None:
             try:
-                reply = self._agent.generate(request, lambda token: items.put(("token", token)))
-                items.put(("reply", reply))
+                outbox.end(self._agent.generate(request, outbox.put))
             except Exception as error:  # noqa: BLE001 - carried to the caller's thread and raised there
-                items.put(("error", error))
+                outbox.end(error)
 
         threading.Thread(target=answer, name=f"request-{request.id}", daemon=True).start()
-        kind = ""
         try:
-            while kind != "reply":
-                # The request has its own deadline; this one only catches a dead thread.
-                kind, item = items.get(timeout=self._spec.settings.request_timeout_s + 120)
-                if kind == "error":
-                    raise item
-                yield kind, item
+            yield from outbox.take()
         except queue.Empty:
             raise DeadlineExceeded(f"request {request.id}: silent since its deadline.") from None
         finally:
-            if kind not in ("reply", "error"):
+            if not outbox.ended:
                 # Nobody takes the answer any more.
                 self._agent.cancel(request.id)
 

@@ -48,6 +48,9 @@ class WorkerSettings:
             kept until they are healed, so that its KV is published as exact; the tokens are out by then, only
             the reply waits. With more of them left it is published as what it is, rectified. 0: never wait.
         shadow_bytes: most memory for evidence that waits for the quality gate's shadow checks.
+        stream_interval: so many tokens of an answer are sent together. The first one is sent at once, and
+            what waits for the sender goes together in any case. More than 1 costs clients that stream some
+            smoothness, and saves both ends most of a millisecond per token.
     """
 
     device: Device = "auto"
@@ -66,6 +69,7 @@ class WorkerSettings:
     ahead_share: Annotated[float, Ge(0), Le(1)] = 0.1
     heal_finish_rows: Annotated[int, Ge(0)] = 512
     shadow_bytes: Annotated[int, Ge(0)] = 64 * MIB
+    stream_interval: Annotated[int, Ge(1)] = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

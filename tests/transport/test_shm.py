@@ -347,20 +347,20 @@ def test_a_system_without_memfd_has_ordinary_arenas(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("injected", [False, True])
 def test_a_copy_keeps_its_deadline(side: LocalOwner, monkeypatch: pytest.MonkeyPatch, injected: bool) -> None:
-    """The deadline passes between two blocks: the rest is not copied, and the blocks are free again."""
+    """The deadline passes between two steps: the rest is not copied, and the blocks are free again."""
     reader = Reader("shm")
-    if injected:  # faults come between the copy and its verification
+    if injected:  # faults come between the copy and its verification, and all copies are made in one thread
         reader.arena.faults = Faults()
     try:
         refs = side.publish(50, seed=1)
-        verify = reader.arena.verify_part
+        fetch = shm._fetch
 
-        def slow(*args: Any) -> Outcome:
-            time.sleep(0.02)
-            return verify(*args)
+        def slow(*args: Any) -> None:
+            time.sleep(0.15)
+            fetch(*args)
 
         assert reader.outcome(side, refs) is Outcome.PULLED, "attached"
-        monkeypatch.setattr(reader.arena, "verify_part", slow)
+        monkeypatch.setattr(shm, "_fetch", slow)
         assert reader.outcome(side, refs, timeout_s=0.2) is Outcome.TIMED_OUT
         stats = reader.arena.stats()
         assert (stats.used, stats.quarantined) == (0, 0)
