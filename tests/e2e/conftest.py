@@ -59,5 +59,6 @@ def small_cluster(**changes: object) -> ClusterConfig:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(small_cluster(), agents_hint=PIPELINE) as running:
+    worker = {"device": "cpu", "cache_tokens": 4096, "break_even": False, "stream_interval": 3}
+    with Cluster(small_cluster(worker=worker), agents_hint=PIPELINE) as running:
         yield running

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_full_prefill_through_the_cluster_gives_the_tokens_of_plain_transformers(cluster: Cluster) -> None:
-    result = cluster.run(PIPELINE, question=QUESTION, method="full_prefill", max_new_tokens=24)
+    told: Counter[str] = Counter()
+
+    def count(event: str, agent: str, *_: object) -> None:
+        told[agent] += event == "token"
+
+    result = cluster.run(
+        PIPELINE, question=QUESTION, method="full_prefill", max_new_tokens=24, on_event=count
+    )
     loaded: Any = load_model(DEFAULT_MODEL, device="cpu")
     builder = PromptBuilder(loaded.tokenizer, "x", min_segment_tokens=16, max_context=8192)
     values = {"question": SlotValue(text=QUESTION)}
@@ -32,6 +40,7 @@ def test_full_prefill_through_the_cluster_gives_the_tokens_of_plain_transformers
         expected = loaded.model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
         assert list(result[agent.name].tokens) == expected[0, ids.shape[1] :].tolist()
         values[agent.name] = SlotValue(token_ids=result[agent.name].tokens)
+        assert told[agent.name] == len(result[agent.name].tokens), "sent three at a time, told one by one"
 
 
 def test_a_relay_run_moves_kv_over_shm_between_processes_and_adds_up(cluster: Cluster) -> None:
