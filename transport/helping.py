@@ -42,13 +42,15 @@ class Helped:
                 helped.add(partial(verify, step))
             helped.wait()
 
-    When the block is left, none runs any more; what had not begun by then is left out. Not for several
-    threads.
+    The helper is another pull's again after each `wait`. When the block is left, no job runs any more; what
+    had not begun by then is left out. Not for several threads.
     """
 
     def __init__(self) -> None:
         self._jobs: deque[Callable[[], None]] = deque()
         self._faults: list[Exception] = []
+        self._lock = threading.Lock()  # of `_helps`: whether the helper will look at the jobs again
+        self._helps = False
         self._helper: Future[None] | None = None
         self._has_helper = False
 
@@ -58,9 +60,6 @@ class Helped:
     def __exit__(self, *_: object) -> None:
         self._jobs.clear()
         self._join()
-        if self._has_helper:
-            self._has_helper = False
-            _FREE.release()
 
     def add(self, job: Callable[[], None]) -> None:
         """For the helper; where it serves another pull, or there is none, the job is done here and now.
@@ -73,8 +72,9 @@ class Helped:
             job()
             return
         self._jobs.append(job)
-        if self._helper is None or self._helper.done():
-            self._helper = _submit(self._work)
+        with self._lock:
+            if not self._helps:
+                self._helps, self._helper = True, _submit(self._help)
 
     def wait(self) -> None:
         """Help, until every job has been done.
@@ -85,9 +85,17 @@ class Helped:
         self._work()
         self._join()
         if self._faults:
-            raise self._faults[0]
+            raise self._first_fault()
 
     # -- inside ----------------------------------------------------------------------------------------
+
+    def _help(self) -> None:
+        while True:
+            self._work()
+            with self._lock:
+                if not self._jobs:
+                    self._helps = False
+                    return
 
     def _work(self) -> None:
         while not self._faults:
@@ -104,4 +112,13 @@ class Helped:
     def _join(self) -> None:
         if self._helper is not None and not self._helper.cancel():
             self._helper.result()
-        self._helper = None
+        self._helper, self._helps = None, False
+        if self._has_helper:
+            self._has_helper = False
+            _FREE.release()
+
+    def _first_fault(self) -> Exception:
+        # Out of the list: its traceback leads here, and the arena would hang on that circle.
+        first = self._faults[0]
+        self._faults.clear()
+        return first

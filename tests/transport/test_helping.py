@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -40,10 +43,9 @@ def test_every_job_is_done_once(n: int) -> None:
 @two_cores
 def test_a_job_begins_while_the_caller_does_something_else() -> None:
     with Helped() as helped:
-        for _ in range(3):
+        for _ in range(500):  # whatever the helper was about to do when the job came
             begun = threading.Event()
             helped.add(begun.set)
-            helped.add(lambda: None)  # wakes a helper that was about to end when the first one came
             assert begun.wait(10), "the caller has not even begun to wait"
         helped.wait()
 
@@ -104,6 +106,47 @@ def test_leaving_waits_for_what_runs_and_drops_the_rest() -> None:
     assert others == []
     together([lambda: others.append(0)] * 2)  # and the helper is free again
     assert others == [0, 0]
+
+
+@two_cores
+def test_the_helper_is_free_after_each_wait() -> None:
+    """A pull over a slow wire does not keep it from others between its parts."""
+    with Helped() as slow:
+        slow.add(lambda: None)
+        slow.wait()
+        begun = threading.Event()
+        where: list[int] = []
+        with Helped() as other:
+            other.add(lambda: where.append(threading.get_ident()))
+            other.add(begun.set)
+            assert begun.wait(10)
+            other.wait()
+        assert where != [threading.get_ident()]
+        slow.add(lambda: None)
+        slow.wait()
+
+
+def test_a_fault_keeps_nothing_alive() -> None:
+    """Its traceback leads through the job to an arena, whose memory must not wait for the garbage collector."""
+
+    class Arena:
+        pass
+
+    def pull() -> weakref.ref[Arena]:
+        arena = Arena()
+
+        def job(_: Arena = arena) -> None:
+            raise KeyError
+
+        with contextlib.suppress(KeyError):
+            together([job] * 4)
+        return weakref.ref(arena)
+
+    gc.disable()
+    try:
+        assert pull()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("at", [0, 1, 7])
