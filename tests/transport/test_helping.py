@@ -127,7 +127,7 @@ def test_the_helper_is_free_after_each_wait() -> None:
 
 
 def test_a_fault_keeps_nothing_alive() -> None:
-    """Its traceback leads through the job to an arena, whose memory must not wait for a garbage collection."""
+    """Its traceback leads through the job to an arena, whose memory must not wait for a collection."""
 
     class Arena:
         pass
