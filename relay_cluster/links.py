@@ -86,18 +86,19 @@ class Listener:
             self._done.set()
 
 
-def probe(sends: Any, receives: Any, *, timeout_s: float) -> float:
+def probe(sends: str, receives: str, *, timeout_s: float) -> float:
     """Gbit/s from one node to another.
 
     Args:
-        sends, receives: Ray scheduling strategies that name the nodes.
+        sends, receives: Ray node ids. Insisted on: with both ends on one node nothing would be measured.
         timeout_s: deadline of every step.
 
     Raises:
         TimeoutError: too slow for its deadline, or it does not work.
     """
     actor: Any = ray.remote(Listener)
-    sender, receiver = (actor.options(num_cpus=0, scheduling_strategy=s).remote() for s in (sends, receives))
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in (sends, receives)]
+    sender, receiver = (actor.options(num_cpus=0, scheduling_strategy=place).remote() for place in places)
     try:
         host, port = ray.get(receiver.open.remote(timeout_s), timeout=timeout_s + _START_S)
         sending = sender.send.remote(host, port, timeout_s)
@@ -121,14 +122,13 @@ def measure_links(nodes: Sequence[str], *, timeout_s: float) -> dict[tuple[str, 
     Raises:
         TimeoutError: a link was too slow for its deadline, or does not work.
     """
-    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     out: dict[tuple[str, str], float] = {}
     for i, here in enumerate(nodes):
-        j = (i + 1) % len(nodes)
+        there = nodes[(i + 1) % len(nodes)]
         try:
-            out[here, nodes[j]] = probe(places[i], places[j], timeout_s=timeout_s)
+            out[here, there] = probe(here, there, timeout_s=timeout_s)
         except TimeoutError as fault:
-            raise TimeoutError(f"the link from node {here[:8]} to {nodes[j][:8]}: {fault}") from fault
+            raise TimeoutError(f"the link from node {here[:8]} to {there[:8]}: {fault}") from fault
     return out
 
 

@@ -60,6 +60,7 @@ class Helped:
     def __exit__(self, *_: object) -> None:
         self._jobs.clear()
         self._join()
+        self._faults.clear()  # something else ended the pull; see `_first_fault`
 
     def add(self, job: Callable[[], None]) -> None:
         """For the helper; where it serves another pull, or there is none, the job is done here and now.
@@ -111,7 +112,7 @@ class Helped:
 
     def _join(self) -> None:
         if self._helper is not None and not self._helper.cancel():
-            self._helper.result()
+            self._helper.result()  # at most one job: a step copied (it has a deadline), or summed
         self._helper, self._helps = None, False
         if self._has_helper:
             self._has_helper = False

@@ -27,7 +27,7 @@ SCHEMA: Final = 2
 _SPINS: Final = 64  # polls without sleep: a small read is over by then
 _NAP_MIN_S: Final = 20e-6
 _DRAIN_NAP_S: Final = 2e-3
-_NAP_MAX_S: Final = 100e-6  # 1 ms costs two thirds of the bandwidth over loopback
+_NAP_QUICK_S: Final = 100e-6  # the longest on a quick link: 1 ms costs two thirds of loopback's bandwidth
 _NAP_LONGEST_S: Final = 1e-3
 _NAP_BYTES: Final = 64 << 10
 
@@ -144,8 +144,8 @@ class Pace:
         more than `_NAP_BYTES`. On a slow link every poll less is one in which the thread that computes does
         not wait for the interpreter."""
         if not self.bytes_per_s:
-            return _NAP_MAX_S
-        return min(max(_NAP_BYTES / self.bytes_per_s, _NAP_MAX_S), _NAP_LONGEST_S)
+            return _NAP_QUICK_S
+        return min(max(_NAP_BYTES / self.bytes_per_s, _NAP_QUICK_S), _NAP_LONGEST_S)
 
     def learn(self, nbytes: int, seconds: float) -> None:
         """Take what a pull that came whole has shown."""

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from relay_cluster.bench.common import (
     BASE,
     Document,
@@ -104,10 +102,9 @@ def link_gb_s(nodes: list[str]) -> float:
     Raises:
         RelayError: no answer in time.
     """
-    # `affinities` only prefers a node, and both ends of a probe on one node measure nothing.
-    here, there = (NodeAffinitySchedulingStrategy(at.node_id, soft=False) for at in affinities(nodes))
+    here, there = affinities(nodes)
     try:
-        return probe(here, there, timeout_s=_PROBE_TIMEOUT_S) / 8
+        return probe(here.node_id, there.node_id, timeout_s=_PROBE_TIMEOUT_S) / 8
     except TimeoutError as error:
         raise RelayError(
             f"the link between {nodes[0]} and {nodes[1]} could not be measured: {error}"

@@ -312,7 +312,7 @@ def test_every_document_has_a_table_and_a_picture(name: str, tmp_path: Path) -> 
 def test_where_there_is_no_terminal_progress_is_told_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(common, "_LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(common, "_LINE_EVERY_S", 0.0)  # the clock is real: half a minute is too long
     with common.progress("stream", 3) as advance:
         advance("[64] fresh: exact")
         advance("")

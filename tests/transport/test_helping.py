@@ -89,7 +89,7 @@ def test_leaving_waits_for_what_runs_and_drops_the_rest() -> None:
 
     def long() -> None:
         begun.set()
-        time.sleep(0.05)
+        time.sleep(0.05)  # it still runs when the pull ends
         ended.set()
 
     def pull() -> None:
@@ -157,7 +157,7 @@ def test_a_fault_comes_out_when_nothing_runs_any_more(at: int) -> None:
     def job(i: int) -> None:
         begun.append(i)
         running.append(i)
-        time.sleep(0.002)
+        time.sleep(0.002)  # so that the other thread is inside one as well
         running.remove(i)
         if i == at:
             raise KeyError(i)
@@ -167,7 +167,7 @@ def test_a_fault_comes_out_when_nothing_runs_any_more(at: int) -> None:
     assert running == []
     assert len(begun) < 200, "what had not begun is left out"
     count = len(begun)
-    time.sleep(0.02)
+    time.sleep(0.02)  # time for ten more, if anybody still ran them
     assert len(begun) == count
     together([lambda: begun.clear()] * 2)  # and the helper is free again
     assert begun == []

@@ -356,7 +356,7 @@ def test_a_copy_keeps_its_deadline(side: LocalOwner, monkeypatch: pytest.MonkeyP
         fetch = shm._fetch
 
         def slow(*args: Any) -> None:
-            time.sleep(0.15)
+            time.sleep(0.15)  # two of four steps, in two threads, end before the deadline of 0.2 s
             fetch(*args)
 
         assert reader.outcome(side, refs) is Outcome.PULLED, "attached"
